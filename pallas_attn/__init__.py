@@ -1,0 +1,10 @@
+"""Attention for JAX that walks lists of live KV blocks. See README.md for the reading order of the code."""
+
+from pallas_attn import caches as caches
+from pallas_attn import masks as masks
+from pallas_attn.attention import AttentionOutput as AttentionOutput
+from pallas_attn.attention import attention as attention
+from pallas_attn.attention import implementations as implementations
+from pallas_attn.block_mask import BlockLists as BlockLists
+from pallas_attn.block_mask import BlockMask as BlockMask
+from pallas_attn.tuning import BlockSizes as BlockSizes

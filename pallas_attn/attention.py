@@ -1,0 +1,219 @@
+"""``attention()``: validate, choose an implementation, run it."""
+
+import functools
+import numbers
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_attn import masks, tuning
+from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels import reference, triton, xla
+from pallas_attn.kernels.spec import CallSpec
+
+# Best first. Each module has `forward`, `unavailable()` (why it cannot run on this machine) and `unsupported(spec)`
+# (why it cannot serve a call).
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class AttentionOutput(NamedTuple):
+    """What :func:`attention` returns when more than the output is asked for; what was not asked for is None."""
+
+    out: Array
+    lse: Array | None = None
+    key_weights: Array | None = None
+
+
+def implementations() -> dict[str, str | None]:
+    """Every implementation's name, best first, with None if it can run on this machine, else the reason in words."""
+    return {name: module.unavailable() for name, module in _IMPLEMENTATIONS.items()}
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: masks.Mask | BlockMask | Array | None = None,
+    *,
+    q_positions: Array | None = None,
+    kv_positions: Array | None = None,
+    scores: Any = None,
+    sinks: Array | None = None,
+    scale: float | None = None,
+    page_table: Array | None = None,
+    return_lse: bool = False,
+    return_key_weights: bool = False,
+    implementation: str | None = None,
+    interpret: bool = False,
+    block_sizes: tuning.BlockSizes | None = None,
+) -> Array | AttentionOutput:
+    """Scaled dot-product attention (arXiv:1706.03762, eq. 1) that reads only the KV blocks its mask leaves alive.
+
+    B batch, T queries, S keys, N query heads, K KV heads (query head n reads KV head ``n // (N // K)``), D head size.
+
+    Args:
+      query: ``[B, T, N, D]``, float32, bfloat16 or float16.
+      key: ``[B, S, K, D]``, of query's dtype.
+      value: ``[B, S, K, Dv]``, of query's dtype.
+      mask: a mask, a :class:`BlockMask` (built once for many calls; it carries the positions), a bool array
+        ``[B|1, N|K|1, T, S]``, or None for every real key.
+      q_positions: int32 ``[B|1, T]``, -1 is padding; default ``arange(T)``.
+      kv_positions: int32 ``[B|1, S]`` or ``[B|1, K|1, S]``, -1 is an empty slot; default ``arange(S)``. Whatever bits
+        an empty slot holds, they do not reach the output.
+      scale: factor of the logits; default ``D ** -0.5``.
+      return_lse: also return the natural logarithm of the sum of exponentials, float32 ``[B, N, T]``.
+      implementation: "triton", "xla" or "reference"; default: the best that can serve the call.
+      interpret: run the Triton kernels in Pallas' interpreter, on any machine.
+      block_sizes: default from the tuning table.
+      scores, sinks, page_table, return_key_weights: part of the contract, not available yet.
+
+    Returns:
+      ``[B, T, N, Dv]`` in query's dtype, or :class:`AttentionOutput`. A padded query, and one that sees no key, gets
+      output 0 and lse -inf.
+
+    Raises:
+      ValueError: an argument that does not fit the others, before anything is compiled.
+      TypeError: the wrong kind of object.
+      NotImplementedError: the named implementation cannot serve the call, with the reason; an option that is not
+        available yet; or the derivative of another implementation than "reference".
+    """
+    _refuse_unavailable(
+        scores=scores, sinks=sinks, page_table=page_table, return_key_weights=return_key_weights or None
+    )
+    query, key, value = _check_arrays(query, key, value)
+    scale = _check_scale(scale, query.shape[-1])
+    if isinstance(mask, BlockMask):
+        _refuse_beside_block_mask(q_positions=q_positions, kv_positions=kv_positions, block_sizes=block_sizes)
+        name, _ = _choose(implementation, interpret, query, key, value, mask.mask, mask.block_sizes)
+        block_mask = mask
+    else:
+        mask = _as_mask(mask)
+        name, block_sizes = _choose(implementation, interpret, query, key, value, mask, block_sizes)
+        block_mask = BlockMask.from_mask(
+            mask,
+            query.shape[1] if q_positions is None else q_positions,
+            key.shape[1] if kv_positions is None else kv_positions,
+            block_sizes,
+        )
+    _check_block_mask(block_mask, query, key)
+    options = {"scale": scale, "interpret": True} if interpret else {"scale": scale}
+    forward = functools.partial(_IMPLEMENTATIONS[name].forward, **options)
+    if name != "reference":
+        forward = _not_differentiable(forward, name)
+    out, lse = forward(query, key, value, block_mask)
+    return AttentionOutput(out, lse) if return_lse else out
+
+
+def _choose(implementation, interpret, query, key, value, mask, block_sizes) -> tuple[str, tuning.BlockSizes]:
+    """The implementation that serves the call, and its block sizes. Explains itself when there is none."""
+    if implementation is not None and implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected one of {list(_IMPLEMENTATIONS)} or None, got {implementation!r}")
+    if interpret and implementation not in (None, "triton"):
+        raise ValueError(
+            f"interpret: only the Triton kernels can be interpreted, got implementation={implementation!r}"
+        )
+    if block_sizes is not None and not isinstance(block_sizes, tuning.BlockSizes):
+        raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {type(block_sizes).__name__}")
+    names = ["triton"] if interpret else [implementation] if implementation else list(_IMPLEMENTATIONS)
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    reasons = {}
+    for name in names:
+        module = _IMPLEMENTATIONS[name]
+        sizes = block_sizes or tuning.default_block_sizes(
+            query.shape[1], key.shape[1], implementation=name, head_dim=max(head_dim, value_dim), dtype=query.dtype
+        )
+        largest = max((operand.size for operand in masks.operands(mask)), default=0)
+        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, largest)
+        reasons[name] = (None if interpret else module.unavailable()) or module.unsupported(spec)
+        if reasons[name] is None:
+            return name, sizes
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no implementation asked for can serve this call. {why}")
+
+
+def _not_differentiable(forward, name: str):
+    """A kernel without a backward pass: differentiating it says what to do instead of failing inside."""
+    kernel = jax.custom_vjp(forward)
+
+    def refuse(*_):
+        raise NotImplementedError(
+            f"implementation={name!r} has no derivative yet; to differentiate, pass implementation='reference'"
+        )
+
+    kernel.defvjp(refuse, refuse)
+    return kernel
+
+
+def _refuse_unavailable(**options) -> None:
+    for name, option in options.items():
+        if option is not None:
+            raise NotImplementedError(f"{name}: not available yet; leave it out")
+
+
+def _refuse_beside_block_mask(**options) -> None:
+    for name, option in options.items():
+        if option is not None:
+            raise ValueError(f"{name}: expected None beside a BlockMask, which carries its own, got a value")
+
+
+def _check_arrays(query, key, value) -> tuple[Array, Array, Array]:
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
+        if len(x.shape) != 4:
+            raise ValueError(f"{name}: expected rank 4 (batch, tokens, heads, head size), got shape {tuple(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
+        if str(x.dtype) not in _DTYPES:
+            raise ValueError(f"{name}: expected dtype {', '.join(_DTYPES)}, got {x.dtype}")
+        if x.dtype != query.dtype:
+            raise ValueError(f"{name}: expected query's dtype {query.dtype}, got {x.dtype}")
+    batch, _, q_heads, head_dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(f"key: expected shape [{batch}, S, K, {head_dim}] (query's B and D), got {tuple(key.shape)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: expected shape {[*key.shape[:3], 'Dv']} (key's B, S and K), got {tuple(value.shape)}")
+    if q_heads % key.shape[2]:
+        raise ValueError(f"key: expected a number of heads K that divides query's N={q_heads}, got K={key.shape[2]}")
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+
+
+def _check_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a Python number, known when the call is traced, got {type(scale).__name__}")
+    return float(scale)
+
+
+def _as_mask(mask) -> masks.Mask:
+    if mask is None:
+        return masks.full()
+    if isinstance(mask, masks.Mask):
+        return mask
+    if not hasattr(mask, "dtype"):
+        raise TypeError(f"mask: expected a Mask, a BlockMask, a bool array or None, got {type(mask).__name__}")
+    if mask.dtype != jnp.bool_ or mask.ndim != 4:
+        raise ValueError(f"mask: expected bool [B|1, N|K|1, T, S], got {mask.dtype} {list(mask.shape)}")
+    return masks.dense(mask)
+
+
+def _check_block_mask(block_mask: BlockMask, query: Array, key: Array) -> None:
+    (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
+    mask_batch, heads, mask_q_len, mask_kv_len = block_mask.shape
+    if (mask_q_len, mask_kv_len) != (q_len, kv_len):
+        raise ValueError(
+            f"mask: expected T={q_len} and S={kv_len} as in query and key, got T={mask_q_len}, S={mask_kv_len}"
+        )
+    if mask_batch not in (1, batch):
+        raise ValueError(f"mask: expected a batch of 1 or {batch} in mask and positions, got {mask_batch}")
+    if heads not in (1, kv_heads, q_heads):
+        raise ValueError(f"mask: expected 1, K={kv_heads} or N={q_heads} heads in mask and positions, got {heads}")
+    slots = block_mask.kv_positions.shape[1]
+    if slots not in (1, kv_heads):
+        raise ValueError(f"kv_positions: expected 1 or K={kv_heads} heads, got {slots}")

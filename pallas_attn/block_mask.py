@@ -1,0 +1,273 @@
+"""A mask and positions, turned once and on the device into lists of the KV blocks that matter.
+
+Queries and keys are cut into blocks. For every query block, ``indices`` names the KV blocks that it must visit: first
+the *full* ones (every query sees every key: a kernel needs no mask code), then the *partial* ones. Every other block
+is *empty* and no kernel ever reads it. Nothing about a list changes a shape, so nothing recompiles.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_attn import tuning
+from pallas_attn.masks import Interval, Mask, operands, repeat_heads
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockLists:
+    """For every row (a query block, or a KV block when transposed): which blocks of the other side it visits.
+
+    Attributes:
+      num_full: int32 ``[B|1, M, rows]``, how many blocks are full.
+      num_active: int32 ``[B|1, M, rows]``, how many blocks are full or partial.
+      indices: int32 ``[B|1, M, rows, width]``: full blocks first, ascending, then partial blocks, ascending; what lies
+        beyond ``num_active`` is zero and must not be visited.
+      order: int32 ``[B|1, M, rows]``: the rows, those with most work first.
+    """
+
+    num_full: Array
+    num_active: Array
+    indices: Array
+    order: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMask:
+    """A mask bound to positions, with its block lists. Make one with :meth:`from_mask`; it is a pytree.
+
+    M, the number of heads that the lists tell apart, is 1 (all alike), K (KV heads) or N (query heads).
+
+    Attributes:
+      mask: the :class:`~pallas_attn.masks.Mask`, evaluated in partial blocks.
+      q_positions: int32 ``[B|1, T]``; -1 is padding.
+      kv_positions: int32 ``[B|1, 1|K, S]``; -1 is an empty slot.
+      lists: :class:`BlockLists` of KV blocks for each query block.
+      block_sizes: the blocks that the lists count in, static.
+    """
+
+    mask: Mask
+    q_positions: Array
+    kv_positions: Array
+    lists: BlockLists
+    block_sizes: tuning.BlockSizes = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def from_mask(
+        mask: Mask,
+        q_positions: Array | int,
+        kv_positions: Array | int,
+        block_sizes: tuning.BlockSizes | None = None,
+    ) -> "BlockMask":
+        """Builds the lists on the device, in O(blocks of T x blocks of S), without a T x S array. Works under jit.
+
+        Args:
+          mask: the mask; its operands must fit B, T and S.
+          q_positions: int32 ``[B|1, T]``, -1 is padding; or the int T for ``arange(T)``.
+          kv_positions: int32 ``[B|1, S]`` or ``[B|1, K, S]``, -1 is an empty slot; or the int S for ``arange(S)``. With
+            two ints a sliding window's lists are only as wide as the window.
+          block_sizes: default from the tuning table for this machine.
+
+        Raises:
+          TypeError: ``mask`` is not a mask.
+          ValueError: positions of another shape or dtype, or an operand of the mask that does not broadcast.
+        """
+        if not isinstance(mask, Mask):
+            raise TypeError(f"mask: expected a pallas_attn.masks.Mask, got {type(mask).__name__}")
+        consecutive = isinstance(q_positions, int) and isinstance(kv_positions, int)
+        q_positions = _as_positions("q_positions", q_positions, ranks=(2,))
+        kv_positions = _as_positions("kv_positions", kv_positions, ranks=(2, 3))
+        if kv_positions.ndim == 2:
+            kv_positions = kv_positions[:, None]
+        heads = _check_operands(mask, q_positions, kv_positions)
+        sizes = block_sizes or tuning.default_block_sizes(q_positions.shape[-1], kv_positions.shape[-1])
+        span = mask.span() if consecutive else None
+        # A query block sees q_block + span - 1 consecutive keys, which touch at most this many KV blocks.
+        width = None if span is None else (sizes.q + span - 3) // sizes.kv + 2
+        lists = _build_lists(mask, q_positions, kv_positions, heads, sizes.q, sizes.kv, width)
+        return BlockMask(mask, q_positions, kv_positions, lists, sizes)
+
+    @property
+    def q_block(self) -> int:
+        """Queries per block."""
+        return self.block_sizes.q
+
+    @property
+    def kv_block(self) -> int:
+        """Keys per block."""
+        return self.block_sizes.kv
+
+    @property
+    def num_full(self) -> Array:
+        """int32 ``[B|1, M, nq]``: KV blocks that every query of the block sees whole."""
+        return self.lists.num_full
+
+    @property
+    def num_active(self) -> Array:
+        """int32 ``[B|1, M, nq]``: KV blocks that the query block visits."""
+        return self.lists.num_active
+
+    @property
+    def indices(self) -> Array:
+        """int32 ``[B|1, M, nq, width]``: the KV blocks to visit, full ones first."""
+        return self.lists.indices
+
+    @property
+    def order(self) -> Array:
+        """int32 ``[B|1, M, nq]``: query blocks, heaviest first (a partial block weighs twice a full one)."""
+        return self.lists.order
+
+    @property
+    def transposed(self) -> BlockLists:
+        """The same relation seen from the keys: lists of query blocks for each KV block."""
+        return _lists_from_classes(self.bitmap().swapaxes(-1, -2))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(B|1, M, T, S)``."""
+        batch = max(self.q_positions.shape[0], self.kv_positions.shape[0], self.num_full.shape[0])
+        return batch, self.num_full.shape[1], self.q_positions.shape[-1], self.kv_positions.shape[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """``(nq, nk)``: how many query blocks and KV blocks there are."""
+        return self.num_full.shape[-1], -(-self.kv_positions.shape[-1] // self.kv_block)
+
+    def bitmap(self) -> Array:
+        """The class of every block, uint8 ``[B|1, M, nq, nk]``: 0 empty, 1 partial, 2 full."""
+        place = jax.lax.broadcasted_iota(jnp.int32, self.indices.shape, 3)
+        full = place < self.num_full[..., None]
+        active = place < self.num_active[..., None]
+        kind = jnp.where(full, FULL, PARTIAL).astype(jnp.uint8)
+        empty = jnp.zeros((*self.num_full.shape, self.grid[1]), jnp.uint8)
+        return _scatter_last(empty, jnp.where(active, self.indices, self.grid[1]), kind)
+
+    def density(self) -> Array:
+        """The fraction of all blocks that is visited, float32 scalar."""
+        return jnp.mean(self.num_active.astype(jnp.float32)) / self.grid[1]
+
+    def __str__(self) -> str:
+        from pallas_attn import picture  # only text: no plotting library is imported
+
+        return picture.as_text(self)
+
+
+def _as_positions(name: str, value: Array | int, ranks: tuple[int, ...]) -> Array:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"{name}: expected a length of at least 1, got {value}")
+        return jnp.arange(value, dtype=jnp.int32)[None]
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected an integer array, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.ndim not in ranks or 0 in value.shape:
+        wanted = " or ".join(f"rank {rank}" for rank in ranks)
+        raise ValueError(f"{name}: expected {wanted} and no empty axis, got shape {tuple(value.shape)}")
+    return jnp.asarray(value).astype(jnp.int32)
+
+
+def _check_operands(mask: Mask, q_positions: Array, kv_positions: Array) -> int:
+    """Returns M, after checking that every operand broadcasts to ``[B, M, T, S]``."""
+    extents = {"T": (2, q_positions.shape[-1]), "S": (3, kv_positions.shape[-1])}
+    batches = {x.shape[0] for x in (q_positions, kv_positions, *operands(mask))} - {1}
+    if len(batches) > 1:
+        raise ValueError(f"mask: expected one batch size (or 1) in positions and operands, got {sorted(batches)}")
+    head_counts = sorted({x.shape[1] for x in (kv_positions, *operands(mask))} - {1})
+    if len(head_counts) > 2 or (len(head_counts) == 2 and head_counts[1] % head_counts[0]):
+        raise ValueError(f"mask: expected 1, K or N heads in positions and operands, got {head_counts}")
+    for operand in operands(mask):
+        for axis_name, (axis, extent) in extents.items():
+            if operand.shape[axis] not in (1, extent):
+                raise ValueError(
+                    f"mask: expected operands that broadcast to {axis_name}={extent}, got shape {tuple(operand.shape)}"
+                    " ([B, heads, T, S])"
+                )
+    return max(head_counts, default=1)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _build_lists(mask, q_positions, kv_positions, heads, q_block, kv_block, width) -> BlockLists:
+    return _lists_from_classes(_classify(mask, q_positions, kv_positions, heads, q_block, kv_block), width)
+
+
+def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q_block: int, kv_block: int) -> Array:
+    """The class of every block, uint8 ``[B|1, M, nq, nk]``, from minima and maxima per block alone."""
+    q = q_positions[:, None, :, None]
+    kv = kv_positions[:, :, None, :]
+    q_real, kv_real = q >= 0, kv >= 0
+
+    def interval(x: Array) -> Interval:
+        real = jnp.ones((1, 1, 1, 1), jnp.bool_)
+        if x.shape[2] > 1:
+            real = real & q_real
+        if x.shape[3] > 1:
+            real = real & _repeat_to(kv_real, x)
+        lowest, highest = (False, True) if x.dtype == jnp.bool_ else (jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max)
+        return Interval(
+            _reduce_blocks(jnp.min, jnp.where(real, x, highest), highest, q_block, kv_block),
+            _reduce_blocks(jnp.max, jnp.where(real, x, lowest), lowest, q_block, kv_block),
+        )
+
+    intervals, q_span, kv_span = jax.tree.map(
+        lambda x: Interval(*(repeat_heads(bound, heads) for bound in interval(x))), (mask, q, kv)
+    )
+    some, every = intervals.bounds(q_span, kv_span)
+    # A block with any missing key is never full, so that the loop over full blocks needs no mask at all. Missing
+    # *queries* do not matter there: a kernel clears their rows at the end.
+    some_q = _reduce_blocks(jnp.max, q_real, False, q_block, kv_block)
+    some_kv = repeat_heads(_reduce_blocks(jnp.max, kv_real, False, q_block, kv_block), heads)
+    every_kv = repeat_heads(_reduce_blocks(jnp.min, kv_real, False, q_block, kv_block), heads)
+    active = some & some_q & some_kv
+    full = active & every & every_kv
+    return jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY)).astype(jnp.uint8)
+
+
+def _repeat_to(kv_real: Array, x: Array) -> Array:
+    """Aligns per-head key validity with an operand that has fewer or more heads."""
+    if kv_real.shape[1] > x.shape[1]:
+        # The operand is shared by heads whose empty slots differ: a key counts if any of those heads has it.
+        return kv_real.reshape(kv_real.shape[0], x.shape[1], -1, *kv_real.shape[2:]).any(2)
+    return repeat_heads(kv_real, x.shape[1])
+
+
+def _reduce_blocks(reduce, x: Array, fill, q_block: int, kv_block: int) -> Array:
+    """Reduces ``[B, M, T|1, S|1]`` over blocks: ``[B, M, nq|1, nk|1]``; a ragged last block is completed with fill."""
+    for axis, block in ((2, q_block), (3, kv_block)):
+        if (length := x.shape[axis]) == 1:
+            continue
+        padding = [(0, 0)] * 4
+        padding[axis] = (0, -length % block)
+        x = jnp.pad(x, padding, constant_values=fill)
+        x = reduce(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis=axis + 1)
+    return x
+
+
+def _lists_from_classes(classes: Array, width: int | None = None) -> BlockLists:
+    """Turns the class of every block ``[..., rows, columns]`` into lists, by cumulative sums and one scatter."""
+    columns = classes.shape[-1]
+    width = columns if width is None else min(width, columns)
+    full, partial = classes == FULL, classes == PARTIAL
+    num_full = full.sum(-1, dtype=jnp.int32)
+    num_partial = partial.sum(-1, dtype=jnp.int32)
+    place = jnp.where(
+        full,
+        jnp.cumsum(full, -1, dtype=jnp.int32) - 1,
+        jnp.where(partial, num_full[..., None] + jnp.cumsum(partial, -1, dtype=jnp.int32) - 1, width),
+    )
+    column = jax.lax.broadcasted_iota(jnp.int32, classes.shape, classes.ndim - 1)
+    indices = _scatter_last(jnp.zeros((*classes.shape[:-1], width), jnp.int32), place, column)
+    order = jnp.argsort(-(num_full + 2 * num_partial), axis=-1, stable=True).astype(jnp.int32)
+    return BlockLists(num_full, num_full + num_partial, indices, order)
+
+
+def _scatter_last(target: Array, place: Array, values: Array) -> Array:
+    """``target[..., place] = values`` along the last axis; places beyond its end are dropped."""
+    rows = target.reshape(-1, target.shape[-1])
+    place, values = place.reshape(rows.shape[0], -1), values.reshape(rows.shape[0], -1)
+    row = jax.lax.broadcasted_iota(jnp.int32, place.shape, 0)
+    return rows.at[row, place].set(values, mode="drop").reshape(target.shape)

@@ -1,0 +1,52 @@
+"""Pallas kernels through the Triton lowering. Nothing outside this package depends on that lowering."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_attn.kernels.spec import CallSpec
+from pallas_attn.kernels.triton.forward import forward as forward
+
+_MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the compiled kernels cannot run on this machine, or None."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return "needs an NVIDIA GPU, and JAX sees none (interpret=True runs the kernels anywhere, slowly)"
+    capability = float(devices[0].compute_capability)
+    if capability < 8.0:
+        return f"needs compute capability 8.0 or newer, and this {devices[0].device_kind} has {capability}"
+    try:
+        _probe.lower()
+    except Exception as error:  # since JAX 0.11 the lowering refuses GPUs that JAX does not list, by several types
+        return f"this JAX cannot lower Triton kernels for {devices[0].device_kind}: {error}"
+    return None
+
+
+def unsupported(spec: CallSpec) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    for name, size in {"q": spec.block_sizes.q, "kv": spec.block_sizes.kv}.items():
+        if size < 16 or size & (size - 1):
+            return f"needs block sizes that are powers of two and at least 16, got {name}={size}"
+    if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
+        return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
+    if spec.largest_operand >= 2**31:
+        return f"needs masks of fewer than 2^31 elements (offsets have 32 bits), got {spec.largest_operand}"
+    return None
+
+
+@jax.jit
+def _probe():
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plgpu
+
+    def kernel(out_ref):
+        out_ref[:] = jnp.zeros_like(out_ref)
+
+    shape = jax.ShapeDtypeStruct((16,), jnp.float32)
+    return pl.pallas_call(kernel, out_shape=shape, compiler_params=plgpu.CompilerParams(num_warps=1))()

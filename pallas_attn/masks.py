@@ -1,0 +1,330 @@
+"""The mask algebra: who may attend to whom, as a relation on positions.
+
+A mask answers two questions. ``allowed`` is exact and elementwise: may this query see this key? It is traced into the
+kernels, the reference and the oracle alike. ``bounds`` is cheap and per block: may *any* query of this block see a key
+of that one, and may *all* of them? ``any`` may say yes too often and ``all`` no too often, never the reverse, so that
+``&``, ``|`` and ``~`` of masks stay sound.
+
+Padding is not a mask: a token at position -1 is not there (see :mod:`pallas_attn.block_mask`). Masks are therefore only
+ever asked about positions >= 0.
+
+An array that a mask needs (its *operand*: prefix lengths, segment ids, a boolean array) is stored with rank 4, aligned
+with ``[B, M, T, S]``, with size 1 along every axis on which it does not depend. A kernel that works on a tile replaces
+each operand by its tile; ``bounds`` sees each operand replaced by its :class:`Interval` per block.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class Interval(NamedTuple):
+    """The smallest and the largest value of something within each block."""
+
+    min: Array
+    max: Array
+
+
+class Mask:
+    """A relation between query positions and key positions. Combine masks with ``&``, ``|`` and ``~``."""
+
+    def allowed(self, q: Array, kv: Array) -> Array:
+        """Exact and elementwise: bool that broadcasts with the positions ``q`` ``[.., T, 1]`` and ``kv`` ``[.., 1, S]``."""
+        raise NotImplementedError(type(self).__name__)
+
+    def bounds(self, q: Interval, kv: Interval) -> tuple[Array, Array]:
+        """Sound, per pair of blocks: bool ``(any, all)`` that broadcast with ``q`` ``[.., nq, 1]`` and ``kv`` ``[.., 1, nk]``."""
+        raise NotImplementedError(type(self).__name__)
+
+    def span(self) -> int | None:
+        """How many consecutive positions one query can see at most, or None where there is no such bound."""
+        return None
+
+    def dense_array(self, q_positions: Array, kv_positions: Array) -> Array:
+        """The mask with padding, written out: bool ``[B, M, T, S]``. For tests, pictures and the reference.
+
+        Args:
+          q_positions: int32 ``[B|1, T]``; -1 is padding.
+          kv_positions: int32 ``[B|1, S]`` or ``[B|1, K, S]``; -1 is an empty slot.
+        """
+        q = q_positions[:, None, :, None]
+        kv = kv_positions[:, None, None, :] if kv_positions.ndim == 2 else kv_positions[:, :, None, :]
+        heads = max([kv.shape[1], *(operand.shape[1] for operand in operands(self))])
+        mask, kv = jax.tree.map(lambda x: repeat_heads(x, heads), (self, kv))
+        return mask.allowed(q, kv) & (q >= 0) & (kv >= 0)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return And(self, _checked("&", other))
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Or(self, _checked("|", other))
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a mask has no truth value: combine masks with & | ~ instead of and, or, not (and compare with `is None`)"
+        )
+
+
+def operands(mask: Mask) -> list[Array]:
+    """The arrays that a mask (or a composition of masks) needs, each ``[B|1, M|1, T|1, S|1]``, in a fixed order."""
+    return jax.tree.leaves(mask)
+
+
+def repeat_heads(x: Array, heads: int) -> Array:
+    """``[B, h, ...]`` -> ``[B, heads, ...]``, each head repeated for its group; one head for all (h = 1) stays so."""
+    return x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def _checked(operator: str, other: Any) -> Mask:
+    if not isinstance(other, Mask):
+        raise TypeError(f"{operator} combines a mask with a mask, got {type(other).__name__}")
+    return other
+
+
+@dataclass_transform(frozen_default=True)
+def _mask(*, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
+    """Makes a frozen dataclass a pytree: ``data`` fields are traced, ``static`` fields are part of the structure."""
+
+    def register(cls):
+        # eq=False: comparing masks would compare traced arrays; static fields are compared by the pytree structure.
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=list(static))
+
+    return register
+
+
+@_mask()
+class Full(Mask):
+    def allowed(self, q, kv):
+        return jnp.ones_like(kv, jnp.bool_)
+
+    def bounds(self, q, kv):
+        return jnp.ones_like(kv.min, jnp.bool_), jnp.ones_like(kv.min, jnp.bool_)
+
+
+@_mask()
+class Causal(Mask):
+    def allowed(self, q, kv):
+        return kv <= q
+
+    def bounds(self, q, kv):
+        return kv.min <= q.max, kv.max <= q.min
+
+
+@_mask(static=("left", "right"))
+class SlidingWindow(Mask):
+    left: int
+    right: int
+
+    def allowed(self, q, kv):
+        offset = kv - q
+        return (offset > -self.left) & (offset <= self.right)
+
+    def bounds(self, q, kv):
+        offset = Interval(kv.min - q.max, kv.max - q.min)
+        return (
+            (offset.max > -self.left) & (offset.min <= self.right),
+            (offset.min > -self.left) & (offset.max <= self.right),
+        )
+
+    def span(self):
+        return self.left + self.right
+
+
+@_mask(data=("lengths",))
+class Prefix(Mask):
+    lengths: Array
+
+    def allowed(self, q, kv):
+        return kv < self.lengths
+
+    def bounds(self, q, kv):
+        return kv.min < self.lengths.max, kv.max < self.lengths.min
+
+
+@_mask(static=("n",))
+class Sink(Mask):
+    n: int
+
+    def allowed(self, q, kv):
+        return kv < self.n
+
+    def bounds(self, q, kv):
+        return kv.min < self.n, kv.max < self.n
+
+
+@_mask(static=("size",))
+class Chunked(Mask):
+    size: int
+
+    def allowed(self, q, kv):
+        return q // self.size == kv // self.size
+
+    def bounds(self, q, kv):
+        q = Interval(q.min // self.size, q.max // self.size)
+        kv = Interval(kv.min // self.size, kv.max // self.size)
+        return _may_be_equal(q, kv), _must_be_equal(q, kv)
+
+
+@_mask(data=("q_ids", "kv_ids"))
+class Segments(Mask):
+    q_ids: Array
+    kv_ids: Array
+
+    def allowed(self, q, kv):
+        return self.q_ids == self.kv_ids
+
+    def bounds(self, q, kv):
+        # Exact for sorted ids: an id between the smallest and the largest of a block either occurs in it or nowhere.
+        return _may_be_equal(self.q_ids, self.kv_ids), _must_be_equal(self.q_ids, self.kv_ids)
+
+
+@_mask(data=("array",))
+class Dense(Mask):
+    array: Array
+
+    def allowed(self, q, kv):
+        return self.array
+
+    def bounds(self, q, kv):
+        return self.array.max, self.array.min
+
+
+@_mask(data=("left", "right"))
+class And(Mask):
+    left: Mask
+    right: Mask
+
+    def allowed(self, q, kv):
+        return self.left.allowed(q, kv) & self.right.allowed(q, kv)
+
+    def bounds(self, q, kv):
+        left, right = self.left.bounds(q, kv), self.right.bounds(q, kv)
+        return left[0] & right[0], left[1] & right[1]
+
+    def span(self):
+        return min((s for s in (self.left.span(), self.right.span()) if s is not None), default=None)
+
+
+@_mask(data=("left", "right"))
+class Or(Mask):
+    left: Mask
+    right: Mask
+
+    def allowed(self, q, kv):
+        return self.left.allowed(q, kv) | self.right.allowed(q, kv)
+
+    def bounds(self, q, kv):
+        left, right = self.left.bounds(q, kv), self.right.bounds(q, kv)
+        return left[0] | right[0], left[1] | right[1]
+
+
+@_mask(data=("mask",))
+class Not(Mask):
+    mask: Mask
+
+    def allowed(self, q, kv):
+        return ~self.mask.allowed(q, kv)
+
+    def bounds(self, q, kv):
+        some, every = self.mask.bounds(q, kv)
+        return ~every, ~some
+
+
+def _may_be_equal(a: Interval, b: Interval) -> Array:
+    return (a.min <= b.max) & (b.min <= a.max)
+
+
+def _must_be_equal(a: Interval, b: Interval) -> Array:
+    return (a.min == b.max) & (b.min == a.max)
+
+
+def full() -> Mask:
+    """Every key."""
+    return Full()
+
+
+def causal() -> Mask:
+    """Keys at or before the query: ``k <= q``."""
+    return Causal()
+
+
+def sliding_window(left: int, right: int = 0) -> Mask:
+    """Keys near the query: ``q - left < k <= q + right``; with ``right=0`` the last ``left`` keys, its own included.
+
+    Raises:
+      ValueError: a negative bound, or a window that holds no key.
+    """
+    left, right = _integer("left", left, least=0), _integer("right", right, least=0)
+    if left + right < 1:
+        raise ValueError("sliding_window: expected left + right >= 1, got an empty window (left=0, right=0)")
+    return SlidingWindow(left, right)
+
+
+def prefix(lengths: Array) -> Mask:
+    """Keys at positions below each row's length, whatever the query (prefix-LM: ``prefix(lengths) | causal()``).
+
+    Args:
+      lengths: integers ``[B]``.
+    """
+    return Prefix(_operand("prefix: lengths", lengths, jnp.integer, rank=1)[:, None, None, None])
+
+
+def sink(n: int) -> Mask:
+    """Keys at positions below ``n``: attention sinks (StreamingLLM, arXiv:2309.17453)."""
+    return Sink(_integer("n", n, least=0))
+
+
+def chunked(size: int) -> Mask:
+    """Keys in the query's own chunk: ``q // size == k // size``."""
+    return Chunked(_integer("size", size, least=1))
+
+
+def segments(q_ids: Array, kv_ids: Array | None = None) -> Mask:
+    """Keys of the query's own segment, for packed documents.
+
+    Args:
+      q_ids: integers ``[B|1, T]``.
+      kv_ids: integers ``[B|1, S]``; default ``q_ids``. The block lists are tight when the ids are sorted.
+    """
+    q_ids = _operand("segments: q_ids", q_ids, jnp.integer, rank=2)
+    kv_ids = q_ids if kv_ids is None else _operand("segments: kv_ids", kv_ids, jnp.integer, rank=2)
+    return Segments(q_ids[:, None, :, None], kv_ids[:, None, None, :])
+
+
+def dense(array: Array) -> Mask:
+    """An explicit mask, True where attention is allowed. Its fully masked blocks are skipped like any other's.
+
+    Args:
+      array: bool ``[B|1, N|K|1, T, S]`` or ``[T, S]``.
+    """
+    rank = 2 if np.ndim(array) == 2 else 4
+    array = _operand("dense: array", array, jnp.bool_, rank=rank)
+    return Dense(array if rank == 4 else array[None, None])
+
+
+def _integer(name: str, value: int, *, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
+
+
+def _operand(name: str, value: Any, kind: Any, *, rank: int) -> Array:
+    if not hasattr(value, "dtype"):
+        value = np.asarray(value)
+    if not jnp.issubdtype(value.dtype, kind):
+        wanted = "bool" if kind is jnp.bool_ else "integers"
+        raise ValueError(f"{name}: expected {wanted}, got dtype {value.dtype}")
+    if value.ndim != rank:
+        raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(value.shape)}")
+    value = jnp.asarray(value)
+    return value if kind is jnp.bool_ else value.astype(jnp.int32)

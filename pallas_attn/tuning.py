@@ -1,0 +1,80 @@
+"""Block sizes: how a call is cut into tiles. They change speed, never meaning."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """How many queries and keys one step of a kernel works on.
+
+    ``num_warps`` and ``num_stages`` speak to the Triton compiler alone, whose blocks are powers of two, at least 16.
+    """
+
+    q: int
+    kv: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"BlockSizes.{field.name}: expected an int of at least 1, got {value!r}")
+
+
+# Triton, 16-bit inputs: (oldest compute capability, largest head size) -> entry. Each compiles without a spill on its
+# capability; the first row that fits a call is taken.
+_TRITON_16_BIT = {
+    (9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=3),
+    (9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
+    (9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (8.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=3),
+    (8.0, 128): BlockSizes(64, 64, num_warps=4, num_stages=3),
+    (8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+}
+# Float32 products run without tensor cores (TF32 would lose 13 bits), so tiles are small.
+_TRITON_32_BIT = BlockSizes(32, 32, num_warps=4, num_stages=2)
+
+# XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache.
+_XLA_QUERIES = 256
+_XLA_KEYS = 256
+_XLA_KEYS_DECODE = 128
+
+
+def default_block_sizes(
+    q_len: int,
+    kv_len: int,
+    *,
+    implementation: str | None = None,
+    head_dim: int = 128,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    compute_capability: float | None = None,
+) -> BlockSizes:
+    """The entry of the table for a call.
+
+    Args:
+      q_len, kv_len: T and S.
+      implementation: "triton", "xla" or "reference"; default: "triton" where JAX has a GPU, else "xla".
+      head_dim, dtype: of the call, where known.
+      compute_capability: of the GPU; default: this machine's, or 9.0 where there is none.
+    """
+    if implementation is None:
+        implementation = "triton" if jax.default_backend() == "gpu" else "xla"
+    if implementation != "triton":
+        keys = _XLA_KEYS_DECODE if q_len <= 16 else _XLA_KEYS
+        return BlockSizes(min(q_len, _XLA_QUERIES), min(kv_len, keys))
+    if jnp.dtype(dtype).itemsize == 4:
+        return _TRITON_32_BIT
+    capability = _compute_capability() if compute_capability is None else compute_capability
+    fitting = (
+        sizes for (oldest, largest), sizes in _TRITON_16_BIT.items() if capability >= oldest and head_dim <= largest
+    )
+    return next(fitting, _TRITON_16_BIT[8.0, 256])
+
+
+def _compute_capability() -> float:
+    device = jax.devices()[0]
+    return float(device.compute_capability) if device.platform == "gpu" else 9.0
