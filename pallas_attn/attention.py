@@ -113,9 +113,7 @@ def _choose(implementation, interpret, query, key, value, mask, block_sizes) -> 
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {list(_IMPLEMENTATIONS)} or None, got {implementation!r}")
     if interpret and implementation not in (None, "triton"):
-        raise ValueError(
-            f"interpret: only the Triton kernels can be interpreted, got implementation={implementation!r}"
-        )
+        raise ValueError(f"interpret: expected implementation='triton' or None with it, got {implementation!r}")
     if block_sizes is not None and not isinstance(block_sizes, tuning.BlockSizes):
         raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {type(block_sizes).__name__}")
     names = ["triton"] if interpret else [implementation] if implementation else list(_IMPLEMENTATIONS)
@@ -207,9 +205,7 @@ def _check_block_mask(block_mask: BlockMask, query: Array, key: Array) -> None:
     (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
     mask_batch, heads, mask_q_len, mask_kv_len = block_mask.shape
     if (mask_q_len, mask_kv_len) != (q_len, kv_len):
-        raise ValueError(
-            f"mask: expected T={q_len} and S={kv_len} as in query and key, got T={mask_q_len}, S={mask_kv_len}"
-        )
+        raise ValueError(f"mask: expected (T, S) = {(q_len, kv_len)} of query and key, got {(mask_q_len, mask_kv_len)}")
     if mask_batch not in (1, batch):
         raise ValueError(f"mask: expected a batch of 1 or {batch} in mask and positions, got {mask_batch}")
     if heads not in (1, kv_heads, q_heads):

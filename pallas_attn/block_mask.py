@@ -159,7 +159,7 @@ class BlockMask:
 
 
 def _as_positions(name: str, value: Array | int, ranks: tuple[int, ...]) -> Array:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         if value < 1:
             raise ValueError(f"{name}: expected a length of at least 1, got {value}")
         return jnp.arange(value, dtype=jnp.int32)[None]

@@ -21,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+# An array, or, inside `bounds`, its Interval per block.
+Operand = Any
+
 
 class Interval(NamedTuple):
     """The smallest and the largest value of something within each block."""
@@ -33,11 +36,11 @@ class Mask:
     """A relation between query positions and key positions. Combine masks with ``&``, ``|`` and ``~``."""
 
     def allowed(self, q: Array, kv: Array) -> Array:
-        """Exact and elementwise: bool that broadcasts with the positions ``q`` ``[.., T, 1]`` and ``kv`` ``[.., 1, S]``."""
+        """Exact and elementwise: bool that broadcasts with positions ``q`` ``[.., T, 1]``, ``kv`` ``[.., 1, S]``."""
         raise NotImplementedError(type(self).__name__)
 
     def bounds(self, q: Interval, kv: Interval) -> tuple[Array, Array]:
-        """Sound, per pair of blocks: bool ``(any, all)`` that broadcast with ``q`` ``[.., nq, 1]`` and ``kv`` ``[.., 1, nk]``."""
+        """Sound, per pair of blocks: bool ``(any, all)`` for ``q`` fields ``[.., nq, 1]``, ``kv`` fields ``[.., 1, nk]``."""
         raise NotImplementedError(type(self).__name__)
 
     def span(self) -> int | None:
@@ -140,7 +143,7 @@ class SlidingWindow(Mask):
 
 @_mask(data=("lengths",))
 class Prefix(Mask):
-    lengths: Array
+    lengths: Operand
 
     def allowed(self, q, kv):
         return kv < self.lengths
@@ -175,8 +178,8 @@ class Chunked(Mask):
 
 @_mask(data=("q_ids", "kv_ids"))
 class Segments(Mask):
-    q_ids: Array
-    kv_ids: Array
+    q_ids: Operand
+    kv_ids: Operand
 
     def allowed(self, q, kv):
         return self.q_ids == self.kv_ids
@@ -188,7 +191,7 @@ class Segments(Mask):
 
 @_mask(data=("array",))
 class Dense(Mask):
-    array: Array
+    array: Operand
 
     def allowed(self, q, kv):
         return self.array

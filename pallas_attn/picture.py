@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-import jax
+import jax.core
 import numpy as np
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ def as_text(block_mask: "BlockMask", *, max_rows: int = 32, max_columns: int = 6
     blocks under it are. Under jit, where the lists have no values yet, only the shape is told.
     """
     batch, heads, q_len, kv_len = block_mask.shape
-    title = f"BlockMask(B={batch}, heads={heads}, T={q_len}, S={kv_len}, blocks of {block_mask.q_block}×{block_mask.kv_block}"
+    sizes = block_mask.block_sizes
+    title = f"BlockMask(B={batch}, heads={heads}, T={q_len}, S={kv_len}, blocks of {sizes.q}x{sizes.kv}"
     if isinstance(block_mask.num_full, jax.core.Tracer):
         return title + ", traced)"
     classes = np.asarray(block_mask.bitmap())

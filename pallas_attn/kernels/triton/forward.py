@@ -136,7 +136,7 @@ def _kernel(
     precision = lax.Precision.HIGHEST if query_ref.dtype == jnp.float32 else None
 
     i = order_ref[pl.program_id(0)]
-    rows = pl.ds(i * q_block, q_block)
+    rows = pl.Slice(i * q_block, q_block)
     row_exists = i * q_block + jnp.arange(q_block) < q_len
     q = _load(query_ref, rows, row_exists, head_columns)
     q_positions = plgpu.load(q_positions_ref.at[rows], mask=row_exists, other=-1)
@@ -163,7 +163,7 @@ def _kernel(
     def full_block(slot, carry):
         block, *state = carry
         following = next_block(slot)
-        keys = pl.ds(block * kv_block, kv_block)
+        keys = pl.Slice(block * kv_block, kv_block)
         k = _load(key_ref, keys, None, head_columns)
         v = _load(value_ref, keys, None, value_columns)
         return following, *attend(state, k, v, None)
@@ -171,7 +171,7 @@ def _kernel(
     def partial_block(slot, carry):
         block, *state = carry
         following = next_block(slot)
-        keys = pl.ds(block * kv_block, kv_block)
+        keys = pl.Slice(block * kv_block, kv_block)
         key_exists = block * kv_block + jnp.arange(kv_block) < kv_len
         kv_positions = plgpu.load(kv_positions_ref.at[keys], mask=key_exists, other=-1)
         real = kv_positions >= 0
@@ -210,7 +210,7 @@ def _dot(a: Array, b: Array, contract: tuple, precision) -> Array:
     return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _outer(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> Array | None:
+def _outer(rows: Array | None, columns: Array | None, shape: tuple) -> Array | None:
     """The mask of a 2-D tile from masks of its rows and columns; None means all."""
     masks = [rows[:, None]] if rows is not None else []
     masks += [columns[None, :]] if columns is not None else []
@@ -224,8 +224,8 @@ def _load(ref, rows, row_mask: Array | None, column_mask: Array | None) -> Array
 
 def _load_operand(ref, shape, rows, row_exists, keys, key_exists) -> Array:
     """The tile ``[q_block|1, kv_block|1]`` of a mask's operand; an axis of size 1 is shared."""
-    at_rows, row_mask = (rows, row_exists) if shape[2] > 1 else (pl.ds(0, 1), None)
-    at_keys, key_mask = (keys, key_exists) if shape[3] > 1 else (pl.ds(0, 1), None)
+    at_rows, row_mask = (rows, row_exists) if shape[2] > 1 else (pl.Slice(0, 1), None)
+    at_keys, key_mask = (keys, key_exists) if shape[3] > 1 else (pl.Slice(0, 1), None)
     return _masked_load(ref.at[at_rows, at_keys], _outer(row_mask, key_mask, (at_rows.size, at_keys.size)))
 
 
