@@ -40,7 +40,7 @@ class Mask:
         raise NotImplementedError(type(self).__name__)
 
     def bounds(self, q: Interval, kv: Interval) -> tuple[Array, Array]:
-        """Sound, per pair of blocks: bool ``(any, all)`` for ``q`` fields ``[.., nq, 1]``, ``kv`` fields ``[.., 1, nk]``."""
+        """Sound, per pair of blocks: bool ``(any, all)`` for ``q`` bounds ``[.., nq, 1]``, ``kv`` ``[.., 1, nk]``."""
         raise NotImplementedError(type(self).__name__)
 
     def span(self) -> int | None:

@@ -25,18 +25,20 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.{field.name}: expected an int of at least 1, got {value!r}")
 
 
-# Triton, 16-bit inputs: (oldest compute capability, largest head size) -> entry. Each compiles without a spill on its
-# capability; the first row that fits a call is taken.
-_TRITON_16_BIT = {
-    (9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=3),
-    (9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
-    (9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
-    (8.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=3),
-    (8.0, 128): BlockSizes(64, 64, num_warps=4, num_stages=3),
-    (8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+# Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. Each
+# compiles without a spill from its capability on. Float32 products take no tensor cores (TF32 would lose 13 bits), so
+# their tiles are small.
+_TRITON = {
+    (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=3),
+    (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
+    (2, 9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=3),
+    (2, 8.0, 128): BlockSizes(64, 64, num_warps=4, num_stages=3),
+    (2, 8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
+    (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
 }
-# Float32 products run without tensor cores (TF32 would lose 13 bits), so tiles are small.
-_TRITON_32_BIT = BlockSizes(32, 32, num_warps=4, num_stages=2)
 
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache.
 _XLA_QUERIES = 256
@@ -66,13 +68,15 @@ def default_block_sizes(
     if implementation != "triton":
         keys = _XLA_KEYS_DECODE if q_len <= 16 else _XLA_KEYS
         return BlockSizes(min(q_len, _XLA_QUERIES), min(kv_len, keys))
-    if jnp.dtype(dtype).itemsize == 4:
-        return _TRITON_32_BIT
     capability = _compute_capability() if compute_capability is None else compute_capability
+    itemsize = jnp.dtype(dtype).itemsize
     fitting = (
-        sizes for (oldest, largest), sizes in _TRITON_16_BIT.items() if capability >= oldest and head_dim <= largest
+        sizes
+        for (bytes_per_element, oldest, largest), sizes in _TRITON.items()
+        if itemsize == bytes_per_element and capability >= oldest and head_dim <= largest
     )
-    return next(fitting, _TRITON_16_BIT[8.0, 256])
+    # What no entry fits, the implementation refuses with its own reason.
+    return next(fitting, _TRITON[4, 8.0, 256])
 
 
 def _compute_capability() -> float:

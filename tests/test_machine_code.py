@@ -1,0 +1,67 @@
+"""The Triton forward kernel as machine code, for GPUs that are not there."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_attn as pa
+from pallas_attn import tuning
+from pallas_attn.kernels import triton as kernels
+
+pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
+
+from bench.machine_code import compile_kernels, lower_for_cuda
+
+CAUSAL = pa.masks.causal()
+COMPOSED = pa.masks.causal() & pa.masks.sliding_window(300) | pa.masks.sink(4)
+
+
+def compiled(mask, head_dim, dtype, capability, value_dim=None):
+    sizes = tuning.default_block_sizes(
+        2048, 2048, implementation="triton", head_dim=head_dim, dtype=dtype, compute_capability=capability / 10
+    )
+
+    def forward(query, key, value, q_positions, kv_positions):
+        block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes)
+        return kernels.forward(query, key, value, block_mask, scale=head_dim**-0.5)
+
+    def struct(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    lowered = lower_for_cuda(
+        forward,
+        struct(2, 2048, 8, head_dim),
+        struct(2, 2048, 2, head_dim),
+        struct(2, 2048, 2, value_dim or head_dim),
+        struct(2, 2048, dtype=jnp.int32),
+        struct(2, 2048, dtype=jnp.int32),
+        capability=capability,
+    )
+    (kernel,) = compile_kernels(lowered, capability)
+    return kernel
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", [CAUSAL, COMPOSED], ids=["causal", "composed"])
+def test_default_blocks_do_not_spill(mask, head_dim, capability):
+    kernel = compiled(mask, head_dim, jnp.bfloat16, capability)
+    assert (kernel.stack_bytes, kernel.spill_stores) == (0, 0)
+    assert kernel.registers <= 255
+    assert "cp.async" in kernel.ptx, "keys and values are not copied asynchronously"
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in kernel.ptx, "no tensor cores"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_every_default_entry_fits(dtype, head_dim, capability):
+    kernel = compiled(COMPOSED, head_dim, dtype, capability)
+    assert (kernel.stack_bytes, kernel.spill_stores) == (0, 0)
+
+
+def test_masks_with_arrays_and_odd_head_sizes_compile():
+    mask = pa.masks.dense(jnp.ones((2, 8, 2048, 2048), jnp.bool_)) & pa.masks.prefix(jnp.array([3, 900]))
+    kernel = compiled(mask, 80, jnp.bfloat16, 90, value_dim=48)
+    assert kernel.spill_stores == 0
