@@ -8,3 +8,5 @@ from pallas_attn.attention import implementations as implementations
 from pallas_attn.block_mask import BlockLists as BlockLists
 from pallas_attn.block_mask import BlockMask as BlockMask
 from pallas_attn.tuning import BlockSizes as BlockSizes
+
+__version__ = "0.1.0"
