@@ -8,6 +8,7 @@ A tile that would reach beyond the end of an array is moved back to end with it,
 tile then shows a second time is masked (keys) or dropped (queries).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ class _Softmax(NamedTuple):
     acc: Array  # [heads, group, queries, Dv]
 
 
+# jit: outside of jit, too, a call with known shapes compiles nothing.
+@functools.partial(jax.jit, static_argnames=("scale",))
 def forward(query: Array, key: Array, value: Array, block_mask: BlockMask, *, scale: float) -> tuple[Array, Array]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
     batch, q_len, q_heads, head_dim = query.shape

@@ -23,6 +23,8 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 _LOG2_E = math.log2(math.e)
 
 
+# jit: outside of jit, too, a call with known shapes compiles nothing.
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def forward(
     query: Array, key: Array, value: Array, block_mask: BlockMask, *, scale: float, interpret: bool = False
 ) -> tuple[Array, Array]:
