@@ -1,0 +1,64 @@
+"""Self-attention of a decoder layer: projections, rotary embedding, cache, and a call of ``pallas_attn.attention``."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+import pallas_attn as pa
+from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.layers import linear, rotate
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        implementation: str | None,
+    ) -> None:
+        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.query = linear(config.hidden_size, config.num_heads * config.head_dim, **options)
+        self.key = linear(config.hidden_size, config.num_kv_heads * config.head_dim, **options)
+        self.value = linear(config.hidden_size, config.num_kv_heads * config.head_dim, **options)
+        self.output = linear(config.num_heads * config.head_dim, config.hidden_size, **options)
+        self.head_dim = config.head_dim
+        self.implementation = implementation
+
+    def __call__(
+        self,
+        x: Array,
+        rotary: tuple[Array, Array],
+        positions: Array,
+        block_mask: pa.BlockMask,
+        cache: pa.caches.KVCache | None,
+    ) -> tuple[Array, pa.caches.KVCache | None]:
+        """Attends over these tokens, or, with a cache, over all that the cache holds once they are in it.
+
+        Args:
+          x: ``[B, T, E]``, normalised.
+          rotary: cosine and sine from :func:`~pallas_attn_models.layers.rotary_tables`.
+          positions: int32 ``[B, T]``, or ``[1, T]`` without a cache; -1 is padding.
+          block_mask: which queries see which keys: ``[T, T]`` tokens, or ``[T, capacity]`` with a cache.
+          cache: this layer's cache, before these tokens.
+
+        Returns:
+          ``[B, T, E]``, and the cache with these tokens in it.
+        """
+        query, key, value = (self._heads(projection(x)) for projection in (self.query, self.key, self.value))
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        page_table = None
+        if cache is not None:
+            cache = cache.append(key, value, positions)
+            view = cache.view()
+            key, value, page_table = view.key, view.value, view.page_table
+        out = pa.attention(query, key, value, block_mask, page_table=page_table, implementation=self.implementation)
+        return self.output(out.reshape(*out.shape[:2], -1)), cache
+
+    def _heads(self, x: Array) -> Array:
+        return jnp.reshape(x, (*x.shape[:2], -1, self.head_dim))

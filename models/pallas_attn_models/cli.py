@@ -1,0 +1,316 @@
+"""The command line: ``pallas-attn generate`` and ``pallas-attn doctor``."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.resources
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tokenizers import Tokenizer
+
+import pallas_attn as pa
+from pallas_attn_models.checkpoint import load_hf
+from pallas_attn_models.decoder import FLOAT_DTYPES
+from pallas_attn_models.generator import GenerationStats, Generator, check_prompts
+from pallas_attn_models.sampling import Sampling
+
+_CAPACITY = 1024
+_PROMPT_WIDTH = 48
+_SELF_CHECK_TOLERANCE = 1e-5  # absolute, float32, outputs of size about 1
+
+_GENERATE_HELP = """\
+Complete a batch of prompts of any lengths. Without --model this runs the small byte-level decoder that ships with the
+package, which adds, reverses words, and recalls values from a list of key-value pairs."""
+_GENERATE_EXAMPLES = """\
+examples:
+  pallas-attn generate
+  pallas-attn generate --prompt "17+25=" --prompt "reverse:pallas=" --prompt "a=7;k=2;k?"
+  pallas-attn generate --model ./Llama-3.2-1B --prompts-file prompts.txt --temperature 0.7 --top-p 0.9 --json"""
+_DOCTOR_HELP = """\
+Show versions, devices and implementations of attention, why each can or cannot run here, and check the numbers of
+those that can against the reference."""
+_DOCTOR_EXAMPLES = """\
+example:
+  pallas-attn doctor"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; ``argv`` without the program's name, default ``sys.argv``.
+
+    Returns:
+      The exit code: 0; 1 if ``doctor`` found wrong numbers; 2 for what a user can set right, in one line on stderr.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        return args.command(args)
+    except (ValueError, TypeError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="pallas-attn", description="Attention that walks lists of live KV blocks, at work.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="complete prompts",
+        description=_GENERATE_HELP,
+        epilog=_GENERATE_EXAMPLES,
+        formatter_class=raw,
+    )
+    generate.set_defaults(command=_generate)
+    model = generate.add_argument_group("model")
+    model.add_argument(
+        "--model", type=Path, metavar="DIR", help="config.json, safetensors and tokenizer.json of a Llama"
+    )
+    model.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: bfloat16 on a GPU, else float32")
+    model.add_argument("--implementation", choices=[*pa.implementations()], help="of attention; default: the best")
+    prompts = generate.add_argument_group("prompts").add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    prompts.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help="one prompt per line; empty lines are skipped"
+    )
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt; default %(default)s")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="default 0: off")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1: off")
+    sampling.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the first prompt; the next has N + 1, ..."
+    )
+    shapes = generate.add_argument_group("shapes")
+    shapes.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time; default %(default)s")
+    shapes.add_argument(
+        "--capacity",
+        type=int,
+        metavar="N",
+        help=f"tokens of prompt and completion together; default {_CAPACITY}, or more if a prompt needs it",
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what can run here, and check it",
+        description=_DOCTOR_HELP,
+        epilog=_DOCTOR_EXAMPLES,
+        formatter_class=raw,
+    )
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+# --- generate ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Completion:
+    prompt: str
+    completion: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+def _generate(args: argparse.Namespace) -> int:
+    texts = _read_prompts(args)
+    samplings = [
+        # A seed for each prompt, so that the same prompt twice gives two answers.
+        Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, seed=args.seed + index)
+        for index in range(len(texts))
+    ]
+    directory = args.model or Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+    _status(f"loading {directory}")
+    dtype = args.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    model = load_hf(directory, jnp.dtype(dtype), implementation=args.implementation)
+    tokenizer = _load_tokenizer(directory / "tokenizer.json")
+
+    prompts = [tokenizer.encode(text).ids for text in texts]
+    capacity = _default_capacity(prompts, args.max_new_tokens) if args.capacity is None else args.capacity
+    # All of them before any is run, so that a mistake in the last does not cost the time of the others.
+    check_prompts(prompts, capacity=capacity, vocab_size=model.config.vocab_size)
+    generator = Generator(model, batch_size=args.batch_size, capacity=capacity)
+    _status("compiling")
+    compile_seconds = generator.compile()
+    _status(f"completing {len(prompts)} prompts")
+    completions, runs = [], []
+    for first in range(0, len(prompts), args.batch_size):
+        batch = slice(first, first + args.batch_size)
+        result = generator.generate(prompts[batch], samplings[batch])
+        answers = [tokenizer.decode(tokens) for tokens in result.tokens]
+        rows = zip(texts[batch], answers, result.tokens, result.logprobs, result.finish_reasons, strict=True)
+        completions += [_Completion(*row) for row in rows]
+        runs.append(result.stats)
+    stats = _sum(runs, compile_seconds)
+
+    if args.json:
+        figures = {**dataclasses.asdict(stats), "tokens_per_second": stats.tokens_per_second}
+        rows = [dataclasses.asdict(completion) for completion in completions]
+        print(json.dumps({"model": str(directory), "completions": rows, "stats": figures}))
+    else:
+        _print_completions(completions)
+        print(_figures(stats))
+    return 0
+
+
+def _read_prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts_file is not None:
+        prompts = [line for line in args.prompts_file.read_text(encoding="utf-8").split("\n") if line]
+        if not prompts:
+            raise ValueError(f"--prompts-file: expected a prompt per line, got none in {args.prompts_file}")
+        return prompts
+    if args.prompt is not None:
+        return args.prompt
+    if args.model is not None:
+        raise ValueError("--model: expected --prompt or --prompts-file with it, got neither")
+    return _shipped_prompts()
+
+
+def _shipped_prompts() -> list[str]:
+    """One for every task that the shipped checkpoint has learnt, and some more, from 5 bytes to several hundred."""
+    # 251 and 26 * 26 have no common divisor, so that no key comes twice.
+    keys = [divmod(251 * index + 17, 26) for index in range(80)]
+    pairs = [f"{chr(97 + a % 26)}{chr(97 + b)}={(index * index + 3) % 7}" for index, (a, b) in enumerate(keys)]
+    return [
+        "17+25=",
+        "8+64=",
+        "99+99=",
+        "reverse:pallas=",
+        "reverse:decoder=",
+        "a=7;k=2;q=9;k?",
+        ";".join(pairs[:40]) + f";{pairs[0][:2]}?",
+        ";".join(pairs) + f";{pairs[1][:2]}?",
+    ]
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the tokenizer of the model, found none")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"{path}: expected a file of the tokenizers library, got: {error}") from error
+
+
+def _default_capacity(prompts: list[list[int]], max_new_tokens: int) -> int:
+    needed = max(map(len, prompts)) + max_new_tokens
+    return max(_CAPACITY, -(-needed // 128) * 128)
+
+
+def _sum(runs: list[GenerationStats], compile_seconds: float) -> GenerationStats:
+    totals: dict[str, Any] = {name: sum(getattr(run, name) for run in runs) for name in dataclasses.asdict(runs[0])}
+    totals |= {"compile_seconds": compile_seconds, "executables": runs[-1].executables}
+    return GenerationStats(**totals)
+
+
+def _print_completions(completions: list[_Completion]) -> None:
+    table = Table("prompt", "completion", "ended by", show_lines=True)
+    for one in completions:
+        # Text, not markup: a model may well write "[bold]".
+        prompt, answer = Text(_shorten(_printable(one.prompt))), Text(_printable(one.completion, keep="\n"))
+        table.add_row(prompt, answer, one.finish_reason)
+    Console(highlight=False).print(table)
+
+
+def _printable(text: str, keep: str = "") -> str:
+    """Control characters as escapes, so that no completion can play with the terminal."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _PROMPT_WIDTH:
+        return text
+    half = (_PROMPT_WIDTH - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def _figures(stats: GenerationStats) -> str:
+    visited, total = stats.kv_blocks_visited, stats.kv_blocks_total
+    figures = [
+        f"prompt tokens {stats.prompt_tokens:,}",
+        f"new tokens {stats.new_tokens:,}",
+        f"tokens/s {stats.tokens_per_second:,.0f}",
+        f"executables compiled {stats.executables}",
+        f"KV blocks visited {visited:,} of {total:,} ({visited / total:.1%})",
+    ]
+    return ", ".join(figures)
+
+
+# --- doctor ---
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    del args
+    console = Console(highlight=False)
+    versions = Table("package", "version")
+    versions.add_row("python", platform.python_version())
+    for package in ("pallas-attn", "jax", "jaxlib", "flax"):
+        versions.add_row(package, importlib.metadata.version(package))
+    console.print(versions)
+
+    devices = Table("device", "platform")
+    for device in jax.devices():
+        devices.add_row(Text(device.device_kind), device.platform)
+    console.print(devices)
+
+    table = Table("implementation", "can run", "largest error in a small causal attention")
+    healthy = True
+    for name, reason in pa.implementations().items():
+        if reason is not None:
+            table.add_row(name, Text(f"no: {reason}"), "")
+            continue
+        error = _self_check(name)
+        right = error <= _SELF_CHECK_TOLERANCE  # a NaN is not
+        healthy &= right
+        table.add_row(name, "yes", f"{error:.1e} ({'right' if right else 'WRONG'})")
+    console.print(table)
+    return 0 if healthy else 1
+
+
+def _self_check(implementation: str) -> float:
+    """The largest difference from the reference: float32, odd lengths, grouped heads, causal, padding."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (2, 37, 4, 32))
+    key, value = (jax.random.normal(one, (2, 53, 2, 32)) for one in keys[1:])
+    positions = jnp.arange(53, dtype=jnp.int32)[None] - jnp.array([[0], [9]], jnp.int32)
+    positions = jnp.maximum(positions, -1)
+
+    def run(name: str) -> jax.Array:
+        out = pa.attention(
+            query,
+            key,
+            value,
+            pa.masks.causal(),
+            q_positions=positions[:, -37:],
+            kv_positions=positions,
+            implementation=name,
+        )
+        return jnp.asarray(out)
+
+    return float(jnp.abs(run(implementation) - run("reference")).max())
+
+
+def _status(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

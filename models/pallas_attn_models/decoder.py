@@ -1,0 +1,242 @@
+"""The Llama decoder: one call trains, prefills (any number of tokens) and decodes.
+
+Reads downwards: what a call gives back, one layer, the decoder.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+import pallas_attn as pa
+from pallas_attn_models.attention import Attention
+from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.layers import MLP, Embedding, RMSNorm, linear, rotary_tables
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DecoderOutput:
+    """What a call of :class:`Decoder` gives back; a pytree.
+
+    Attributes:
+      logits: float32 ``[B, T, V]``, or None with ``apply_head=False``. At padding they are finite and mean nothing.
+      hidden: ``[B, T, E]`` after the last norm, in the decoder's dtype.
+      caches: the caches with these tokens in them, one per layer, or None.
+      block_mask: the ``pa.BlockMask`` that all layers shared: ``num_active`` says how many KV blocks each visited.
+    """
+
+    logits: Array | None
+    hidden: Array
+    caches: tuple[pa.caches.KVCache, ...] | None
+    block_mask: pa.BlockMask
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each on the normalised residual stream and added back to it."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        implementation: str | None,
+    ) -> None:
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
+        self.attention = Attention(config, rngs=rngs, implementation=implementation, **dtypes)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, rngs=rngs, **dtypes)
+
+    def __call__(
+        self,
+        hidden: Array,
+        rotary: tuple[Array, Array],
+        positions: Array,
+        block_mask: pa.BlockMask,
+        cache: pa.caches.KVCache | None,
+    ) -> tuple[Array, pa.caches.KVCache | None]:
+        """``[B, T, E] -> [B, T, E]``, and the cache; arguments as in :meth:`Attention.__call__`."""
+        attended, cache = self.attention(self.attention_norm(hidden), rotary, positions, block_mask, cache)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden)), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder of the Llama family (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
+
+    Args:
+      config: the sizes and constants.
+      rngs: from which the weights are drawn; :func:`~pallas_attn_models.checkpoint.load_hf` draws none.
+      dtype: of activations and matrix products. Norms, rotary angles, softmax and logits are float32 whatever it is.
+      param_dtype: of the weights; default ``dtype``.
+      implementation: of ``pa.attention``; default: the best that can serve.
+      block_sizes: a ``pa.BlockSizes`` for the block mask; default from the tuning table.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        implementation: str | None = None,
+        block_sizes: pa.BlockSizes | None = None,
+    ) -> None:
+        dtype = check_dtype("dtype", dtype)
+        param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.dtype = dtype
+        self.block_sizes = block_sizes
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
+        self.layers = nnx.List(
+            DecoderLayer(config, rngs=rngs, implementation=implementation, **dtypes) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else linear(config.hidden_size, config.vocab_size, rngs=rngs, preferred_element_type=jnp.float32, **dtypes)
+        )
+
+    def __call__(
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike | None = None,
+        caches: Sequence[pa.caches.KVCache] | None = None,
+        segment_ids: ArrayLike | None = None,
+        layer_hook: Callable[[int, Array], Array] | None = None,
+        apply_head: bool = True,
+    ) -> DecoderOutput:
+        """Runs the decoder over ``tokens``, each of which sees itself and what comes before it.
+
+        Args:
+          tokens: int32 ``[B, T]``.
+          positions: int32 ``[B|1, T]``; -1 is padding, wherever it stands, and whatever token stands there. Default:
+            ``arange(T)``, after what each row's cache already holds.
+          caches: one per layer, from :meth:`init_caches` or an earlier call; the tokens are appended to them.
+          segment_ids: int32 ``[B|1, T]`` for packed documents: a token sees only its own document. Rotary embedding
+            knows only distances, so positions may start anew in each document or run on. Not together with caches.
+          layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[B, T, E]``, called before each layer.
+          apply_head: False leaves the logits out; :meth:`logits` gives them for chosen rows of ``hidden``.
+
+        Raises:
+          ValueError: a shape, dtype or count that does not fit; names the argument, what was expected and what came.
+        """
+        tokens = _as_int32("tokens", tokens)
+        batch_size, length = tokens.shape
+        if caches is not None:
+            self._check_caches(caches, batch_size)
+        if positions is None:
+            positions = jnp.arange(length, dtype=jnp.int32)[None]
+            if caches is not None:
+                positions = positions + caches[0].lengths[:, None]
+        positions = _per_token("positions", positions, tokens)
+
+        mask, kv_positions = pa.masks.causal(), positions
+        if segment_ids is not None:
+            if caches is not None:
+                raise ValueError("segment_ids: expected None together with caches, which hold one document a row")
+            mask = mask & pa.masks.segments(_per_token("segment_ids", segment_ids, tokens))
+        if caches is not None:
+            positions = jnp.broadcast_to(positions, tokens.shape)
+            kv_positions = caches[0].positions_after(positions)
+        block_mask = pa.BlockMask.from_mask(mask, positions, kv_positions, self.block_sizes)
+
+        # What stands at padding may be no token at all, and the embedding answers that with NaN.
+        hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope)
+        new_caches = []
+        for index, layer in enumerate(self.layers):
+            if layer_hook is not None:
+                hidden = layer_hook(index, hidden)
+            cache = None if caches is None else caches[index]
+            hidden, cache = layer(hidden, rotary, positions, block_mask, cache)
+            new_caches.append(cache)
+        hidden = self.norm(hidden)
+        return DecoderOutput(
+            logits=self.logits(hidden) if apply_head else None,
+            hidden=hidden,
+            caches=None if caches is None else tuple(new_caches),
+            block_mask=block_mask,
+        )
+
+    def logits(self, hidden: Array) -> Array:
+        """The output head: ``[B, T, E]``, as in :class:`DecoderOutput`, to float32 ``[B, T, V]``."""
+        return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+
+    def init_caches(
+        self,
+        *,
+        batch_size: int,
+        capacity: int,
+        policy: pa.caches.Policy | None = None,
+        storage: pa.caches.Storage | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> tuple[pa.caches.KVCache, ...]:
+        """Empty caches, one per layer.
+
+        Args:
+          batch_size: B.
+          capacity: how many tokens a row can hold.
+          policy: which slot a token takes; default ``pa.caches.Dense()``.
+          storage: how a slot is held; default ``pa.caches.Plain()``.
+          dtype: of the keys and values; default the decoder's.
+        """
+        return tuple(
+            pa.caches.init(
+                policy or pa.caches.Dense(),
+                storage or pa.caches.Plain(),
+                batch_size=batch_size,
+                capacity=capacity,
+                kv_heads=self.config.num_kv_heads,
+                head_dim=self.config.head_dim,
+                dtype=self.dtype if dtype is None else dtype,
+            )
+            for _ in range(self.config.num_layers)
+        )
+
+    def _check_caches(self, caches: Sequence[pa.caches.KVCache], batch_size: int) -> None:
+        if len(caches) != self.config.num_layers:
+            raise ValueError(f"caches: expected one per layer, {self.config.num_layers}, got {len(caches)}")
+        for index, cache in enumerate(caches):
+            if cache.batch_size != batch_size:
+                raise ValueError(
+                    f"caches[{index}]: expected the batch size of tokens, {batch_size}, got {cache.batch_size}"
+                )
+            if cache.capacity != caches[0].capacity:
+                raise ValueError(
+                    f"caches[{index}]: expected the capacity of caches[0], {caches[0].capacity}, got {cache.capacity}"
+                )
+
+
+def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
+    """A dtype that weights and activations can have, or a ValueError that names the argument."""
+    if (checked := jnp.dtype(dtype)).name not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, got {checked.name}")
+    return checked
+
+
+def _as_int32(name: str, value: ArrayLike) -> Array:
+    array = jnp.asarray(value)
+    if array.dtype != jnp.int32 or array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name}: expected int32 [B, T], none of them 0, got {array.dtype} {list(array.shape)}")
+    return array
+
+
+def _per_token(name: str, value: ArrayLike, tokens: Array) -> Array:
+    array = _as_int32(name, value)
+    batch_size, length = tokens.shape
+    if array.shape not in ((batch_size, length), (1, length)):
+        raise ValueError(f"{name}: expected the shape of tokens, [{batch_size}|1, {length}], got {list(array.shape)}")
+    return array

@@ -1,0 +1,114 @@
+"""What a Llama layer is made of besides attention: embedding, RMSNorm, rotary embedding, gated MLP.
+
+Linear maps are ``nnx.Linear`` without bias; their kernels are ``[in, out]``.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from pallas_attn_models.config import RopeConfig
+
+_INITIALIZER = nnx.initializers.normal(0.02)
+
+
+def linear(
+    in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, **options
+) -> nnx.Linear:
+    """A linear map without bias, ``[.., in] -> [.., out]``, the only kind that a Llama has."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=_INITIALIZER,
+        rngs=rngs,
+        **options,
+    )
+
+
+class Embedding(nnx.Module):
+    """The table of token vectors, ``[V, E]``, which a tied model also uses as its output head."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ) -> None:
+        self.table = nnx.Param(_INITIALIZER(rngs.params(), (vocab_size, hidden_size), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, tokens: Array) -> Array:
+        """``[B, T] -> [B, T, E]``. A token outside the vocabulary gives NaN, so that it cannot go unnoticed."""
+        rows = self.table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return rows.astype(self.dtype)
+
+    def logits(self, hidden: Array) -> Array:
+        """``[B, T, E] -> float32 [B, T, V]``."""
+        table = self.table[...].astype(self.dtype)
+        return jnp.einsum("bte,ve->btv", hidden.astype(self.dtype), table, preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4), in float32 inside."""
+
+    def __init__(self, size: int, epsilon: float, *, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+        self.epsilon = epsilon
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        """``[B, T, E] -> [B, T, E]``."""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + jnp.float32(self.epsilon))
+        # Rounded before it is scaled, as the Llama checkpoints were trained.
+        return x.astype(self.dtype) * self.scale[...].astype(self.dtype)[None, None]
+
+
+class MLP(nnx.Module):
+    """The gated MLP, ``down(silu(gate(x)) * up(x))`` (SwiGLU: Shazeer 2020, arXiv:2002.05202, equation 6)."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ) -> None:
+        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        self.gate = linear(hidden_size, intermediate_size, **options)
+        self.up = linear(hidden_size, intermediate_size, **options)
+        self.down = linear(intermediate_size, hidden_size, **options)
+
+    def __call__(self, x: Array) -> Array:
+        """``[B, T, E] -> [B, T, E]``."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def inverse_frequencies(head_dim: int, rope: RopeConfig) -> np.ndarray:
+    """The angle by which each pair of a head turns per position, float64 ``[D / 2]``; see :class:`RopeConfig`."""
+    frequency = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if rope.type == "linear":
+        return frequency / rope.factor
+    if rope.type == "llama3":
+        turns = rope.original_max_position_embeddings * frequency / (2 * np.pi)  # over the original context
+        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = np.clip(keep, 0.0, 1.0)
+        return keep * frequency + (1 - keep) * frequency / rope.factor
+    return frequency
+
+
+def rotary_tables(positions: Array, head_dim: int, rope: RopeConfig) -> tuple[Array, Array]:
+    """Cosine and sine of every angle: int32 ``[B|1, T]`` -> two float32 ``[B|1, T, 1, D / 2]``, for all layers."""
+    frequency = jnp.asarray(inverse_frequencies(head_dim, rope), jnp.float32)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns ``[B, T, heads, D]`` by the angles of :func:`rotary_tables`, in float32; keeps the dtype of ``x``.
+
+    The pairs are (i, i + D/2), as in the checkpoints that transformers writes; the paper (equation 34) pairs
+    neighbours, which is the same up to an order of the rows of the query and key projections.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

@@ -1,0 +1,291 @@
+"""Three small tasks whose answers can be checked, written as text of one byte per token.
+
+=========  ======================  ==========
+task       prompt                  answer
+=========  ======================  ==========
+addition   ``17+25=``              ``42\\n``
+reversal   ``reverse:hello=``      ``olleh\\n``
+recall     ``a=7;k=2;x=5;k?``      ``2\\n``
+=========  ======================  ==========
+
+A prompt is either for training or held out, for good: :func:`is_held_out` decides by a hash. Nothing that
+:func:`training_batch` makes contains a prompt that :func:`held_out_prompts` gives.
+
+Reads downwards: one prompt of each task, the split, documents of several prompts, batches of packed documents.
+"""
+
+import dataclasses
+import string
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+
+VOCAB_SIZE = 256  # a token is a byte
+END = "\n"  # ends every answer
+END_TOKEN = ord(END)
+
+MAX_DIGITS = 2
+MAX_WORD = 8
+MAX_PAIRS = 90
+_LETTERS = np.array(list(string.ascii_lowercase))
+_LETTER_PAIRS = np.array([first + second for first in _LETTERS for second in _LETTERS])
+# A document of recall needs at least this many bytes: two pairs, a question and its answer, with keys of two letters.
+_MIN_ROOM = 16
+
+
+class Example(NamedTuple):
+    """A prompt, and the one answer that is right; the answer includes the end of line."""
+
+    prompt: str
+    answer: str
+
+
+def addition(rng: Generator) -> Example:
+    """The sum of two numbers of one or two digits; numbers of either length are equally frequent."""
+    a, b = (int(rng.integers(10**digits)) for digits in rng.integers(1, MAX_DIGITS + 1, size=2))
+    return Example(f"{a}+{b}=", f"{a + b}{END}")
+
+
+def reversal(rng: Generator) -> Example:
+    """A word of one to eight random letters, backwards."""
+    word = "".join(rng.choice(_LETTERS, size=rng.integers(1, MAX_WORD + 1)))
+    return Example(f"reverse:{word}=", word[::-1] + END)
+
+
+def recall(rng: Generator, *, min_pairs: int = 1, max_pairs: int = MAX_PAIRS) -> Example:
+    """The value of one key of a list, which takes four bytes per pair, or five where keys have two letters.
+
+    Args:
+      rng: where randomness comes from.
+      min_pairs, max_pairs: how long the list is; the length is uniform between them.
+
+    Raises:
+      ValueError: not ``1 <= min_pairs <= max_pairs <= 90``.
+    """
+    if not 1 <= min_pairs <= max_pairs <= MAX_PAIRS:
+        raise ValueError(
+            f"min_pairs, max_pairs: expected 1 <= min_pairs <= max_pairs <= {MAX_PAIRS}, got {min_pairs}, {max_pairs}"
+        )
+    pairs = _pairs(rng, _key_letters(rng, min_pairs), min_pairs, max_pairs)
+    key = str(rng.choice(list(pairs)))
+    return Example(_listed(pairs) + _question(key), pairs[key] + END)
+
+
+def _key_letters(rng: Generator, min_pairs: int) -> int:
+    """One letter names a key in three of ten lists, where one letter is enough."""
+    return 1 if rng.random() < 0.3 and min_pairs <= len(_LETTERS) else 2
+
+
+def _pairs(rng: Generator, letters: int, min_pairs: int, max_pairs: int) -> dict[str, str]:
+    """A list of random length, as an ordered dict from distinct keys of so many letters to digits."""
+    names = _LETTERS if letters == 1 else _LETTER_PAIRS
+    count = rng.integers(min_pairs, min(max_pairs, len(names)) + 1)
+    keys = rng.choice(names, size=count, replace=False)
+    return {str(key): str(value) for key, value in zip(keys, rng.integers(10, size=count), strict=True)}
+
+
+def _listed(pairs: dict[str, str]) -> str:
+    return "".join(f"{key}={value};" for key, value in pairs.items())
+
+
+def _question(key: str) -> str:
+    return f"{key}?"
+
+
+TASKS: dict[str, Callable[..., Example]] = {"addition": addition, "reversal": reversal, "recall": recall}
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt, of any of the tasks, is kept from training: one in ten are.
+
+    Prompts that differ only in the order of the numbers, or in which key of the same list they ask for, share a fate.
+    """
+    if prompt.endswith("?"):
+        problem = prompt.rpartition(";")[0]
+    elif "+" in prompt:
+        problem = "+".join(sorted(prompt.removesuffix("=").split("+"), key=int))
+    else:
+        problem = prompt
+    return zlib.crc32(problem.encode()) % 10 == 0
+
+
+def held_out_prompts(task: str, count: int, seed: int, **options: int) -> list[Example]:
+    """Examples that are never in training; an example may occur twice.
+
+    Args:
+      task: ``"addition"``, ``"reversal"`` or ``"recall"``.
+      count: how many.
+      seed: the same seed gives the same examples.
+      **options: those of the task: ``min_pairs`` and ``max_pairs`` of :func:`recall`.
+
+    Raises:
+      ValueError: an unknown task, or a count or an option out of range.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    rng = np.random.default_rng(seed)
+    return [_draw(lambda: TASKS[task](rng, **options), held_out=True) for _ in range(count)]
+
+
+def _draw(sample: Callable[[], Example], *, held_out: bool) -> Example:
+    """Samples until an example is on the wanted side of the split."""
+    while is_held_out((example := sample()).prompt) != held_out:
+        pass
+    return example
+
+
+def encode(text: str) -> list[int]:
+    """The tokens of a text: its bytes."""
+    return list(text.encode())
+
+
+def decode(tokens: list[int]) -> str:
+    """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+    return bytes(tokens).decode(errors="replace")
+
+
+# A document is a sequence of examples, each of which sees those before it.
+Document = list[Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """What training documents are about.
+
+    Attributes:
+      addition, reversal, recall, bare_recall: shares of the documents; they add up to 1. ``bare_recall`` is recall
+        without punctuation, ``a7k2x5k`` -> ``2``, and only a step towards recall.
+      max_pairs: the length of the longest lists.
+    """
+
+    addition: float = 0.0
+    reversal: float = 0.0
+    recall: float = 0.0
+    bare_recall: float = 0.0
+    max_pairs: int = MAX_PAIRS
+
+    def __post_init__(self):
+        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"addition, reversal, recall, bare_recall: expected shares of 1, got {self.shares}")
+        if not 2 <= self.max_pairs <= MAX_PAIRS:
+            raise ValueError(f"max_pairs: expected 2 to {MAX_PAIRS}, got {self.max_pairs}")
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        return self.addition, self.reversal, self.recall, self.bare_recall
+
+
+def training_document(rng: Generator, mix: Mix, room: int) -> Document:
+    """Draws a document that is not held out. Those about recall take at most ``room`` bytes, if that is at least 16."""
+    kind = rng.choice(4, p=mix.shares)
+    if kind == 0:
+        return [_draw(lambda: addition(rng), held_out=False)]
+    if kind == 1:
+        return [_draw(lambda: reversal(rng), held_out=False)]
+    return _recall_document(rng, mix.max_pairs, max(room, _MIN_ROOM), bare=kind == 3)
+
+
+def _recall_document(rng: Generator, max_pairs: int, room: int, *, bare: bool) -> Document:
+    """A list and many questions about it: what makes a list worth its bytes in a batch.
+
+    Questions are drawn with replacement: without, all but the first could be answered in part by elimination.
+    """
+    letters = 1 if bare else _key_letters(rng, 1)
+    pair_bytes, question_bytes = (2, 2) if bare else (letters + 3, letters + 3)
+    most = min(max_pairs, (room - question_bytes) // pair_bytes)
+
+    def sample() -> Document:
+        pairs = _pairs(rng, letters, 1, most)
+        questions = min(4 + 2 * len(pairs), (room - pair_bytes * len(pairs)) // question_bytes)
+        keys = [str(key) for key in rng.choice(list(pairs), size=questions)]
+        if bare:
+            document = [Example(key, pairs[key]) for key in keys]
+            text = "".join(f"{key}{value}" for key, value in pairs.items())
+        else:
+            document = [Example(_question(key), pairs[key] + END) for key in keys]
+            text = _listed(pairs)
+        document[0] = document[0]._replace(prompt=text + document[0].prompt)
+        return document
+
+    while is_held_out((document := sample())[0].prompt):
+        pass
+    return document
+
+
+class Batch(NamedTuple):
+    """Rows of documents, each of which sees only itself.
+
+    Attributes:
+      tokens: int32 ``[B, T]``.
+      positions: int32 ``[B, T]``, from 0 in each document; -1 is padding.
+      segment_ids: int32 ``[B, T]``, one number per document of a row.
+      is_answer: bool ``[B, T]``, which tokens belong to an answer, including its end.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    segment_ids: np.ndarray
+    is_answer: np.ndarray
+
+
+def training_batch(rng: Generator, mix: Mix, *, rows: int, length: int) -> Batch:
+    """Draws documents and packs them into rows.
+
+    Args:
+      rng: where randomness comes from.
+      mix: what they are about.
+      rows: B.
+      length: T, at least 32.
+
+    Raises:
+      ValueError: a size that is too small.
+    """
+    if rows < 1:
+        raise ValueError(f"rows: expected at least 1, got {rows}")
+    if length < 2 * _MIN_ROOM:
+        raise ValueError(f"length: expected at least {2 * _MIN_ROOM}, got {length}")
+    return Batch(*map(np.stack, zip(*(pack(_fill(rng, mix, length), length) for _ in range(rows)), strict=True)))
+
+
+def _fill(rng: Generator, mix: Mix, length: int) -> list[Document]:
+    """Documents for one row: as many as are drawn before one does not fit."""
+    documents: list[Document] = []
+    room = length
+    while room >= _MIN_ROOM:
+        document = training_document(rng, mix, room)
+        room -= sum(len(example.prompt) + len(example.answer) for example in document)
+        if room >= 0:
+            documents.append(document)
+    return documents
+
+
+def pack(documents: list[Document], length: int) -> Batch:
+    """One row, ``[T]``: the documents one after another, then padding.
+
+    Raises:
+      ValueError: they take more than ``length`` bytes.
+    """
+    row = Batch(
+        tokens=np.zeros(length, np.int32),
+        positions=np.full(length, -1, np.int32),
+        segment_ids=np.zeros(length, np.int32),
+        is_answer=np.zeros(length, np.bool_),
+    )
+    start = 0
+    for segment, document in enumerate(documents):
+        tokens = encode("".join(prompt + answer for prompt, answer in document))
+        is_answer = np.repeat([False, True] * len(document), [len(text) for example in document for text in example])
+        end = start + len(tokens)
+        if end > length:
+            raise ValueError(f"documents: expected at most length={length} bytes, got {end}")
+        row.tokens[start:end] = tokens
+        row.positions[start:end] = np.arange(len(tokens))
+        row.segment_ids[start:end] = segment
+        row.is_answer[start:end] = is_answer
+        start = end
+    return row

@@ -1,0 +1,267 @@
+"""Trains the small checkpoint that comes with the package: ``python -m pallas_attn_models.train --out DIR``.
+
+Two things make it fast enough for two CPU cores. Training starts with the one circuit that is slow to form, attending
+to what followed an earlier copy of a token (an induction head: Olsson et al. 2022, arXiv:2209.11895), on lists without
+punctuation; punctuation, the other tasks and long lists come after it (:data:`PHASES`). And the matrices learn by Muon
+(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), which finds that circuit where AdamW stays on a
+plateau for long.
+
+All randomness comes from the seed, and the work does not depend on how fast the machine is.
+
+Reads downwards: model, curriculum, one step, training, evaluation, tokenizer, command line.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from pallas_attn_models.checkpoint import save_hf
+from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.decoder import Decoder
+from pallas_attn_models.generator import Generator
+from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.tasks import (
+    END,
+    END_TOKEN,
+    MAX_PAIRS,
+    MAX_WORD,
+    VOCAB_SIZE,
+    Batch,
+    Example,
+    Mix,
+    decode,
+    encode,
+    held_out_prompts,
+    training_batch,
+)
+
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    max_position_embeddings=1024,
+    eos_token_ids=(END_TOKEN,),
+)
+
+MUON_LEARNING_RATE = 0.02
+ADAM_LEARNING_RATE = 0.002
+WARMUP_STEPS = 100
+EVALUATION_SEED = 1
+EVALUATION_ROWS = 25
+EVALUATION_CAPACITY = 512
+
+
+def new_model(seed: int) -> Decoder:
+    """A decoder in which every layer starts as the identity: it adds nothing to the residual stream.
+
+    Starting there is what lets the first phase succeed within a hundred steps.
+    """
+    rngs = nnx.Rngs(seed)
+    model = Decoder(CONFIG, rngs=rngs, implementation="reference")
+
+    def draw(param: nnx.Param, scale: float) -> None:
+        param.set_value(nnx.initializers.normal(scale)(rngs.params(), param.shape, param.dtype))
+
+    draw(model.embedding.table, CONFIG.hidden_size**-0.5)
+    for layer in model.layers:
+        attention, mlp = layer.attention, layer.mlp
+        for linear in (attention.query, attention.key, attention.value, mlp.gate, mlp.up):
+            draw(linear.kernel, CONFIG.hidden_size**-0.5)
+        for linear in (attention.output, mlp.down):
+            draw(linear.kernel, 0.0)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training.
+
+    Attributes:
+      steps: how many batches.
+      rows, length: the size of a batch.
+      mix: what its documents are about; ``mix.max_pairs`` is reached at the end of the phase.
+      first_pairs: ``max_pairs`` at the start of the phase, from where it grows evenly.
+    """
+
+    steps: int
+    rows: int
+    length: int
+    mix: Mix
+    first_pairs: int
+
+    def mix_at(self, step: int) -> Mix:
+        """The mix of one step of the phase."""
+        growth = (self.mix.max_pairs - self.first_pairs) * step // self.steps
+        return dataclasses.replace(self.mix, max_pairs=self.first_pairs + growth)
+
+
+PHASES = (
+    Phase(150, 16, 128, Mix(bare_recall=1.0, max_pairs=12), first_pairs=8),
+    Phase(250, 16, 128, Mix(recall=0.7, bare_recall=0.3, max_pairs=12), first_pairs=6),
+    Phase(600, 16, 256, Mix(addition=0.4, reversal=0.3, recall=0.3, max_pairs=45), first_pairs=12),
+    Phase(800, 8, 512, Mix(addition=0.5, reversal=0.3, recall=0.2, max_pairs=MAX_PAIRS), first_pairs=45),
+)
+
+
+def scaled(phases: Sequence[Phase], steps: int) -> tuple[Phase, ...]:
+    """The same curriculum in ``steps`` steps altogether.
+
+    Raises:
+      ValueError: fewer steps than phases.
+    """
+    if steps < len(phases):
+        raise ValueError(f"steps: expected at least one for each of {len(phases)} phases, got {steps}")
+    total = sum(phase.steps for phase in phases)
+    ends = [round(sum(phase.steps for phase in phases[: n + 1]) * steps / total) for n in range(len(phases))]
+    lengths = np.maximum(np.diff(ends, prepend=0), 1)
+    lengths[np.argmax(lengths)] += steps - lengths.sum()
+    return tuple(dataclasses.replace(phase, steps=int(n)) for phase, n in zip(phases, lengths, strict=True))
+
+
+def batches(phases: Sequence[Phase], seed: int) -> Iterator[Batch]:
+    """The batches of all phases. Each has a random stream of its own, so that none depends on those before it."""
+    index = 0
+    for phase in phases:
+        for step in range(phase.steps):
+            rng = np.random.default_rng([seed, index])
+            yield training_batch(rng, phase.mix_at(step), rows=phase.rows, length=phase.length)
+            index += 1
+
+
+def optimizer(steps: int) -> optax.GradientTransformation:
+    """Muon for the matrices that map one layer's features to another's, AdamW for the embedding and the norms."""
+
+    def schedule(peak: float) -> optax.Schedule:
+        warmup = min(WARMUP_STEPS, steps // 2)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, end_value=0.02 * peak)
+
+    transforms = {
+        "muon": optax.contrib.muon(schedule(MUON_LEARNING_RATE), weight_decay=0.01),
+        "adam": optax.adamw(schedule(ADAM_LEARNING_RATE), b2=0.98, weight_decay=0.0),
+    }
+
+    def labels(params: nnx.State) -> nnx.State:
+        return nnx.map_state(lambda path, _: "muon" if path[-1] == "kernel" else "adam", params)
+
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(transforms, labels))
+
+
+def loss_and_accuracy(model: Decoder, batch: Batch) -> tuple[Array, Array]:
+    """Mean cross-entropy in nats, and share of tokens predicted right, over the tokens of answers.
+
+    Prompts are random, so there is nothing to learn from predicting them.
+    """
+    logits = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids).logits[:, :-1]
+    targets, weights = batch.tokens[:, 1:], batch.is_answer[:, 1:] / batch.is_answer[:, 1:].sum()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(losses * weights), jnp.sum((logits.argmax(-1) == targets) * weights)
+
+
+@nnx.jit
+def train_step(model: Decoder, optimizer: nnx.Optimizer, batch: Batch) -> tuple[Array, Array]:
+    """Updates model and optimizer in place; returns the loss and accuracy that the batch had before."""
+    (loss, accuracy), gradients = nnx.value_and_grad(loss_and_accuracy, has_aux=True)(model, batch)
+    optimizer.update(model, gradients)
+    return loss, accuracy
+
+
+def train(phases: Sequence[Phase], seed: int, console: Console) -> Decoder:
+    """Trains a new model; the console shows how far it is."""
+    steps = sum(phase.steps for phase in phases)
+    model = new_model(seed)
+    state = nnx.Optimizer(model, optimizer(steps), wrt=nnx.Param)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("train", total=steps, loss=float("nan"), accuracy=float("nan"))
+        for batch in batches(phases, seed):
+            loss, accuracy = train_step(model, state, batch)
+            progress.update(bar, advance=1, loss=float(loss), accuracy=float(accuracy))
+    return model
+
+
+def exact_answers(generator: Generator, examples: Sequence[Example]) -> float:
+    """The share of examples whose whole answer is right under greedy decoding."""
+    right = 0
+    sampling = Sampling(max_new_tokens=MAX_WORD + len(END))
+    for start in range(0, len(examples), generator.batch_size):
+        chunk = examples[start : start + generator.batch_size]
+        result = generator.generate([encode(example.prompt) for example in chunk], sampling)
+        for example, tokens, reason in zip(chunk, result.tokens, result.finish_reasons, strict=True):
+            right += reason == "stop" and decode(tokens) + END == example.answer
+    return right / len(examples)
+
+
+def evaluate(model: Decoder, count: int) -> Table:
+    """Exact answers to ``count`` held-out prompts of each task, and to as many with lists of 300 bytes or more."""
+    generator = Generator(model, batch_size=EVALUATION_ROWS, capacity=EVALUATION_CAPACITY)
+    table = Table("task", "bytes", "prompts", "exact", title="Held-out prompts, greedy decoding")
+    rows = {
+        "addition": held_out_prompts("addition", count, EVALUATION_SEED),
+        "reversal": held_out_prompts("reversal", count, EVALUATION_SEED),
+        "recall": held_out_prompts("recall", count, EVALUATION_SEED),
+        "recall, long lists": held_out_prompts("recall", count, EVALUATION_SEED, min_pairs=60),
+    }
+    for name, examples in rows.items():
+        sizes = [len(example.prompt) for example in examples]
+        exact = exact_answers(generator, examples)
+        table.add_row(name, f"{min(sizes)}-{max(sizes)}", str(len(examples)), f"{exact:.1%}")
+    return table
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose 256 tokens are the bytes, each with its value as its id."""
+    # Every byte is written as one visible character: itself where it is one, else one from beyond the first 256.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    visible = {ord(char): char for char in alphabet if ord(char) < 256}
+    replacements = iter(char for char in alphabet if ord(char) >= 256)
+    vocabulary = {visible.get(byte) or next(replacements): byte for byte in range(256)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, saves, evaluates and prints; see ``--help``."""
+    total = sum(phase.steps for phase in PHASES)
+    parser = argparse.ArgumentParser(prog="python -m pallas_attn_models.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="where all randomness comes from (default: 0)")
+    parser.add_argument("--steps", type=int, default=total, help=f"length of the whole curriculum (default: {total})")
+    parser.add_argument("--quick", action="store_true", help="8 steps and 4 prompts, to see that everything runs")
+    options = parser.parse_args(arguments)
+
+    console = Console()
+    phases = scaled(PHASES, 8 if options.quick else options.steps)
+    model = train(phases, options.seed, console)
+    save_hf(model, options.out)
+    byte_tokenizer().save(str(options.out / "tokenizer.json"))
+    console.print(evaluate(model, 4 if options.quick else 100))
+
+
+if __name__ == "__main__":
+    main()
