@@ -222,6 +222,8 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
     some_q = _reduce_blocks(jnp.max, q_real, False, q_block, kv_block)
     some_kv = repeat_heads(_reduce_blocks(jnp.max, kv_real, False, q_block, kv_block), heads)
     every_kv = repeat_heads(_reduce_blocks(jnp.min, kv_real, False, q_block, kv_block), heads)
+    if kv_real.shape[-1] < kv_block:
+        every_kv = jnp.zeros_like(every_kv)  # also where S is 1, an axis that _reduce_blocks takes for a shared one
     active = some & some_q & some_kv
     full = active & every & every_kv
     return jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY)).astype(jnp.uint8)

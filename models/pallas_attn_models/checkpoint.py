@@ -145,8 +145,8 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
     else:
         paths = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
 
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".save-") as name:
-        unfinished = Path(name)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".save-") as temporary:
+        unfinished = Path(temporary)
         for path, shard in zip(paths, shards, strict=True):
             save_file({name: _to_numpy(weights[name]) for name in shard}, unfinished / path, {"format": "pt"})
         if len(shards) > 1:
@@ -156,7 +156,9 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
         dtype = str(model.embedding.table.dtype)
         _write_json(unfinished / CONFIG, {**model.config.to_hf(), "torch_dtype": dtype})
         written = [path.name for path in unfinished.iterdir()]
+        mode = (unfinished / CONFIG).stat().st_mode
         for file in written:
+            (unfinished / file).chmod(mode)  # safetensors lets only the owner read what it writes
             (unfinished / file).replace(directory / file)
     for old in directory.iterdir():
         if old.name not in written and (old.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(old.name)):

@@ -19,6 +19,7 @@ from rich.text import Text
 from tokenizers import Tokenizer
 
 import pallas_attn as pa
+from pallas_attn_models import tasks
 from pallas_attn_models.checkpoint import load_hf
 from pallas_attn_models.decoder import FLOAT_DTYPES
 from pallas_attn_models.generator import GenerationStats, Generator, check_prompts
@@ -125,13 +126,14 @@ def _parser() -> argparse.ArgumentParser:
 class _Completion:
     prompt: str
     completion: str
+    right_answer: str | None  # None where nobody knows it
+    finish_reason: str
     tokens: list[int]
     logprobs: list[float]
-    finish_reason: str
 
 
 def _generate(args: argparse.Namespace) -> int:
-    texts = _read_prompts(args)
+    texts, answers = _read_prompts(args)
     samplings = [
         # A seed for each prompt, so that the same prompt twice gives two answers.
         Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, seed=args.seed + index)
@@ -155,9 +157,9 @@ def _generate(args: argparse.Namespace) -> int:
     for first in range(0, len(prompts), args.batch_size):
         batch = slice(first, first + args.batch_size)
         result = generator.generate(prompts[batch], samplings[batch])
-        answers = [tokenizer.decode(tokens) for tokens in result.tokens]
-        rows = zip(texts[batch], answers, result.tokens, result.logprobs, result.finish_reasons, strict=True)
-        completions += [_Completion(*row) for row in rows]
+        decoded = [tokenizer.decode(tokens) for tokens in result.tokens]
+        columns = (texts[batch], decoded, answers[batch], result.finish_reasons, result.tokens, result.logprobs)
+        completions += [_Completion(*row) for row in zip(*columns, strict=True)]
         runs.append(result.stats)
     stats = _sum(runs, compile_seconds)
 
@@ -171,33 +173,29 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
+def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str | None]]:
+    """The prompts, and the right answer to each where it is known."""
     if args.prompts_file is not None:
         prompts = [line for line in args.prompts_file.read_text(encoding="utf-8").split("\n") if line]
         if not prompts:
             raise ValueError(f"--prompts-file: expected a prompt per line, got none in {args.prompts_file}")
-        return prompts
-    if args.prompt is not None:
-        return args.prompt
-    if args.model is not None:
+    elif args.prompt is not None:
+        prompts = args.prompt
+    elif args.model is not None:
         raise ValueError("--model: expected --prompt or --prompts-file with it, got neither")
-    return _shipped_prompts()
+    else:
+        examples = _shipped_examples()
+        return [one.prompt for one in examples], [one.answer.removesuffix(tasks.END) for one in examples]
+    return prompts, [None] * len(prompts)
 
 
-def _shipped_prompts() -> list[str]:
-    """One for every task that the shipped checkpoint has learnt, and some more, from 5 bytes to several hundred."""
-    # 251 and 26 * 26 have no common divisor, so that no key comes twice.
-    keys = [divmod(251 * index + 17, 26) for index in range(80)]
-    pairs = [f"{chr(97 + a % 26)}{chr(97 + b)}={(index * index + 3) % 7}" for index, (a, b) in enumerate(keys)]
+def _shipped_examples() -> list[tasks.Example]:
+    """Some of every task that the shipped checkpoint has learnt, all held out of its training, 4 to 450 bytes long."""
     return [
-        "17+25=",
-        "8+64=",
-        "99+99=",
-        "reverse:pallas=",
-        "reverse:decoder=",
-        "a=7;k=2;q=9;k?",
-        ";".join(pairs[:40]) + f";{pairs[0][:2]}?",
-        ";".join(pairs) + f";{pairs[1][:2]}?",
+        *tasks.held_out_prompts("addition", 3, seed=0),
+        *tasks.held_out_prompts("reversal", 2, seed=0),
+        *tasks.held_out_prompts("recall", 1, seed=0, max_pairs=8),
+        *tasks.held_out_prompts("recall", 2, seed=0, min_pairs=60),
     ]
 
 
@@ -222,11 +220,14 @@ def _sum(runs: list[GenerationStats], compile_seconds: float) -> GenerationStats
 
 
 def _print_completions(completions: list[_Completion]) -> None:
-    table = Table("prompt", "completion", "ended by", show_lines=True)
+    known = any(one.right_answer is not None for one in completions)
+    table = Table("prompt", "completion", *(["right answer"] if known else []), "ended by", show_lines=True)
     for one in completions:
+        cells = [_shorten(_printable(one.prompt)), _printable(one.completion, keep="\n")]
+        if known:
+            cells.append(one.right_answer or "")
         # Text, not markup: a model may well write "[bold]".
-        prompt, answer = Text(_shorten(_printable(one.prompt))), Text(_printable(one.completion, keep="\n"))
-        table.add_row(prompt, answer, one.finish_reason)
+        table.add_row(*map(Text, [*cells, one.finish_reason]))
     Console(highlight=False).print(table)
 
 

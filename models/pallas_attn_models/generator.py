@@ -239,6 +239,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, capacity: int, vocab_size
       ValueError: no prompt, one that is empty or too long, or a token outside the vocabulary; names row and index.
       TypeError: a prompt that is no sequence, or a token that is no int.
     """
+    if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str | bytes):
+        raise TypeError(f"prompts: expected a sequence of prompts, got {type(prompts).__name__}")
     checked = [_as_tokens(f"prompts[{row}]", prompt, vocab_size) for row, prompt in enumerate(prompts)]
     if not checked:
         raise ValueError("prompts: expected at least one prompt, got none")
@@ -267,7 +269,7 @@ def _as_tokens(name: str, tokens: Any, vocab_size: int) -> list[int]:
 
 
 def _check_samplings(sampling: Sampling | Sequence[Sampling], num_prompts: int) -> list[Sampling]:
-    samplings = [sampling] * num_prompts if isinstance(sampling, Sampling) else list(sampling)
+    samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * num_prompts
     for one in samplings:
         if not isinstance(one, Sampling):
             raise TypeError(f"sampling: expected a Sampling or one per prompt, got {type(one).__name__}")

@@ -64,6 +64,7 @@ CONFIG = DecoderConfig(
 MUON_LEARNING_RATE = 0.02
 ADAM_LEARNING_RATE = 0.002
 WARMUP_STEPS = 100
+LOG_EVERY = 50
 EVALUATION_SEED = 1
 EVALUATION_ROWS = 25
 EVALUATION_CAPACITY = 512
@@ -197,9 +198,11 @@ def train(phases: Sequence[Phase], seed: int, console: Console) -> Decoder:
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("train", total=steps, loss=float("nan"), accuracy=float("nan"))
-        for batch in batches(phases, seed):
-            loss, accuracy = train_step(model, state, batch)
-            progress.update(bar, advance=1, loss=float(loss), accuracy=float(accuracy))
+        for step, batch in enumerate(batches(phases, seed), start=1):
+            loss, accuracy = map(float, train_step(model, state, batch))
+            progress.update(bar, advance=1, loss=loss, accuracy=accuracy)
+            if not console.is_terminal and step % LOG_EVERY == 0:  # a bar shows nothing in a log file
+                console.print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.3f}")
     return model
 
 

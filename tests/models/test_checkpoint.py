@@ -109,6 +109,11 @@ def test_saving_again_leaves_no_file_of_the_earlier_save(tmp_path):
     assert_same_bits(load_hf(tmp_path, dtype=jnp.float32), first)
 
 
+def test_weights_can_be_read_by_whoever_can_read_the_config(tmp_path):
+    save_hf(load_hf(FIXTURES / "gqa"), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_save_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     first, second = load_hf(FIXTURES / "gqa", dtype=jnp.float32), load_hf(FIXTURES / "linear")
     save_hf(first, tmp_path)

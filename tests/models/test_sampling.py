@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_attn_models.sampling import Sampling, SamplingArrays, sample
+from pallas_attn_models.sampling import Sampling, SamplingArrays, _top_k_top_p, sample
 from scipy import stats
 
 # A right sampler fails a chi-square test at this level once in a thousand seeds; the seeds here are fixed.
@@ -88,15 +88,22 @@ def test_the_narrowest_filter_is_greedy(sampling):
     assert set(draw_many(LOGITS, sampling).tolist()) == {2}
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45])
+@pytest.mark.parametrize("temperature", [1e-6, 2e-38, 1e-45])
 def test_the_smallest_temperatures_are_greedy(temperature):
-    logits = np.array([-8.0, 50.0, 49.0, 0.0, 49.5, 1.0, 2.0, 3.0], np.float32)
+    logits = np.array([49.9999, 50.0, 49.0, 0.0, -8.0, 1.0, 2.0, 3.0], np.float32)
     assert set(draw_many(logits, Sampling(temperature=temperature)).tolist()) == {1}
 
 
 def test_a_token_without_probability_is_never_drawn():
     logits = np.where(np.isin(np.arange(8), [0, 5]), LOGITS, -np.inf).astype(np.float32)
     assert set(draw_many(logits, Sampling(temperature=1e30)).tolist()) == {0, 5}
+
+
+def test_a_filter_that_is_off_keeps_every_token_of_its_row():
+    """Also one after the running sum has rounded to 1: or a row's tokens would depend on its neighbour's top-p."""
+    logits = np.tile(np.array([0.0, -18.0, -40.0, -80.0], np.float32), (2, 1))
+    settings = SamplingArrays.stack([Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)])
+    assert _top_k_top_p(logits, settings).tolist() == [[True] * 4, [True, False, False, False]]
 
 
 def test_every_row_has_its_own_settings():
@@ -120,7 +127,9 @@ def test_a_seed_gives_the_same_tokens_in_any_row_and_batch_and_under_any_default
         rows = [*others[:row], sampling, *others[row:]]
         assert [draw(LOGITS, rows, [9, 9, 9, 9][:row] + [step] + [9] * (3 - row))[row] for step in steps] == alone
     with jax.default_prng_impl("unsafe_rbg"):
-        assert [draw(LOGITS, [sampling, *others], [step, 0, 0, 0])[0] for step in steps] == alone
+        settings = SamplingArrays.stack([sampling] * len(steps))
+        rows = np.broadcast_to(LOGITS, (len(steps), len(LOGITS)))
+        assert sample(jnp.asarray(rows), settings, np.array(steps, np.int32))[0].tolist() == alone
     assert len(set(alone)) > 1
     assert [draw(LOGITS, [dataclasses.replace(sampling, seed=124)], [step])[0] for step in steps] != alone
 

@@ -1,0 +1,373 @@
+"""Generator: two executables for life, rows that do not see each other, and the tokens of a plain loop."""
+
+import dataclasses
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tolerances
+from flax import nnx
+from pallas_attn_models import generator as generator_module
+from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.decoder import Decoder
+from pallas_attn_models.generator import Generator, _Count
+from pallas_attn_models.sampling import Sampling
+
+import pallas_attn as pa
+
+EOS = 7
+BATCH, CAPACITY, CHUNK, KV_BLOCK = 3, 48, 16, 8
+CONFIG = DecoderConfig(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    eos_token_ids=(EOS,),
+)
+ONE_EACH = {"prefill": 1, "decode": 1}
+
+
+def make_model() -> Decoder:
+    """Weights so wide that tokens attend unevenly and the likeliest token is well ahead."""
+    model = Decoder(CONFIG, rngs=nnx.Rngs(3), implementation="xla", block_sizes=pa.BlockSizes(CHUNK, KV_BLOCK))
+    nnx.update(model, jax.tree.map(lambda x: x * 8.0 if x.ndim == 2 else x, nnx.state(model)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_prefill", "_decode"):
+            patch.setattr(generator_module, name, chex.assert_max_traces(getattr(generator_module, name), n=1))
+        generator = Generator(make_model(), batch_size=BATCH, capacity=CAPACITY, prefill_chunk=CHUNK)
+    assert generator.compile_counts == {"prefill": 0, "decode": 0}
+    assert generator.compile() > 0
+    yield generator
+    assert generator.compile_counts == ONE_EACH
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(10, CONFIG.vocab_size, length).tolist()
+
+
+@pytest.fixture(scope="module")
+def plain_loop(generator):
+    """Greedy continuation that recomputes the whole sequence for every token, without cache or Generator."""
+    graph, weights = nnx.split(generator.model)
+
+    @jax.jit
+    def last_logprobs(tokens, length):
+        positions = jnp.arange(CAPACITY, dtype=jnp.int32)[None]
+        logits = nnx.merge(graph, weights)(tokens, jnp.where(positions < length, positions, -1)).logits
+        return jax.nn.log_softmax(logits[0, length - 1])
+
+    def run(prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+        tokens, logprobs = list(prompt), []
+        for _ in range(count):
+            padded = np.zeros((1, CAPACITY), np.int32)
+            padded[0, : len(tokens)] = tokens
+            row = np.asarray(last_logprobs(padded, np.int32(len(tokens))))
+            tokens.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+        return tokens[len(prompt) :], logprobs
+
+    return run
+
+
+# --- the tokens ---
+
+
+def test_unequal_prompts_together_and_alone_give_the_tokens_of_a_plain_loop(generator, plain_loop):
+    prompts = [prompt_of(length) for length in (1, 15, 16, 17, 31, 40)]
+    sampling = Sampling(max_new_tokens=8)
+    for first in range(0, len(prompts), BATCH):
+        together = generator.generate(prompts[first : first + BATCH], sampling)
+        for row, prompt in enumerate(prompts[first : first + BATCH]):
+            alone = generator.generate([prompt], sampling)
+            tokens, logprobs = plain_loop(prompt, 8)
+            assert EOS not in tokens, "chosen so that no row ends early"
+            assert together.tokens[row] == alone.tokens[0] == tokens
+            np.testing.assert_allclose(together.logprobs[row], logprobs, rtol=0, atol=10 * tolerances.CACHED_LOGITS)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_new_tokens=12), Sampling(12, temperature=1.3, top_k=20, seed=4)], ids=str
+)
+@pytest.mark.parametrize("row", range(BATCH))
+def test_a_row_is_bitwise_the_same_whatever_the_other_rows_hold(generator, sampling, row):
+    prompt, results = prompt_of(13), []
+    for seed, others in ((1, (1, 1)), (2, (47, 30)), (3, (14, 2))):
+        prompts = [prompt_of(length, seed) for length in others]
+        samplings = [Sampling(30), Sampling(5, temperature=2.0, top_p=0.5, seed=seed)]
+        prompts.insert(row, prompt)
+        samplings.insert(row, sampling)
+        results.append((generator.generate(prompts, samplings), row))
+    results.append((generator.generate([prompt], sampling), 0))
+    tokens = {tuple(result.tokens[at]) for result, at in results}
+    logprobs = {tuple(result.logprobs[at]) for result, at in results}
+    assert len(tokens) == len(logprobs) == 1
+    assert len(*tokens) >= 8
+
+
+def test_a_seed_decides_and_nothing_else(generator):
+    def tokens(seed: int, **settings) -> list[int]:
+        return generator.generate([prompt_of(5)], Sampling(20, temperature=1.5, seed=seed, **settings)).tokens[0]
+
+    assert tokens(1) == tokens(1)
+    assert len({tuple(tokens(seed)) for seed in range(8)}) == 8
+    assert tokens(1, top_k=1) == generator.generate([prompt_of(5)], Sampling(20)).tokens[0]
+
+
+def test_weights_are_those_of_the_moment(generator):
+    sampling = Sampling(10)
+    before = generator.generate([prompt_of(6)], sampling)
+    table = generator.model.embedding.table
+    old = table[...]
+    table.set_value(jnp.flip(old, 0))
+    try:
+        assert generator.generate([prompt_of(6)], sampling).tokens != before.tokens
+    finally:
+        table.set_value(old)
+    assert generator.generate([prompt_of(6)], sampling).tokens == before.tokens
+
+
+# --- two executables ---
+
+
+def test_no_call_compiles_again(generator, compilations):
+    rng = np.random.default_rng(0)
+    generator.generate([prompt_of(4)], Sampling(2))
+    compilations.clear()
+    for call in range(24):
+        lengths = rng.integers(1, CAPACITY, rng.integers(1, BATCH + 1)).tolist()
+        lengths[0] = {0: 1, 1: CAPACITY - 1}.get(call, lengths[0])
+        samplings = [
+            Sampling(
+                max_new_tokens=int(rng.integers(1, 40)),
+                temperature=float(rng.choice([0.0, 0.7, 1.0, 2])),
+                top_k=int(rng.choice([0, 1, 5, 1000])),
+                top_p=float(rng.choice([0.2, 0.9, 1])),
+                seed=int(rng.integers(2**32)),
+            )
+            for _ in lengths
+        ]
+        prompts = [(list, tuple, np.array)[call % 3](prompt_of(length, call)) for length in lengths]
+        stop = ((), 11, [12, 13], np.array([14]), range(20, 30))[call % 5]
+        result = generator.generate(prompts, samplings if call % 4 else samplings[0], stop)
+        assert len(result.tokens) == len(result.logprobs) == len(result.finish_reasons) == len(lengths)
+        assert [len(row) for row in result.tokens] == [len(row) for row in result.logprobs]
+        assert result.stats.prompt_tokens == sum(lengths)
+        assert result.stats.new_tokens == sum(map(len, result.tokens))
+        assert result.stats.executables == 2
+        assert result.stats.compile_seconds == 0
+        assert generator.compile_counts == ONE_EACH
+    assert not compilations
+
+
+class Interrupted:
+    """Runs a jitted function, whose donated caches are gone then, and is interrupted before it gives back new ones."""
+
+    def __init__(self, jitted):
+        self.jitted = jitted
+        self._cache_size = jitted._cache_size
+
+    def __call__(self, *arguments):
+        self.jitted(*arguments)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["_prefill", "_decode"])
+def test_nor_does_one_after_an_interrupt(generator, monkeypatch, name):
+    expected = generator.generate([prompt_of(9)], Sampling(10)).tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, name, Interrupted(getattr(generator, name)))
+        with pytest.raises(KeyboardInterrupt):
+            generator.generate([prompt_of(9)], Sampling(10))
+    assert generator.generate([prompt_of(9)], Sampling(10)).tokens == expected
+    assert generator.compile_counts == ONE_EACH
+
+
+def test_nor_does_a_run_that_comes_back_to_python_often(generator, monkeypatch):
+    prompts, samplings = [prompt_of(3), prompt_of(20)], [Sampling(17), Sampling(9, temperature=1.0, seed=2)]
+    expected = generator.generate(prompts, samplings)
+    monkeypatch.setattr(generator_module, "_STEPS_PER_CALL", np.int32(4))
+    assert generator.generate(prompts, samplings).tokens == expected.tokens
+    assert generator.compile_counts == ONE_EACH
+
+
+def test_caches_are_updated_in_place():
+    """Also: a model whose weights are bound to a device, as after ``jax.device_put``, compiles as often."""
+    capacity = 1999  # a number that no other array has
+    model = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0), implementation="xla")
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    generator = Generator(model, batch_size=2, capacity=capacity, prefill_chunk=CHUNK)
+    for length in (3, 30):
+        generator.generate([prompt_of(length)], Sampling(3))
+    assert generator.compile_counts == ONE_EACH
+
+    weights, caches, request = nnx.state(model), generator._caches, generator._request([], [], ())
+    state = jax.eval_shape(generator._prefill, weights, caches, request)
+    decode = generator._decode.lower(weights, state, request, np.int32(1)).compile()
+    text = decode.as_text()
+    assert caches[0].key.shape == (2, capacity, 2, 8)
+    assert f"f32[2,{capacity},2,8]" in text
+    assert "input_output_alias=" in text.partition("\n")[0]
+    assert not re.search(rf"= \w+\[2,{capacity},2,8\]\S* copy\(", text)
+    memory = decode.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(cache.nbytes for cache in caches)
+    assert memory.temp_size_in_bytes < caches[0].key.nbytes
+
+
+# --- when a row ends ---
+
+
+def test_rows_end_for_their_own_reason(generator):
+    prompts = [prompt_of(5), prompt_of(CAPACITY - 6), prompt_of(20)]
+    free = generator.generate(prompts, Sampling(40))
+    assert free.finish_reasons[1] == "capacity"
+    assert len(free.tokens[1]) == 6
+    last = next(index for index in range(3, 40) if free.tokens[0][index] not in free.tokens[0][:index])
+    stop = free.tokens[0][last]
+    assert stop not in free.tokens[2][:4]
+
+    result = generator.generate(prompts, [Sampling(40), Sampling(40), Sampling(4)], stop)
+    assert result.finish_reasons[0] == "stop"
+    assert result.tokens[0] == free.tokens[0][:last]
+    assert (result.finish_reasons[2], result.tokens[2]) == ("length", free.tokens[2][:4])
+
+
+def test_the_models_own_end_token_ends_a_row(generator):
+    seeds = (generator.generate([prompt_of(5)], Sampling(40, temperature=4.0, seed=seed)) for seed in range(50))
+    ended = next(result for result in seeds if result.finish_reasons == ["stop"])
+    assert EOS not in ended.tokens[0]
+    assert len(ended.tokens[0]) < 40
+
+
+def test_an_end_token_spends_budget_and_room_like_any_other(generator):
+    prompt = prompt_of(CAPACITY - 2)
+    first, second = generator.generate([prompt], Sampling(2)).tokens[0]
+    assert first != second
+    for budget, stop, count, reason in (
+        (1, (), 1, "length"),
+        (2, (), 2, "length"),
+        (3, (), 2, "capacity"),
+        (1, first, 0, "stop"),
+        (2, second, 1, "stop"),
+        (3, [second], 1, "stop"),
+    ):
+        result = generator.generate([prompt], Sampling(budget), stop)
+        assert (result.tokens[0], result.finish_reasons) == ([first, second][:count], [reason])
+        assert result.stats.new_tokens == count
+
+
+def test_the_longest_prompt_has_room_for_one_token(generator):
+    result = generator.generate([prompt_of(CAPACITY - 1)], Sampling(5))
+    assert (len(result.tokens[0]), result.finish_reasons) == (1, ["capacity"])
+
+
+def test_the_cache_of_a_row_that_is_done_does_not_grow(generator):
+    generator.generate([prompt_of(3), prompt_of(4)], [Sampling(1), Sampling(12)])
+    for cache in generator._caches:
+        # The newest token is not in the cache, and the third row is empty.
+        assert cache.lengths.tolist() == [3, 4 + 11, 0]
+        assert not cache.overflowed.any()
+
+
+# --- figures ---
+
+
+def test_visited_blocks_are_counted(generator):
+    lengths, budgets = (5, 33), (9, 4)
+    result = generator.generate([prompt_of(length) for length in lengths], [Sampling(budget) for budget in budgets])
+    visited = total = 0
+    for length, budget in zip(lengths, budgets, strict=True):
+        prefill = [min(length, start + CHUNK) for start in range(0, length, CHUNK)]
+        decode = range(length + 1, length + budget)
+        visited += sum(-(-seen // KV_BLOCK) for seen in (*prefill, *decode))
+        total += (len(prefill) + len(decode)) * (CAPACITY // KV_BLOCK)
+    assert result.finish_reasons == ["length"] * 2
+    assert result.stats.kv_blocks_visited == CONFIG.num_layers * visited
+    assert result.stats.kv_blocks_total == CONFIG.num_layers * total
+
+
+def test_a_count_goes_beyond_32_bits():
+    count = _Count.zero()
+    for _ in range(20):
+        count += jnp.int32(2**30 - 1)
+    assert count.value() == 20 * (2**30 - 1)
+
+
+def test_figures_of_a_run(generator):
+    stats = generator.generate([prompt_of(5)], Sampling(8)).stats
+    assert stats.prefill_seconds > 0
+    assert stats.decode_seconds > 0
+    assert stats.tokens_per_second == 8 / (stats.prefill_seconds + stats.decode_seconds)
+
+
+# --- what is refused, before anything runs ---
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([], ValueError, "prompts: expected at least one prompt, got none"),
+        ([[1]] * 4, ValueError, "prompts: expected at most batch_size=3, got 4"),
+        ([[1], []], ValueError, r"prompts\[1\]: expected at least one token, got none"),
+        ([[1] * 48], ValueError, r"prompts\[0\]: expected fewer tokens than capacity=48, .*, got 48"),
+        ([[1], [2, 50]], ValueError, r"prompts\[1\]\[1\]: expected a token in \[0, vocab_size=50\), got 50"),
+        ([[1], [-1]], ValueError, r"prompts\[1\]\[0\]: expected a token in \[0, vocab_size=50\), got -1"),
+        ([[1, 2.0]], TypeError, r"prompts\[0\]\[1\]: expected a token id, an int, got 2\.0"),
+        ([[True]], TypeError, r"prompts\[0\]\[0\]: expected a token id, an int, got True"),
+        (["17+25="], TypeError, r"prompts\[0\]: expected a sequence of token ids, got str"),
+        ([1, 2], TypeError, r"prompts\[0\]: expected a sequence of token ids, got int"),
+        ([np.ones((2, 2), np.int32)], TypeError, r"prompts\[0\]\[0\]: expected a token id, an int, got \[1, 1\]"),
+        (7, TypeError, "prompts: expected a sequence of prompts, got int"),
+    ],
+)
+def test_prompts_that_do_not_fit(generator, prompts, error, message):
+    with pytest.raises(error, match=message):
+        generator.generate(prompts)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sampling": [Sampling()]}, ValueError, "sampling: expected one, or one for each of 2 prompts, got 1"),
+        ({"sampling": [Sampling(), 0.7]}, TypeError, "sampling: expected a Sampling or one per prompt, got float"),
+        ({"sampling": 0.7}, TypeError, "sampling: expected a Sampling or one per prompt, got float"),
+        ({"stop": 50}, ValueError, r"stop\[0\]: expected a token in \[0, vocab_size=50\), got 50"),
+        ({"stop": [3, -2]}, ValueError, r"stop\[1\]: expected a token in \[0, vocab_size=50\), got -2"),
+        ({"stop": "\n"}, TypeError, "stop: expected a sequence of token ids, got str"),
+        ({"stop": [[3, 4]]}, NotImplementedError, "stop: a sequence of several tokens is not available yet"),
+        ({"negative_prompts": [[1], [2]]}, NotImplementedError, "negative_prompts.*not available yet"),
+        ({"guidance_scale": 1.5}, NotImplementedError, "guidance_scale.*not available yet"),
+    ],
+)
+def test_options_that_do_not_fit(generator, options, error, message):
+    with pytest.raises(error, match=message):
+        generator.generate([[1], [2]], **options)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "capacity", "prefill_chunk"])
+@pytest.mark.parametrize("size", [0, 1.5, True])
+def test_sizes_that_do_not_fit(generator, name, size):
+    sizes = {"batch_size": 1, "capacity": 8, "prefill_chunk": 4, name: size}
+    with pytest.raises(ValueError, match=f"{name}: expected an int of at least 1, got {size}"):
+        Generator(generator.model, **sizes)
+
+
+def test_a_model_of_another_kind():
+    with pytest.raises(TypeError, match="model: expected a Decoder, got str"):
+        Generator("path/to/model", batch_size=1, capacity=8)
+
+
+def test_a_capacity_that_leaves_no_room_for_a_prompt(generator):
+    with pytest.raises(ValueError, match="capacity=1, to leave room"):
+        Generator(generator.model, batch_size=1, capacity=1).generate([[1]])

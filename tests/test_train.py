@@ -1,0 +1,111 @@
+"""Training: the curriculum is well formed, a seed fixes every bit, and what is written can be read."""
+
+import io
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from pallas_attn_models import load_hf, train
+from pallas_attn_models.tasks import END_TOKEN, Mix
+from rich.console import Console
+from tokenizers import Tokenizer
+
+SHORT = (train.Phase(3, 2, 32, Mix(bare_recall=1.0, max_pairs=6), first_pairs=4),)
+
+
+@pytest.fixture(autouse=True)
+def default_promotion():
+    """optax relies on JAX's own promotion rules."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def weights(model: nnx.Module) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
+
+
+def test_the_model_is_small():
+    model = train.new_model(0)
+    size = sum(x.size for x in weights(model))
+    assert size <= 1.5e6
+    assert 4 * size <= 4e6, "float32 in a file of 4 MB"
+    assert model.config.num_kv_heads < model.config.num_heads
+    assert model.config.eos_token_ids == (END_TOKEN,)
+
+
+def test_a_new_model_passes_the_residual_stream_through():
+    model = train.new_model(0)
+    tokens = np.arange(10, dtype=np.int32)[None]
+    embedded = model.norm(model.embedding(tokens))
+    np.testing.assert_array_equal(model(tokens).hidden, embedded)
+
+
+def test_phases_follow_one_another():
+    for phase in train.PHASES:
+        pairs = [phase.mix_at(step).max_pairs for step in range(phase.steps)]
+        assert pairs[0] == phase.first_pairs
+        assert pairs == sorted(pairs)
+        assert pairs[-1] <= phase.mix.max_pairs
+
+
+@pytest.mark.parametrize("steps", [4, 5, 8, 100, 1800, 5000])
+def test_scaled(steps):
+    phases = train.scaled(train.PHASES, steps)
+    assert sum(phase.steps for phase in phases) == steps
+    assert all(phase.steps >= 1 for phase in phases)
+
+
+def test_scaled_to_the_same_length_changes_nothing():
+    assert train.scaled(train.PHASES, sum(phase.steps for phase in train.PHASES)) == train.PHASES
+
+
+def test_scaled_needs_a_step_for_each_phase():
+    with pytest.raises(ValueError, match="steps: expected at least one for each of 4 phases, got 3"):
+        train.scaled(train.PHASES, 3)
+
+
+def test_batches_depend_on_the_seed_alone():
+    first, again, other = (list(itertools.islice(train.batches(train.PHASES, seed), 3)) for seed in (0, 0, 1))
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, again, strict=True))
+    assert not any(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True))
+    assert first[0].tokens.shape == (train.PHASES[0].rows, train.PHASES[0].length)
+
+
+def test_a_seed_fixes_every_bit():
+    first, again, other = (weights(train.train(SHORT, seed, quiet())) for seed in (0, 0, 1))
+    assert all(np.isfinite(x).all() for x in first)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_batch_can_be_learnt():
+    model = train.new_model(0)
+    state = nnx.Optimizer(model, train.optimizer(40), wrt=nnx.Param)
+    batch = next(train.batches(SHORT, 0))
+    losses = [float(train.train_step(model, state, batch)[0]) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    train.byte_tokenizer().save(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    assert tokenizer.get_vocab_size() == 256
+    for text in ("a=7;k=2;k?", " two  spaces\tand\nlines\n", "é€😀", "".join(map(chr, range(256)))):
+        assert tokenizer.encode(text).ids == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
+
+
+@pytest.mark.slow
+def test_command(tmp_path, capsys):
+    train.main(["--out", str(tmp_path), "--quick"])
+    printed = capsys.readouterr().out
+    assert all(task in printed for task in ("addition", "reversal", "recall"))
+    assert load_hf(tmp_path, "float32").config == train.CONFIG
+    assert (tmp_path / "tokenizer.json").is_file()
