@@ -3,7 +3,7 @@
 import functools
 import numbers
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,69 @@ class AttentionOutput(NamedTuple):
 def implementations() -> dict[str, str | None]:
     """Every implementation's name, best first, with None if it can run on this machine, else the reason in words."""
     return {name: module.unavailable() for name, module in _IMPLEMENTATIONS.items()}
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: masks.Mask | BlockMask | Array | None = ...,
+    *,
+    q_positions: Array | None = ...,
+    kv_positions: Array | None = ...,
+    scores: Any = ...,
+    sinks: Array | None = ...,
+    scale: float | None = ...,
+    page_table: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    return_key_weights: Literal[False] = ...,
+    implementation: str | None = ...,
+    interpret: bool = ...,
+    block_sizes: tuning.BlockSizes | None = ...,
+) -> Array: ...
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: masks.Mask | BlockMask | Array | None = ...,
+    *,
+    q_positions: Array | None = ...,
+    kv_positions: Array | None = ...,
+    scores: Any = ...,
+    sinks: Array | None = ...,
+    scale: float | None = ...,
+    page_table: Array | None = ...,
+    return_lse: Literal[True],
+    return_key_weights: bool = ...,
+    implementation: str | None = ...,
+    interpret: bool = ...,
+    block_sizes: tuning.BlockSizes | None = ...,
+) -> AttentionOutput: ...
+
+
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: masks.Mask | BlockMask | Array | None = ...,
+    *,
+    q_positions: Array | None = ...,
+    kv_positions: Array | None = ...,
+    scores: Any = ...,
+    sinks: Array | None = ...,
+    scale: float | None = ...,
+    page_table: Array | None = ...,
+    return_lse: bool = ...,
+    return_key_weights: bool = ...,
+    implementation: str | None = ...,
+    interpret: bool = ...,
+    block_sizes: tuning.BlockSizes | None = ...,
+) -> Array | AttentionOutput: ...
 
 
 def attention(

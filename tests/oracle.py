@@ -105,6 +105,14 @@ def dense(array: np.ndarray) -> Mask:
     return Mask("dense", (np.asarray(array),))
 
 
+def positions(length: int, start: int = 0, left: int = 0, right: int = 0) -> np.ndarray:
+    """``start, start + 1, ...`` with some padding on either side, int32 ``[length]``."""
+    row = np.arange(start, start + length, dtype=np.int32) - left
+    row[:left] = -1
+    row[length - right :] = -1
+    return row
+
+
 def visible(mask: Mask, q_positions: np.ndarray, kv_positions: np.ndarray, batch: int, heads: int) -> np.ndarray:
     """Who sees whom, padding included: bool ``[B, heads, T, S]``.
 

@@ -1,9 +1,8 @@
 """Random masks and positions for hypothesis, as the oracle describes them."""
 
 import numpy as np
-from hypothesis import strategies as st
-
 import oracle
+from hypothesis import strategies as st
 
 small = st.integers(0, 6)
 # Arrays come from a seed: hypothesis shrinks the structure around them, and a seed prints in one line.

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 import oracle
-import pallas_attn as pa
+import pytest
 import strategies
+from hypothesis import given, settings
+from oracle import positions
+
+import pallas_attn as pa
 from pallas_attn import block_mask
 
 BATCH, Q_HEADS, KV_HEADS = 2, 4, 2
@@ -65,14 +65,6 @@ def assert_sound(bm: pa.BlockMask, expected: np.ndarray) -> None:
     classes = np.broadcast_to(bm.bitmap(), expected.shape)
     assert (classes[expected != EMPTY] != EMPTY).all(), "a block that someone sees is in no list"
     assert (expected[classes == FULL] == FULL).all(), "a block is called full and is not"
-
-
-def positions(length: int, start=0, left=0, right=0) -> np.ndarray:
-    """Consecutive positions with some padding, as a row of a batch."""
-    row = np.arange(start, start + length) - left
-    row[row < start] = -1
-    row[length - right :] = -1
-    return row
 
 
 T, S = 22, 29
@@ -359,7 +351,11 @@ def test_builds_under_jit_once_for_all_values():
     def mask(lengths, ids):
         return (oracle.prefix(np.array(lengths)) | oracle.causal()) & oracle.segments(ids, ids)
 
-    for lengths, ids, left in (([3, 9], SORTED_IDS, 2), ([0, 29], SORTED_IDS[::-1].copy(), 20), ([1, 1], 0 * SORTED_IDS, 0)):
+    for lengths, ids, left in (
+        ([3, 9], SORTED_IDS, 2),
+        ([0, 29], SORTED_IDS[::-1].copy(), 20),
+        ([1, 1], 0 * SORTED_IDS, 0),
+    ):
         p = np.stack([positions(S, left=left), positions(S, right=left)]).astype(np.int32)
         m = mask(lengths, ids)
         compiled, eager = lists(m.build(pa.masks), p, p), build(m, p, p)

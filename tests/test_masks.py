@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
-import oracle
 import pallas_attn as pa
 
 BATCH, HEADS, T, S = 2, 4, 9, 12
@@ -53,7 +53,9 @@ def test_the_worked_examples_of_the_contract():
     positions = jnp.arange(6, dtype=jnp.int32)[None]
 
     def seen_by(query, mask):
-        return np.flatnonzero(np.broadcast_to(mask.dense_array(positions, positions), (1, 1, 6, 6))[0, 0, query]).tolist()
+        return np.flatnonzero(
+            np.broadcast_to(mask.dense_array(positions, positions), (1, 1, 6, 6))[0, 0, query]
+        ).tolist()
 
     assert seen_by(3, pa.masks.causal()) == [0, 1, 2, 3]
     assert seen_by(3, pa.masks.sliding_window(2)) == [2, 3]  # q - left < k <= q + right

@@ -1,5 +1,14 @@
 """Every tolerance of the test suite, with the reason for its size. Tests hold no numbers of their own."""
 
+# --- attention ---
+
+# The error of an implementation, against float64, relative to that of plain attention in the same dtype.
+ATTENTION_FACTOR = 2
+# Relative to the largest value: sixteen float32 roundings, for where plain attention happens to be exact.
+ATTENTION_FLOOR = 2.0**-20
+# Relative to the largest derivative: float32 against float64 differences.
+ATTENTION_GRADIENT = 1e-5
+
 # --- models ---
 
 # Absolute, float32, against PyTorch's logits of size about 2.

@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import pallas_attn as pa
+from pallas_attn.tuning import default_block_sizes
 from pallas_attn_models.attention import Attention
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.layers import MLP, Embedding, RMSNorm, linear, rotary_tables
@@ -97,6 +98,7 @@ class Decoder(nnx.Module):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.dtype = dtype
+        self.implementation = implementation
         self.block_sizes = block_sizes
         self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
         self.layers = nnx.List(
@@ -151,7 +153,14 @@ class Decoder(nnx.Module):
         if caches is not None:
             positions = jnp.broadcast_to(positions, tokens.shape)
             kv_positions = caches[0].positions_after(positions)
-        block_mask = pa.BlockMask.from_mask(mask, positions, kv_positions, self.block_sizes)
+        block_sizes = self.block_sizes or default_block_sizes(
+            length,
+            kv_positions.shape[-1],
+            implementation=self.implementation,
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+        )
+        block_mask = pa.BlockMask.from_mask(mask, positions, kv_positions, block_sizes)
 
         # What stands at padding may be no token at all, and the embedding answers that with NaN.
         hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))

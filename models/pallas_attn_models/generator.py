@@ -133,7 +133,7 @@ class Generator:
         if all(self.compile_counts.values()):
             return 0.0
         start = time.perf_counter()
-        weights, request = nnx.state(self.model), self._request([], [], ())
+        weights, request = nnx.state(self.model), self._request([], [], ())  # no rows: nothing is computed
         state = self._prefill(weights, self._take_caches(), request)
         state = self._decode(weights, state, request, _STEPS_PER_CALL)
         self._caches = jax.block_until_ready(state.caches)
@@ -172,16 +172,7 @@ class Generator:
         request = self._request(prompts, samplings, _check_stop(stop, vocab_size))
 
         compile_seconds = self.compile()
-        weights = nnx.state(self.model)
-        start = time.perf_counter()
-        state = self._prefill(weights, self._take_caches(), request)
-        jax.block_until_ready(state)
-        prefilled = time.perf_counter()
-        while (np.asarray(state.finish) == _RUNNING).any():
-            state = self._decode(weights, state, request, _STEPS_PER_CALL)
-        finished = time.perf_counter()
-        self._caches = state.caches
-
+        state, prefill_seconds, decode_seconds = self._run(request)
         tokens, logprobs, count, finish = (
             np.asarray(x)[: len(prompts)] for x in (state.tokens, state.logprobs, state.count, state.finish)
         )
@@ -194,13 +185,25 @@ class Generator:
                 prompt_tokens=sum(map(len, prompts)),
                 new_tokens=int(count.sum()),
                 compile_seconds=compile_seconds,
-                prefill_seconds=prefilled - start,
-                decode_seconds=finished - prefilled,
+                prefill_seconds=prefill_seconds,
+                decode_seconds=decode_seconds,
                 executables=sum(self.compile_counts.values()),
                 kv_blocks_visited=layers * state.visited.value(),
                 kv_blocks_total=layers * state.total.value(),
             ),
         )
+
+    def _run(self, request: "_Request") -> tuple["_State", float, float]:
+        """The state in which every row is done, and the seconds that prefill and decode took."""
+        weights = nnx.state(self.model)
+        start = time.perf_counter()
+        state = jax.block_until_ready(self._prefill(weights, self._take_caches(), request))
+        prefilled = time.perf_counter()
+        while (np.asarray(state.finish) == _RUNNING).any():
+            state = self._decode(weights, state, request, _STEPS_PER_CALL)
+        finished = time.perf_counter()
+        self._caches = state.caches
+        return state, prefilled - start, finished - prefilled
 
     def _take_caches(self) -> tuple[pa.caches.KVCache, ...]:
         """Hands the caches to a run, which gives them back when it ends; one that was broken off has lost them."""

@@ -158,58 +158,51 @@ class Mix:
     """What training documents are about.
 
     Attributes:
-      addition, reversal, recall, bare_recall: shares of the documents; they add up to 1. ``bare_recall`` is recall
-        without punctuation, ``a7k2x5k`` -> ``2``, and only a step towards recall.
+      addition, reversal, recall: shares of the documents; they add up to 1.
       max_pairs: the length of the longest lists.
     """
 
     addition: float = 0.0
     reversal: float = 0.0
     recall: float = 0.0
-    bare_recall: float = 0.0
     max_pairs: int = MAX_PAIRS
 
     def __post_init__(self):
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(f"addition, reversal, recall, bare_recall: expected shares of 1, got {self.shares}")
+            raise ValueError(f"addition, reversal, recall: expected shares that add up to 1, got {self.shares}")
         if not 2 <= self.max_pairs <= MAX_PAIRS:
             raise ValueError(f"max_pairs: expected 2 to {MAX_PAIRS}, got {self.max_pairs}")
 
     @property
-    def shares(self) -> tuple[float, float, float, float]:
-        return self.addition, self.reversal, self.recall, self.bare_recall
+    def shares(self) -> tuple[float, float, float]:
+        return self.addition, self.reversal, self.recall
 
 
 def training_document(rng: Generator, mix: Mix, room: int) -> Document:
     """Draws a document that is not held out. Those about recall take at most ``room`` bytes, if that is at least 16."""
-    kind = rng.choice(4, p=mix.shares)
+    kind = rng.choice(3, p=mix.shares)
     if kind == 0:
         return [_draw(lambda: addition(rng), held_out=False)]
     if kind == 1:
         return [_draw(lambda: reversal(rng), held_out=False)]
-    return _recall_document(rng, mix.max_pairs, max(room, _MIN_ROOM), bare=kind == 3)
+    return _recall_document(rng, mix.max_pairs, max(room, _MIN_ROOM))
 
 
-def _recall_document(rng: Generator, max_pairs: int, room: int, *, bare: bool) -> Document:
+def _recall_document(rng: Generator, max_pairs: int, room: int) -> Document:
     """A list and many questions about it: what makes a list worth its bytes in a batch.
 
     Questions are drawn with replacement: without, all but the first could be answered in part by elimination.
     """
-    letters = 1 if bare else _key_letters(rng, 1)
-    pair_bytes, question_bytes = (2, 2) if bare else (letters + 3, letters + 3)
-    most = min(max_pairs, (room - question_bytes) // pair_bytes)
+    letters = _key_letters(rng, 1)
+    size = letters + 3  # bytes of a pair, and of a question with its answer
+    most = min(max_pairs, room // size - 1)
 
     def sample() -> Document:
         pairs = _pairs(rng, letters, 1, most)
-        questions = min(4 + 2 * len(pairs), (room - pair_bytes * len(pairs)) // question_bytes)
-        keys = [str(key) for key in rng.choice(list(pairs), size=questions)]
-        if bare:
-            document = [Example(key, pairs[key]) for key in keys]
-            text = "".join(f"{key}{value}" for key, value in pairs.items())
-        else:
-            document = [Example(_question(key), pairs[key] + END) for key in keys]
-            text = _listed(pairs)
-        document[0] = document[0]._replace(prompt=text + document[0].prompt)
+        questions = min(4 + 2 * len(pairs), room // size - len(pairs))
+        keys = rng.choice(list(pairs), size=questions)
+        document = [Example(_question(str(key)), pairs[str(key)] + END) for key in keys]
+        document[0] = document[0]._replace(prompt=_listed(pairs) + document[0].prompt)
         return document
 
     while is_held_out((document := sample())[0].prompt):

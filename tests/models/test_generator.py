@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tolerances
 from flax import nnx
+
+import pallas_attn as pa
 from pallas_attn_models import generator as generator_module
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.generator import Generator, _Count
-from pallas_attn_models.sampling import Sampling
-
-import pallas_attn as pa
+from pallas_attn_models.sampling import Sampling, SamplingArrays, sample
 
 EOS = 7
 BATCH, CAPACITY, CHUNK, KV_BLOCK = 3, 48, 16, 8
@@ -123,6 +123,16 @@ def test_a_seed_decides_and_nothing_else(generator):
     assert tokens(1) == tokens(1)
     assert len({tuple(tokens(seed)) for seed in range(8)}) == 8
     assert tokens(1, top_k=1) == generator.generate([prompt_of(5)], Sampling(20)).tokens[0]
+
+
+def test_the_random_stream_counts_the_new_tokens(generator):
+    """So hot that the logits do not matter: what is left is the noise, by seed and index alone."""
+    hot = Sampling(16, temperature=1e30, seed=10)
+    logits = jnp.zeros((16, CONFIG.vocab_size), jnp.float32)
+    expected, _ = sample(logits, SamplingArrays.stack([hot] * 16), jnp.arange(16, dtype=jnp.int32))
+    assert EOS not in expected
+    for length in (3, 20):
+        assert generator.generate([prompt_of(1), prompt_of(length)], [Sampling(2), hot]).tokens[1] == expected.tolist()
 
 
 def test_weights_are_those_of_the_moment(generator):

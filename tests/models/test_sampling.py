@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_attn_models.sampling import Sampling, SamplingArrays, _top_k_top_p, sample
 from scipy import stats
+
+from pallas_attn_models.sampling import Sampling, SamplingArrays, _top_k_top_p, sample
 
 # A right sampler fails a chi-square test at this level once in a thousand seeds; the seeds here are fixed.
 SIGNIFICANCE = 1e-3

@@ -1,0 +1,236 @@
+"""What attention() computes: one suite of behaviour that every implementation runs.
+
+To add a case, add a line to ``CASES``. Padded queries and empty slots hold NaN in all of them.
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tolerances
+from oracle import positions
+
+import pallas_attn as pa
+
+NO_GPU = pa.implementations()["triton"]
+# With a GPU the compiled kernels are tested, without one the interpreted ones.
+INTERPRETED = pytest.param(
+    "interpreted", marks=pytest.mark.skipif(NO_GPU is None, reason="the compiled kernels are tested instead")
+)
+TRITON = pytest.param("triton", marks=pytest.mark.gpu)
+KERNELS = pytest.mark.parametrize("implementation", ["xla", INTERPRETED, TRITON])
+EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["reference", "xla", INTERPRETED, TRITON])
+
+B, T, S, N, K = 2, 21, 37, 4, 2
+rng = np.random.default_rng(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of attention; positions default to 0, 1, 2, ..."""
+
+    mask: oracle.Mask = dataclasses.field(default_factory=oracle.full)
+    q_positions: np.ndarray | None = None
+    kv_positions: np.ndarray | None = None
+    batch: int = B
+    q_len: int = T
+    kv_len: int = S
+    q_heads: int = N
+    kv_heads: int = K
+    head_dim: int = 32
+    value_dim: int | None = None
+    dtype: str = "float32"
+    scale: float | None = None
+    query_size: float = 1.0
+    block_sizes: tuple[int, int] | None = (16, 16)
+
+    @property
+    def geometry(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of queries and of keys."""
+        q = positions(self.q_len)[None] if self.q_positions is None else self.q_positions
+        return q, positions(self.kv_len)[None] if self.kv_positions is None else self.kv_positions
+
+    def arrays(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, key and value; what is not there is NaN."""
+        generator = np.random.default_rng(seed)
+
+        def normal(*shape):
+            return generator.standard_normal(shape)
+
+        value_dim = self.value_dim or self.head_dim
+        query = self.query_size * normal(self.batch, self.q_len, self.q_heads, self.head_dim)
+        key = normal(self.batch, self.kv_len, self.kv_heads, self.head_dim)
+        value = normal(self.batch, self.kv_len, self.kv_heads, value_dim)
+        q_positions, kv_positions = self.geometry
+        slots = kv_positions[:, None] if kv_positions.ndim == 2 else kv_positions
+        query[np.broadcast_to(q_positions < 0, query.shape[:2])] = np.nan
+        missing = np.broadcast_to((slots < 0).swapaxes(1, 2), key.shape[:3])
+        key[missing] = value[missing] = np.nan
+        return tuple(x.astype(jnp.dtype(self.dtype)) for x in (query, key, value))
+
+    def attend(self, implementation: str, query, key, value) -> pa.AttentionOutput:
+        """The library's answer, compiled; positions that are the default are left out of the call."""
+        mask = self.mask.build(pa.masks)
+
+        @jax.jit
+        def call(query, key, value, mask, q_positions, kv_positions):
+            return pa.attention(
+                query,
+                key,
+                value,
+                mask,
+                q_positions=q_positions,
+                kv_positions=kv_positions,
+                scale=self.scale,
+                return_lse=True,
+                block_sizes=self.block_sizes and pa.BlockSizes(*self.block_sizes),
+                **options(implementation),
+            )
+
+        return call(query, key, value, mask, self.q_positions, self.kv_positions)
+
+
+def options(implementation: str) -> dict:
+    return {"interpret": True} if implementation == "interpreted" else {"implementation": implementation}
+
+
+def check(case: Case, implementation: str, seed: int = 0) -> None:
+    """Output and lse against the oracle, allowing for what plain attention would lose."""
+    query, key, value = case.arrays(seed)
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    seen = oracle.visible(case.mask, *case.geometry, case.batch, case.q_heads)
+    expected = oracle.attention(query, key, value, seen, scale)
+    plain = oracle.plain_attention(query, key, value, seen, scale)
+    actual = case.attend(implementation, query, key, value)
+
+    assert actual.out.shape == (case.batch, case.q_len, case.q_heads, case.value_dim or case.head_dim)
+    assert actual.out.dtype == case.dtype
+    assert actual.lse.shape == (case.batch, case.q_heads, case.q_len)
+    assert actual.lse.dtype == jnp.float32
+    blind = ~seen.any(-1)
+    out, lse = (np.asarray(x, np.float64) for x in actual[:2])
+    assert (out.swapaxes(1, 2)[blind] == 0).all(), "a query that sees nothing gets 0"
+    assert (lse[blind] == -np.inf).all(), "a query that sees nothing gets -inf"
+    assert_error(out, expected[0], plain[0], "out")
+    assert_error(lse[~blind], expected[1][~blind], plain[1][~blind], "lse")
+
+
+def assert_error(actual: np.ndarray, expected: np.ndarray, plain: np.ndarray, name: str) -> None:
+    assert np.isfinite(actual).all(), f"{name} is not finite"
+    if expected.size == 0:
+        return
+    error, plain_error = np.abs(actual - expected).max(), np.abs(plain - expected).max()
+    limit = tolerances.ATTENTION_FACTOR * plain_error + tolerances.ATTENTION_FLOOR * np.abs(expected).max()
+    assert error <= limit, f"{name}: error {error:.3g}, plain attention {plain_error:.3g}, limit {limit:.3g}"
+
+
+def dense(*shape: int, density: float = 0.5) -> oracle.Mask:
+    return oracle.dense(rng.random(shape) < density)
+
+
+def segments(batch: int, longest: int = 9) -> oracle.Mask:
+    """Sorted document numbers; queries are the last T of the S tokens."""
+    ids = np.sort(rng.integers(0, S // longest, (batch, S)), -1)
+    return oracle.segments(ids[:, S - T :], ids)
+
+
+LAST = positions(T, start=S - T)[None]  # queries at the end of the keys
+LEFT = np.stack([positions(S, left=9), positions(S, left=20)])
+RIGHT = np.stack([positions(S, right=9), positions(S, right=30)])
+BOTH = np.stack([positions(S, left=9, right=9), positions(S, left=3, right=17)])
+EMPTY_ROW = np.stack([positions(S), positions(S, left=S)])
+Q_BOTH = np.stack([positions(T, left=3, right=4), positions(T, right=13)])
+HOLES = np.stack([np.where(rng.random(S) < 0.3, -1, rng.permutation(S)) for _ in range(B * K)]).reshape(B, K, S)
+HOLES = HOLES.astype(np.int32)
+
+CASES = {
+    # Lengths.
+    "1x1": Case(q_len=1, kv_len=1),
+    "1x1, value not seen": Case(q_len=1, kv_len=1, mask=~oracle.causal()),
+    "1x37": Case(q_len=1, q_positions=np.array([[30]], np.int32), mask=oracle.causal()),
+    "21x1": Case(kv_len=1),
+    "63x63": Case(batch=1, q_len=63, kv_len=63, mask=oracle.causal()),
+    "113x203": Case(batch=1, q_len=113, kv_len=203, block_sizes=(32, 64), mask=oracle.causal()),
+    "255x1023": Case(
+        oracle.causal() & oracle.sliding_window(300),
+        q_positions=positions(255, start=768)[None],
+        **{"batch": 1, "q_len": 255, "kv_len": 1023, "q_heads": 2, "kv_heads": 1, "block_sizes": (64, 128)},
+    ),
+    # Heads.
+    "one query head for each key head": Case(oracle.causal(), LAST, q_heads=3, kv_heads=3),
+    "groups of three": Case(oracle.causal(), LAST, q_heads=6, kv_heads=2),
+    "one key head": Case(oracle.causal(), LAST, kv_heads=1),
+    "one head": Case(oracle.causal(), LAST, q_heads=1, kv_heads=1),
+    # Head sizes.
+    "D 5": Case(oracle.causal(), LAST, head_dim=5),
+    "D 64": Case(oracle.causal(), LAST, head_dim=64),
+    "D 80": Case(oracle.causal(), LAST, head_dim=80),
+    "D 96": Case(oracle.causal(), LAST, head_dim=96, dtype="bfloat16"),
+    "D 128": Case(oracle.causal(), LAST, head_dim=128, dtype="float16"),
+    "D 256": Case(oracle.causal(), LAST, head_dim=256),
+    "D 32, Dv 80": Case(oracle.causal(), LAST, head_dim=32, value_dim=80),
+    "D 96, Dv 1": Case(oracle.causal(), LAST, head_dim=96, value_dim=1),
+    # Dtypes.
+    "bfloat16": Case(oracle.causal() & oracle.sliding_window(12), LAST, LEFT, dtype="bfloat16"),
+    "float16": Case(oracle.causal() & oracle.sliding_window(12), LAST, LEFT, dtype="float16"),
+    # Masks.
+    "full": Case(oracle.full()),
+    "causal": Case(oracle.causal()),
+    "window": Case(oracle.sliding_window(7), LAST),
+    "window, left and right": Case(oracle.sliding_window(4, 9), LAST),
+    "window, right": Case(oracle.sliding_window(0, 5)),
+    "prefix": Case(oracle.prefix(np.array([17, 3])) | oracle.causal()),
+    "sink": Case(oracle.sink(3) | oracle.sliding_window(5), LAST),
+    "chunked": Case(oracle.chunked(10) & oracle.causal(), LAST),
+    "segments": Case(segments(B) & oracle.causal(), LAST),
+    "segments, shared by the batch": Case(segments(1), LAST),
+    "dense": Case(dense(B, 1, T, S)),
+    "dense, shared by the batch": Case(dense(1, 1, T, S, density=0.1)),
+    "dense, one row of keys": Case(dense(B, 1, 1, S)),
+    "dense, one column of queries": Case(dense(B, 1, T, 1)),
+    "dense, per key head": Case(dense(B, K, T, S)),
+    "dense, per query head": Case(dense(B, N, T, S)),
+    "not": Case(~oracle.sliding_window(7) & oracle.causal(), LAST),
+    "operands per key head and per query head": Case(~(dense(1, K, T, S) & dense(B, N, T, 1)) | segments(1), LAST),
+    "nothing": Case(~oracle.full()),
+    "queries before the keys": Case(oracle.causal(), positions(T)[None], positions(S, start=8)[None]),
+    # Padding and positions.
+    "left padding": Case(oracle.causal(), LEFT[:, S - T :], LEFT),
+    "right padding": Case(oracle.causal(), RIGHT[:, :T], RIGHT),
+    "padding on both sides": Case(oracle.causal(), Q_BOTH, BOTH),
+    "a row of nothing but empty slots": Case(oracle.full(), kv_positions=EMPTY_ROW),
+    "a row of nothing but padded queries": Case(oracle.full(), np.stack([positions(T), positions(T, left=T)])),
+    "negative positions": Case(oracle.sliding_window(9), *(np.arange(x, dtype=np.int32)[None] - 12 for x in (T, S))),
+    "far positions": Case(
+        oracle.sliding_window(9, 2), *(2**31 - 40 + np.arange(x, dtype=np.int32)[None] for x in (T, S))
+    ),
+    "permuted keys": Case(oracle.sliding_window(8), LAST, rng.permutation(S).astype(np.int32)[None]),
+    "key positions per head": Case(oracle.causal(), LAST, HOLES),
+    "key positions per head, shared by the batch": Case(oracle.sliding_window(20), LAST, HOLES[:1]),
+    "key positions per head, mask per query head": Case(oracle.causal() & dense(B, N, T, S), Q_BOTH + 10, HOLES),
+    "key positions per head, operands of every kind": Case(
+        dense(1, 1, T, S) & dense(1, K, T, S) | oracle.prefix(np.array([9, 5])) & dense(B, N, 1, S), LAST, HOLES
+    ),
+    # Scale and sizes.
+    "scale 0": Case(oracle.causal(), scale=0.0),
+    "negative scale": Case(oracle.causal(), LAST, LEFT, scale=-0.7),
+    "scale, an int": Case(oracle.causal(), scale=2),
+    "logits of 1e4": Case(oracle.causal(), LAST, query_size=1e4),
+    "logits of 1e4, negative scale": Case(oracle.causal(), LAST, query_size=1e4, scale=-0.2),
+    "logits of 1e4, float16": Case(oracle.causal(), LAST, query_size=1e4, dtype="float16"),
+    # Block sizes.
+    "long query blocks": Case(oracle.causal(), LAST, LEFT, block_sizes=(32, 16)),
+    "long key blocks": Case(oracle.causal(), LAST, LEFT, block_sizes=(16, 32)),
+    "blocks longer than the sequence": Case(oracle.causal(), LAST, LEFT, block_sizes=(64, 128)),
+    "default block sizes": Case(oracle.causal(), LAST, LEFT, block_sizes=None),
+}
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_oracle(name, implementation):
+    check(CASES[name], implementation, seed=zlib.crc32(name.encode()))
