@@ -156,9 +156,10 @@ def plain_attention(
     before they meet the values.
     """
     dtype, group = query.dtype, query.shape[2] // key.shape[2]
-    real = visible.any((1, 2))[:, :, None, None]
-    query = np.where(visible.any((1, 3))[:, :, None, None], query.astype(np.float32), np.float32(0))
-    key, value = (np.repeat(np.where(real, x.astype(np.float32), np.float32(0)), group, 2) for x in (key, value))
+    zero = np.float32(0)  # for what nobody sees, which may be NaN
+    query = np.where(visible.any(3).swapaxes(1, 2)[..., None], query.astype(np.float32), zero)
+    used = visible.any(2).swapaxes(1, 2)[..., None]
+    key, value = (np.where(used, np.repeat(x.astype(np.float32), group, 2), zero) for x in (key, value))
     logits = np.matmul(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1)) * np.float32(scale)
     logits = np.where(visible, logits, np.float32(-1e30))
     peak = logits.max(-1, keepdims=True)
