@@ -1,6 +1,7 @@
 """``attention()``: validate, choose an implementation, run it."""
 
 import functools
+import math
 import numbers
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, overload
@@ -151,10 +152,16 @@ def attention(
     scale = _check_scale(scale, query.shape[-1])
     if isinstance(mask, BlockMask):
         _refuse_beside_block_mask(q_positions=q_positions, kv_positions=kv_positions, block_sizes=block_sizes)
+        _check_mask(mask.mask, query, key)
+        _check_positions("mask.q_positions", mask.q_positions, query.shape[:2])
+        _check_positions("mask.kv_positions", mask.kv_positions, key.shape[:2], key.shape[2])
         name, _ = _choose(implementation, interpret, query, key, value, mask.mask, mask.block_sizes)
         block_mask = mask
     else:
         mask = _as_mask(mask)
+        _check_mask(mask, query, key)
+        _check_positions("q_positions", q_positions, query.shape[:2])
+        _check_positions("kv_positions", kv_positions, key.shape[:2], key.shape[2])
         name, block_sizes = _choose(implementation, interpret, query, key, value, mask, block_sizes)
         block_mask = BlockMask.from_mask(
             mask,
@@ -162,7 +169,6 @@ def attention(
             key.shape[1] if kv_positions is None else kv_positions,
             block_sizes,
         )
-    _check_block_mask(block_mask, query, key)
     options = {"scale": scale, "interpret": True} if interpret else {"scale": scale}
     forward = functools.partial(_IMPLEMENTATIONS[name].forward, **options)
     if name != "reference":
@@ -249,6 +255,8 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a Python number, known when the call is traced, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     return float(scale)
 
 
@@ -264,15 +272,25 @@ def _as_mask(mask) -> masks.Mask:
     return masks.dense(mask)
 
 
-def _check_block_mask(block_mask: BlockMask, query: Array, key: Array) -> None:
+def _check_mask(mask: masks.Mask, query: Array, key: Array) -> None:
     (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
-    mask_batch, heads, mask_q_len, mask_kv_len = block_mask.shape
-    if (mask_q_len, mask_kv_len) != (q_len, kv_len):
-        raise ValueError(f"mask: expected (T, S) = {(q_len, kv_len)} of query and key, got {(mask_q_len, mask_kv_len)}")
-    if mask_batch not in (1, batch):
-        raise ValueError(f"mask: expected a batch of 1 or {batch} in mask and positions, got {mask_batch}")
-    if heads not in (1, kv_heads, q_heads):
-        raise ValueError(f"mask: expected 1, K={kv_heads} or N={q_heads} heads in mask and positions, got {heads}")
-    slots = block_mask.kv_positions.shape[1]
-    if slots not in (1, kv_heads):
-        raise ValueError(f"kv_positions: expected 1 or K={kv_heads} heads, got {slots}")
+    extents = ({1, batch}, {1, kv_heads, q_heads}, {1, q_len}, {1, kv_len})
+    for x in masks.operands(mask):
+        if any(size not in allowed for size, allowed in zip(x.shape, extents, strict=True)):
+            wanted = f"[{batch}|1, {q_heads}|{kv_heads}|1, {q_len}|1, {kv_len}|1]"
+            raise ValueError(f"mask: expected operands of shape {wanted} (B, heads, T, S), got {tuple(x.shape)}")
+
+
+def _check_positions(name: str, x: Array | None, rows: tuple[int, int], heads: int | None = None) -> None:
+    """Integers ``[B|1, length]``, where ``rows`` is (B, length); with ``heads`` also ``[B|1, heads|1, length]``."""
+    if x is None:
+        return
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name}: expected an integer array, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers, got dtype {x.dtype}")
+    batch, length = rows
+    extents = [({1, batch}, {length})] + ([] if heads is None else [({1, batch}, {1, heads}, {length})])
+    if not any(len(x.shape) == len(e) and all(map(set.__contains__, e, x.shape)) for e in extents):
+        wanted = f"[{batch}|1, {length}]" + ("" if heads is None else f" or [{batch}|1, {heads}|1, {length}]")
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")

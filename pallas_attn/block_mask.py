@@ -75,11 +75,13 @@ class BlockMask:
           block_sizes: default from the tuning table for this machine.
 
         Raises:
-          TypeError: ``mask`` is not a mask.
+          TypeError: ``mask`` is not a mask, positions are neither an array nor an int.
           ValueError: positions of another shape or dtype, or an operand of the mask that does not broadcast.
         """
         if not isinstance(mask, Mask):
             raise TypeError(f"mask: expected a pallas_attn.masks.Mask, got {type(mask).__name__}")
+        if not isinstance(block_sizes, tuning.BlockSizes | None):
+            raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {type(block_sizes).__name__}")
         consecutive = isinstance(q_positions, int) and isinstance(kv_positions, int)
         q_positions = _as_positions("q_positions", q_positions, ranks=(2,))
         kv_positions = _as_positions("kv_positions", kv_positions, ranks=(2, 3))
@@ -163,8 +165,10 @@ def _as_positions(name: str, value: Array | int, ranks: tuple[int, ...]) -> Arra
         if value < 1:
             raise ValueError(f"{name}: expected a length of at least 1, got {value}")
         return jnp.arange(value, dtype=jnp.int32)[None]
-    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{name}: expected an integer array, got {getattr(value, 'dtype', type(value).__name__)}")
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name}: expected an integer array or a length, got {type(value).__name__}")
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers, got dtype {value.dtype}")
     if value.ndim not in ranks or 0 in value.shape:
         wanted = " or ".join(f"rank {rank}" for rank in ranks)
         raise ValueError(f"{name}: expected {wanted} and no empty axis, got shape {tuple(value.shape)}")

@@ -316,8 +316,8 @@ def dense(array: Array) -> Mask:
 def _integer(name: str, value: int, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name}: expected at least {least} and less than 2^31, got {value}")
     return int(value)
 
 

@@ -21,8 +21,10 @@ class BlockSizes:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"BlockSizes.{field.name}: expected an int of at least 1, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"BlockSizes.{field.name}: expected an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"BlockSizes.{field.name}: expected at least 1, got {value}")
 
 
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. Each

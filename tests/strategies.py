@@ -1,8 +1,9 @@
 """Random masks and positions for hypothesis, as the oracle describes them."""
 
 import numpy as np
-import oracle
 from hypothesis import strategies as st
+
+from tests import oracle
 
 small = st.integers(0, 6)
 # Arrays come from a seed: hypothesis shrinks the structure around them, and a seed prints in one line.

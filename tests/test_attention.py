@@ -9,12 +9,12 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import tolerances
-from oracle import positions
+from hypothesis import Phase, given, settings
 
 import pallas_attn as pa
+from tests import oracle, strategies, tolerances
+from tests.oracle import positions
 
 NO_GPU = pa.implementations()["triton"]
 # With a GPU the compiled kernels are tested, without one the interpreted ones.
@@ -72,9 +72,8 @@ class Case:
         key[missing] = value[missing] = np.nan
         return tuple(x.astype(jnp.dtype(self.dtype)) for x in (query, key, value))
 
-    def attend(self, implementation: str, query, key, value) -> pa.AttentionOutput:
-        """The library's answer, compiled; positions that are the default are left out of the call."""
-        mask = self.mask.build(pa.masks)
+    def program(self, implementation: str):
+        """Compiled attention of query, key and value; positions that are the default are left out of the call."""
 
         @jax.jit
         def call(query, key, value, mask, q_positions, kv_positions):
@@ -91,7 +90,8 @@ class Case:
                 **options(implementation),
             )
 
-        return call(query, key, value, mask, self.q_positions, self.kv_positions)
+        mask = self.mask.build(pa.masks)
+        return lambda query, key, value: call(query, key, value, mask, self.q_positions, self.kv_positions)
 
 
 def options(implementation: str) -> dict:
@@ -105,7 +105,7 @@ def check(case: Case, implementation: str, seed: int = 0) -> None:
     seen = oracle.visible(case.mask, *case.geometry, case.batch, case.q_heads)
     expected = oracle.attention(query, key, value, seen, scale)
     plain = oracle.plain_attention(query, key, value, seen, scale)
-    actual = case.attend(implementation, query, key, value)
+    actual = case.program(implementation)(query, key, value)
 
     assert actual.out.shape == (case.batch, case.q_len, case.q_heads, case.value_dim or case.head_dim)
     assert actual.out.dtype == case.dtype
@@ -115,16 +115,16 @@ def check(case: Case, implementation: str, seed: int = 0) -> None:
     out, lse = (np.asarray(x, np.float64) for x in actual[:2])
     assert (out.swapaxes(1, 2)[blind] == 0).all(), "a query that sees nothing gets 0"
     assert (lse[blind] == -np.inf).all(), "a query that sees nothing gets -inf"
-    assert_error(out, expected[0], plain[0], "out")
-    assert_error(lse[~blind], expected[1][~blind], plain[1][~blind], "lse")
+    assert_error(out, expected[0], plain[0], case.dtype, "out")
+    assert_error(lse[~blind], expected[1][~blind], plain[1][~blind], "float32", "lse")
 
 
-def assert_error(actual: np.ndarray, expected: np.ndarray, plain: np.ndarray, name: str) -> None:
+def assert_error(actual: np.ndarray, expected: np.ndarray, plain: np.ndarray, dtype, name: str) -> None:
     assert np.isfinite(actual).all(), f"{name} is not finite"
     if expected.size == 0:
         return
     error, plain_error = np.abs(actual - expected).max(), np.abs(plain - expected).max()
-    limit = tolerances.ATTENTION_FACTOR * plain_error + tolerances.ATTENTION_FLOOR * np.abs(expected).max()
+    limit = tolerances.attention_limit(plain_error, np.abs(expected).max(), dtype)
     assert error <= limit, f"{name}: error {error:.3g}, plain attention {plain_error:.3g}, limit {limit:.3g}"
 
 
@@ -273,3 +273,360 @@ def test_random_masks_and_positions_equal_the_oracle(implementation):
         check(Case(mask, q_positions, kv_positions), implementation)
 
     check_one()
+
+
+# What surrounds the numbers: arguments, jit, repeats.
+
+SMALL = Case(oracle.causal(), LAST, LEFT)
+
+
+def numbers(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, key and value without NaN."""
+    return tuple(np.nan_to_num(x, nan=0.5) for x in case.arrays(seed))
+
+
+def assert_same_bits(actual, expected, message: str = "") -> None:
+    """Equal as integers: NaN equals itself, 0 and -0 differ."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(x) for x in (a, b))
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}"), message)
+
+
+@EVERY_IMPLEMENTATION
+def test_every_way_to_say_the_same_mask(implementation):
+    query, key, value = SMALL.arrays(0)
+    expected = SMALL.program(implementation)(query, key, value)
+    array = oracle.visible(SMALL.mask, *SMALL.geometry, B, 1)
+    sizes, how = pa.BlockSizes(16, 16), options(implementation)
+    geometry = {"q_positions": LAST, "kv_positions": LEFT}
+
+    @jax.jit
+    def with_a_bool_array(*arrays):
+        return pa.attention(*arrays, array, block_sizes=sizes, return_lse=True, **geometry, **how)
+
+    @jax.jit
+    def with_a_block_mask(*arrays_and_mask):
+        return pa.attention(*arrays_and_mask, return_lse=True, **how)
+
+    block_mask = pa.BlockMask.from_mask(pa.masks.causal(), LAST, LEFT, sizes)
+    others = {
+        "a bool array": with_a_bool_array(query, key, value),
+        "a BlockMask carries positions and block sizes": with_a_block_mask(query, key, value, block_mask),
+        "a BlockMask from a jit": with_a_block_mask(query, key, value, jax.jit(lambda mask: mask)(block_mask)),
+    }
+    for name, other in others.items():
+        for actual, like in ((other.out, expected.out), (other.lse, expected.lse)):
+            # Another program, so not the same bits.
+            limit = tolerances.attention_limit(0, np.abs(value).max(where=np.isfinite(value), initial=0), "float32")
+            np.testing.assert_allclose(actual, like, rtol=limit, atol=limit, err_msg=name)
+
+
+@EVERY_IMPLEMENTATION
+def test_defaults(implementation):
+    query, key, value = numbers(SMALL)
+    how = options(implementation)
+
+    def call(*args, **keywords):
+        return jax.jit(lambda q, k, v: pa.attention(q, k, v, *args, **keywords, **how))(query, key, value)
+
+    expected = call(
+        pa.masks.full(),
+        q_positions=positions(T)[None],
+        kv_positions=positions(S)[None],
+        scale=query.shape[-1] ** -0.5,
+        return_lse=True,
+    )
+    assert isinstance(expected, pa.AttentionOutput)
+    assert expected.key_weights is None
+    alone = call()
+    assert isinstance(alone, jax.Array)
+    assert_same_bits(alone, expected.out)
+
+
+@EVERY_IMPLEMENTATION
+def test_a_call_outside_jit_takes_numpy_arrays_and_compiles_once(implementation, compilations):
+    def call(seed):
+        query, key, value = (x[:1, :9] for x in SMALL.arrays(seed))
+        kv_positions = np.random.default_rng(seed).permutation(9)[None]
+        mask = pa.masks.prefix(np.array([seed])) | pa.masks.causal()
+        out = pa.attention(query, key, value, mask, kv_positions=kv_positions, **options(implementation))
+        return jax.block_until_ready(out)
+
+    first = call(1)
+    assert compilations, "the first call compiles, and that is seen"
+    compilations.clear()
+    call(5)
+    assert not compilations, "other values are no other program"
+    assert_same_bits(call(1), first, "the same call gives the same bits")
+
+
+@EVERY_IMPLEMENTATION
+def test_under_jit_values_are_no_other_program_and_bits_repeat(implementation):
+    traces = []
+
+    @jax.jit
+    def call(query, key, value, mask, q_positions, kv_positions):
+        traces.append(1)
+        block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, pa.BlockSizes(16, 16))
+        return pa.attention(query, key, value, block_mask, return_lse=True, **options(implementation))
+
+    def values(seed):
+        kv_positions = (LEFT, RIGHT, BOTH)[seed]
+        case = dataclasses.replace(SMALL, kv_positions=kv_positions)
+        mask = pa.masks.prefix(np.array([seed, 7])) | pa.masks.causal()
+        return *case.arrays(seed), mask, case.q_positions, kv_positions
+
+    results = [call(*values(seed)) for seed in range(3)]
+    assert not np.array_equal(results[0].out, results[1].out)
+    for seed, result in enumerate(results):
+        assert_same_bits(call(*values(seed)), result)
+    assert len(traces) == 1
+
+
+@EVERY_IMPLEMENTATION
+def test_a_row_does_not_depend_on_its_neighbours(implementation):
+    """Bit for bit: what other rows of the batch hold, and whether they hold anything, is not this row's business."""
+    query, key, value = SMALL.arrays(0)
+    mask = pa.masks.causal()
+
+    @jax.jit
+    def call(query, key, value, kv_positions):
+        return pa.attention(
+            *(query, key, value, mask),
+            q_positions=LAST,
+            kv_positions=kv_positions,
+            return_lse=True,
+            block_sizes=pa.BlockSizes(16, 16),
+            **options(implementation),
+        )
+
+    expected = call(query, key, value, LEFT)
+    other = np.stack([LEFT[0], np.full(S, -1, np.int32)])
+    key[1] = value[1] = query[1] = np.nan
+    actual = call(query, key, value, other)
+    assert_same_bits(actual.out[0], expected.out[0])
+    assert_same_bits(actual.lse[0], expected.lse[0])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_blocks_of_any_size(implementation):
+    for block_sizes in ((7, 11), (1, 1), (100, 5)):
+        check(dataclasses.replace(SMALL, block_sizes=block_sizes), implementation)
+
+
+# Poison: bits of what is not there reach nothing.
+
+
+POISON = [np.nan, np.inf, -np.inf]
+
+
+@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(oracle.sliding_window(12) | oracle.sink(2), Q_BOTH + (Q_BOTH >= 0) * 12, BOTH),
+        Case(dense(B, N, T, S), Q_BOTH, HOLES, dtype="bfloat16"),
+    ],
+    ids=["padding on both sides", "holes per key head"],
+)
+def test_poison_in_padding_changes_no_bit(case, implementation):
+    clean = numbers(case)
+    holes = [np.isnan(x) for x in case.arrays(0)]
+    assert all(hole.any() for hole in holes)
+    program = case.program(implementation)
+    expected = program(*clean)
+    assert np.isfinite(np.asarray(expected.out, np.float32)).all()
+    for poison in POISON:
+        poisoned = (np.where(hole, x.dtype.type(poison), x) for hole, x in zip(holes, clean, strict=True))
+        assert_same_bits(program(*poisoned), expected, f"{poison} reached the output")
+
+
+@KERNELS
+def test_poison_in_blocks_that_no_list_holds_changes_no_bit(implementation):
+    """These keys are real, and hidden from everyone by the mask alone: the promise is that they are not even read."""
+    blocks, size = 6, 16
+    hidden = np.zeros((1, K, 1, blocks * size), bool)
+    hidden[:, 0, :, 4 * size : 5 * size] = True
+    hidden[:, 1, :, 2 * size : 4 * size] = True
+    mask = oracle.sliding_window(40) & ~oracle.dense(hidden)
+    case = Case(mask, positions(T, start=70)[None], kv_len=blocks * size)
+    block_mask = pa.BlockMask.from_mask(mask.build(pa.masks), *case.geometry, pa.BlockSizes(size, size))
+    listed = np.asarray(block_mask.bitmap()).any((0, 2))
+    assert listed.astype(int).tolist() == [[0, 1, 1, 1, 0, 1], [0, 1, 0, 0, 1, 1]]
+
+    query, key, value = numbers(case)
+    unread = np.repeat(~listed, size, 1).T[None, :, :, None]
+    program = case.program(implementation)
+    expected = program(query, key, value)
+    for poison in POISON:
+        poisoned = (np.where(unread, np.float32(poison), x) for x in (key, value))
+        assert_same_bits(program(query, *poisoned), expected, f"{poison} reached the output")
+
+
+@KERNELS
+def test_what_is_not_a_number_reaches_just_the_queries_that_list_its_block(implementation):
+    """Real keys that overflowed must show, not turn into zeros; and no query that has nothing to do with them."""
+    case = Case(oracle.causal() & oracle.sliding_window(20), LAST)
+    block_mask = pa.BlockMask.from_mask(case.mask.build(pa.masks), *case.geometry, pa.BlockSizes(16, 16))
+    query, key, value = numbers(case)
+    program = case.program(implementation)
+    expected = program(query, key, value)
+    for block, lists in enumerate(np.asarray(block_mask.bitmap())[0, 0].T > 0):
+        poisoned = [x.copy() for x in (key, value)]
+        for x in poisoned:
+            x[:, block * 16 : (block + 1) * 16] = np.nan
+        actual = program(query, *poisoned)
+        spared = ~np.repeat(lists, 16)[:T]
+        assert_same_bits(actual.out[:, spared], expected.out[:, spared])
+        assert_same_bits(actual.lse[:, :, spared], expected.lse[:, :, spared])
+        seen = oracle.visible(case.mask, *case.geometry, B, N)[..., block * 16 : (block + 1) * 16].any(-1)
+        assert np.isnan(np.asarray(actual.out).swapaxes(1, 2)[seen]).all()
+        assert np.isnan(np.asarray(actual.lse)[seen]).all()
+
+
+@EVERY_IMPLEMENTATION
+def test_hidden_keys_of_a_listed_block_have_no_weight(implementation):
+    """They are real, so they must be finite; but however large they are, not one bit of them shows."""
+    case = Case(oracle.causal(), LAST)
+    query, key, value = numbers(case)
+    hidden = S - T + 5  # the first key that query 4 does not see
+    program = case.program(implementation)
+    expected = program(query, key, value)
+    key[:, hidden:] *= -1e6
+    value[:, hidden:] = 3e38
+    actual = program(query, key, value)
+    assert_same_bits(actual.out[:, :5], expected.out[:, :5])
+    assert_same_bits(actual.lse[:, :, :5], expected.lse[:, :, :5])
+    assert not np.array_equal(actual.out[:, 5:], expected.out[:, 5:])
+
+
+# Derivatives.
+
+
+TINY = Case(
+    oracle.causal() & oracle.sliding_window(4),
+    np.array([[2, 3, -1], [0, 6, 40]], np.int32),  # the last query of row 1 sees nothing
+    np.array([[-1, 1, 2, 3], [5, 6, -1, 0]], np.int32),
+    **{"q_len": 3, "kv_len": 4, "q_heads": 2, "kv_heads": 1, "head_dim": 3, "value_dim": 2},
+)
+
+
+def test_the_reference_has_the_derivatives_of_the_oracle():
+    arrays = TINY.arrays(0)
+    generator = np.random.default_rng(1)
+    seen = oracle.visible(TINY.mask, *TINY.geometry, TINY.batch, TINY.q_heads)
+    out_weights = generator.standard_normal((TINY.batch, TINY.q_len, TINY.q_heads, TINY.value_dim))
+    lse_weights = generator.standard_normal((TINY.batch, TINY.q_heads, TINY.q_len)) * seen.any(-1)
+
+    def loss_of_the_oracle(*arrays):
+        out, lse = oracle.attention(*arrays, seen, 0.6)
+        return (out * out_weights).sum() + (np.where(seen.any(-1), lse, 0) * lse_weights).sum()
+
+    def loss(*arrays):
+        out, lse, _ = pa.attention(
+            *(*arrays, TINY.mask.build(pa.masks)),
+            q_positions=TINY.q_positions,
+            kv_positions=TINY.kv_positions,
+            scale=0.6,
+            return_lse=True,
+            implementation="reference",
+        )
+        lse = jnp.where(seen.any(-1), lse, 0)
+        return (out * out_weights.astype(np.float32)).sum() + (lse * lse_weights.astype(np.float32)).sum()
+
+    step = 1e-5
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+    for which, gradient in enumerate(gradients):
+        missing = np.isnan(arrays[which])
+        assert (np.asarray(gradient)[missing] == 0).all(), "what is not there has derivative 0, whatever it holds"
+        expected = np.zeros(gradient.shape)
+        for at in zip(*np.nonzero(~missing), strict=True):
+            values = []
+            for sign in (1, -1):
+                moved = [x.astype(np.float64) for x in arrays]
+                moved[which][at] += sign * step
+                values.append(loss_of_the_oracle(*moved))
+            expected[at] = (values[0] - values[1]) / (2 * step)
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_allclose(
+            gradient, expected, rtol=0, atol=tolerances.ATTENTION_GRADIENT * np.abs(expected).max()
+        )
+
+
+def test_the_reference_has_finite_derivatives_where_logits_are_large():
+    case = Case(oracle.causal(), LAST, LEFT, query_size=1e4)
+    query, key, value = case.arrays(0)
+
+    def loss(query, key, value):
+        out = pa.attention(
+            query, key, value, pa.masks.causal(), q_positions=LAST, kv_positions=LEFT, implementation="reference"
+        )
+        return (out**2).sum()
+
+    for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value):
+        assert np.isfinite(gradient).all()
+        assert np.abs(gradient).max() > 0
+
+
+@KERNELS
+def test_a_kernel_without_derivative_says_so(implementation):
+    query, key, value = numbers(SMALL)
+
+    def out(query, key, value):
+        return pa.attention(query, key, value, **options(implementation)).sum()
+
+    def lse(query, key, value):
+        return pa.attention(query, key, value, return_lse=True, **options(implementation)).lse.sum()
+
+    name = "triton" if implementation == "interpreted" else implementation
+    message = f"implementation='{name}' has no derivative yet; to differentiate, pass implementation='reference'"
+    for loss in (out, lse):
+        for argument in range(3):
+            with pytest.raises(NotImplementedError, match=message):
+                jax.grad(loss, argument)(query, key, value)
+        with pytest.raises(NotImplementedError, match=message):
+            jax.jit(jax.value_and_grad(loss))(query, key, value)
+
+
+@KERNELS
+def test_a_kernel_may_stand_in_a_function_that_is_differentiated_by_something_else(implementation):
+    """A frozen encoder, or a step that only evaluates: nothing asks for the kernel's derivative."""
+    query, key, value = numbers(SMALL)
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        frozen = pa.attention(jax.lax.stop_gradient(x) * query, key, value, **options(implementation))
+        return (x * frozen).sum()
+
+    expected = pa.attention(query, key, value, implementation="reference").sum()
+    np.testing.assert_allclose(gradient(jnp.float32(1)), expected, rtol=tolerances.ATTENTION_GRADIENT)
+
+
+# The choice of an implementation.
+
+
+def test_implementations_are_told_best_first():
+    assert list(pa.implementations()) == ["triton", "xla", "reference"]
+    assert pa.implementations()["xla"] is None
+    assert pa.implementations()["reference"] is None
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="says why there are no compiled kernels, and here they are")
+def test_without_a_gpu_the_reason_says_so_and_xla_serves():
+    assert "NVIDIA GPU" in pa.implementations()["triton"]
+    query, key, value = numbers(SMALL)
+    assert_same_bits(
+        pa.attention(query, key, value, pa.masks.causal()),
+        pa.attention(query, key, value, pa.masks.causal(), implementation="xla"),
+    )
+
+
+@pytest.mark.gpu
+def test_with_a_gpu_the_compiled_kernels_serve():
+    query, key, value = numbers(SMALL)
+    assert_same_bits(
+        pa.attention(query, key, value, pa.masks.causal()),
+        pa.attention(query, key, value, pa.masks.causal(), implementation="triton"),
+    )

@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import strategies
 from hypothesis import given, settings
-from oracle import positions
 
 import pallas_attn as pa
 from pallas_attn import block_mask
+from tests import oracle, strategies
+from tests.oracle import positions
 
 BATCH, Q_HEADS, KV_HEADS = 2, 4, 2
 EMPTY, PARTIAL, FULL = oracle.EMPTY, oracle.PARTIAL, oracle.FULL
@@ -215,7 +214,7 @@ def test_positions_and_operands_of_every_shape(q_batch, kv_shape, op_by_op):
         mask = oracle.causal() & ~oracle.dense(rng.random((1, heads, T, S)) < 0.2) | oracle.prefix(np.array([4, 1]))
         bm = build(mask, q_positions, kv_positions)
         expected = brute_force(mask, q_positions, kv_positions, bm)
-        assert bm.shape == expected.shape[:2] + (T, S)
+        assert bm.shape == (*expected.shape[:2], T, S)
         assert bm.shape[1] == max(heads, kv_shape[1] if len(kv_shape) == 2 else 1)
         assert_sound(bm, expected)
         assert_well_formed(bm)

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 import pallas_attn as pa
+from tests import oracle
 
 BATCH, HEADS, T, S = 2, 4, 9, 12
 rng = np.random.default_rng(0)

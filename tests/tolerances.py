@@ -1,11 +1,19 @@
 """Every tolerance of the test suite, with the reason for its size. Tests hold no numbers of their own."""
 
+import jax.numpy as jnp
+
 # --- attention ---
 
-# The error of an implementation, against float64, relative to that of plain attention in the same dtype.
-ATTENTION_FACTOR = 2
-# Relative to the largest value: sixteen float32 roundings, for where plain attention happens to be exact.
-ATTENTION_FLOOR = 2.0**-20
+
+def attention_limit(plain_error: float, largest: float, dtype) -> float:
+    """The largest error allowed, against float64, where plain attention in the same dtype has ``plain_error``.
+
+    Twice that; at least the last bit of the ``largest`` value, for plain attention may happen to round to the right
+    side; and sixteen float32 roundings, for where it happens to be exact.
+    """
+    return max(2 * plain_error, float(jnp.finfo(dtype).eps) * largest) + 2.0**-20 * largest
+
+
 # Relative to the largest derivative: float32 against float64 differences.
 ATTENTION_GRADIENT = 1e-5
 
@@ -23,3 +31,5 @@ HALF_LOGITS_RELATIVE = {"bfloat16": 0.03, "float16": 0.006}
 GRADIENTS_RTOL = 1e-4
 # Absolute: a logit of two vectors of size 4 at angles up to 220, whose float32 rounding is 8e-6.
 ROTATION = 2e-4
+# Share of held-out prompts of each task that the shipped checkpoint answers exactly.
+EXACT_ANSWERS = 0.95

@@ -69,7 +69,9 @@ def recall(rng: Generator, *, min_pairs: int = 1, max_pairs: int = MAX_PAIRS) ->
         raise ValueError(
             f"min_pairs, max_pairs: expected 1 <= min_pairs <= max_pairs <= {MAX_PAIRS}, got {min_pairs}, {max_pairs}"
         )
-    pairs = _pairs(rng, _key_letters(rng, min_pairs), min_pairs, max_pairs)
+    letters = _key_letters(rng, min_pairs)
+    names = _LETTERS if letters == 1 else _LETTER_PAIRS
+    pairs = _pairs(rng, names, int(rng.integers(min_pairs, min(max_pairs, len(names)) + 1)))
     key = str(rng.choice(list(pairs)))
     return Example(_listed(pairs) + _question(key), pairs[key] + END)
 
@@ -79,10 +81,8 @@ def _key_letters(rng: Generator, min_pairs: int) -> int:
     return 1 if rng.random() < 0.3 and min_pairs <= len(_LETTERS) else 2
 
 
-def _pairs(rng: Generator, letters: int, min_pairs: int, max_pairs: int) -> dict[str, str]:
-    """A list of random length, as an ordered dict from distinct keys of so many letters to digits."""
-    names = _LETTERS if letters == 1 else _LETTER_PAIRS
-    count = rng.integers(min_pairs, min(max_pairs, len(names)) + 1)
+def _pairs(rng: Generator, names: np.ndarray, count: int) -> dict[str, str]:
+    """A list of ``count`` pairs, as an ordered dict from distinct keys, out of ``names``, to digits."""
     keys = rng.choice(names, size=count, replace=False)
     return {str(key): str(value) for key, value in zip(keys, rng.integers(10, size=count), strict=True)}
 
@@ -188,6 +188,16 @@ def training_document(rng: Generator, mix: Mix, room: int) -> Document:
     return _recall_document(rng, mix.max_pairs, max(room, _MIN_ROOM))
 
 
+def _alike(rng: Generator, count: int) -> np.ndarray:
+    """Little more than ``count`` keys of two letters, of which each letter is in many.
+
+    Where keys are drawn from all pairs of letters, one letter nearly tells them apart, and training stops there.
+    """
+    side = int(np.ceil(np.sqrt(count))) + rng.integers(2)
+    first, second = (rng.choice(_LETTERS, size=side, replace=False) for _ in range(2))
+    return np.array([a + b for a in first for b in second])
+
+
 def _recall_document(rng: Generator, max_pairs: int, room: int) -> Document:
     """A list and many questions about it: what makes a list worth its bytes in a batch.
 
@@ -198,7 +208,8 @@ def _recall_document(rng: Generator, max_pairs: int, room: int) -> Document:
     most = min(max_pairs, room // size - 1)
 
     def sample() -> Document:
-        pairs = _pairs(rng, letters, 1, most)
+        count = int(rng.integers(1, min(most, len(_LETTERS) if letters == 1 else most) + 1))
+        pairs = _pairs(rng, _LETTERS if letters == 1 else _alike(rng, count), count)
         questions = min(4 + 2 * len(pairs), room // size - len(pairs))
         keys = rng.choice(list(pairs), size=questions)
         document = [Example(_question(str(key)), pairs[str(key)] + END) for key in keys]

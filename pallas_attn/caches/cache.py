@@ -76,14 +76,19 @@ class KVCache:
           positions: int32 ``[B, t]``; -1 marks padding, which is not stored.
 
         Raises:
-          ValueError: shapes that do not fit the cache. A row without room (known only when it runs) keeps what it has
-            and sets ``overflowed``.
+          TypeError: what is not an array.
+          ValueError: shapes or dtypes that do not fit the cache. A row without room (known only when it runs) keeps
+            what it has and sets ``overflowed``.
         """
         self._check_positions(positions)
         for name, x, buffer in (("key", key, self.key), ("value", value, self.value)):
             expected = (*positions.shape, *buffer.shape[2:])
+            if not hasattr(x, "dtype"):
+                raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
             if x.shape != expected:
                 raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(f"{name}: expected floating point numbers, got {x.dtype}")
         placed = self.policy.place(self.lengths, positions >= 0, self.capacity)
         return dataclasses.replace(
             self,
@@ -130,6 +135,8 @@ class KVCache:
         )
 
     def _check_positions(self, positions: Array) -> None:
+        if not hasattr(positions, "dtype"):
+            raise TypeError(f"positions: expected an array, got {type(positions).__name__}")
         if positions.ndim != 2 or positions.shape[0] != self.batch_size:
             raise ValueError(f"positions: expected shape ({self.batch_size}, t), got {positions.shape}")
         if positions.dtype != jnp.int32:
@@ -162,8 +169,8 @@ def init(
       kv_heads, head_dim, dtype: of keys and values.
 
     Raises:
-      ValueError: a size below 1.
-      TypeError: a policy or storage of another kind.
+      ValueError: a size below 1, or a dtype that is not of floating point.
+      TypeError: a policy or storage of another kind, or a size that is not an int.
     """
     policy, storage = Dense() if policy is None else policy, Plain() if storage is None else storage
     for name, value, kind in (("policy", policy, Policy), ("storage", storage, Storage)):
@@ -171,8 +178,12 @@ def init(
             raise TypeError(f"{name}: expected a pallas_attn.caches.{kind.__name__}, got {value!r}")
     sizes = {"batch_size": batch_size, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim}
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name}: expected an int, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype: expected floating point numbers, got {jnp.dtype(dtype)}")
     return KVCache(
         key=storage.allocate(batch_size, capacity, kv_heads, head_dim, dtype),
         value=storage.allocate(batch_size, capacity, kv_heads, head_dim, dtype),

@@ -46,7 +46,7 @@ def forward(query: Array, key: Array, value: Array, block_mask: BlockMask, *, sc
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
     weights = jnp.exp(logits - peak)
     total = weights.sum(-1, keepdims=True)
-    seen = total > 0
+    seen = total != 0  # not > 0: what is not a number shows
     probabilities = weights / jnp.where(seen, total, 1.0)
     out = jnp.einsum("bkgts,bskd->btkgd", probabilities, value, precision=jax.lax.Precision.HIGHEST)
     lse = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)

@@ -112,7 +112,7 @@ def forward(query: Array, key: Array, value: Array, block_mask: BlockMask, *, sc
 
 def _finish(state: _Softmax, real: Array) -> tuple[Array, Array]:
     """Normalises once, at the end. A query that is padding, or that sees no key, gets 0 and -inf."""
-    seen = (state.total > 0) & real
+    seen = (state.total != 0) & real  # not > 0: what is not a number shows
     total = jnp.where(seen, state.total, 1.0)
     out = jnp.where(seen[..., None], state.acc / total[..., None], 0.0)
     return out, jnp.where(seen, state.peak + jnp.log(total), -jnp.inf)

@@ -198,8 +198,8 @@ def _kernel(
     carry = lax.fori_loop(0, num_full, full_block, carry)
     _, peak, total, acc = lax.fori_loop(num_full, num_active_ref[i], partial_block, carry)
 
-    # A query that is padding, or that saw no key, gets 0 and -inf.
-    seen = (total > 0) & (q_positions >= 0)
+    # A query that is padding, or that saw no key, gets 0 and -inf. Not > 0: what is not a number shows.
+    seen = (total != 0) & (q_positions >= 0)
     total = jnp.where(seen, total, 1.0)
     out = jnp.where(seen[:, None], acc / total[:, None], 0.0)
     lse = jnp.where(seen, (peak + jnp.log2(total)) / _LOG2_E, -jnp.inf)

@@ -1,0 +1,127 @@
+"""Imports point one way only, as the source says them: nothing here is executed."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "pallas_attn"
+
+# A module may import modules of lower layers, and its own neighbours in a package. The first prefix that fits counts.
+LAYERS = {
+    "pallas_attn.masks": 0,
+    "pallas_attn.scores": 0,
+    "pallas_attn.tuning": 0,
+    "pallas_attn.picture": 0,
+    "pallas_attn.block_mask": 1,
+    "pallas_attn.schedule": 2,
+    "pallas_attn.caches": 3,
+    "pallas_attn.kernels": 3,
+    "pallas_attn.attention": 4,
+    "pallas_attn.flax": 5,
+    "pallas_attn": 6,
+}
+OUTSIDE = {"jax", "numpy"}  # and the standard library
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(source: str) -> set[str]:
+    """Everything that a module imports, anywhere in it, by its full name; not what only a type checker sees."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                return
+            case ast.Import(names=names):
+                found.update(alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=0):
+                found.update(f"{module}.{alias.name}" for alias in names)
+            case ast.ImportFrom():
+                raise AssertionError(f"line {node.lineno}: a relative import")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+def own(name: str) -> str | None:
+    """The module of this package that an imported name is, or is in; None for what comes from elsewhere."""
+    while name not in MODULES:
+        name, _, last = name.rpartition(".")
+        if not last:
+            return None
+    return name
+
+
+def imports_of(module: str) -> set[str]:
+    return {x for x in map(own, imports(MODULES[module].read_text())) if x is not None} - {module}
+
+
+def layer(module: str) -> int:
+    return next(level for prefix, level in LAYERS.items() if f"{module}.".startswith(f"{prefix}."))
+
+
+def test_the_parser_sees_every_way_to_import():
+    source = """
+import a.b, c as d
+from e.f import g as h
+if TYPE_CHECKING:
+    from only.types import T
+def later():
+    from i import j
+"""
+    assert imports(source) == {"a.b", "c", "e.f.g", "i.j"}
+    assert own("pallas_attn.masks.causal") == own("pallas_attn.masks") == "pallas_attn.masks"
+    assert own("jax.numpy") is None
+    assert "pallas_attn.masks" in imports_of("pallas_attn.block_mask")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way_only(module):
+    package = ".".join(module.split(".")[:2])
+    for other in imports_of(module):
+        neighbours = f"{other}.".startswith(f"{package}.") and package != "pallas_attn"
+        assert neighbours or layer(other) < layer(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pallas_attn.caches")])
+def test_caches_know_nothing_above_masks(module):
+    for other in imports_of(module):
+        assert other.startswith("pallas_attn.caches") or layer(other) == 0, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pallas_attn.kernels")])
+def test_kernels_know_neither_attention_nor_caches(module):
+    assert not [x for x in imports_of(module) if x.startswith(("pallas_attn.attention", "pallas_attn.caches"))]
+
+
+def test_only_the_triton_kernels_know_pallas():
+    """Its Triton lowering is deprecated upstream: nothing else may come to depend on it."""
+    users = {
+        name
+        for name, path in MODULES.items()
+        if any("pallas" in x for x in imports(path.read_text()) if x.startswith("jax"))
+    }
+    assert users
+    assert all(name.startswith("pallas_attn.kernels.triton") for name in users), users
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_needs_jax_and_numpy_only(module):
+    """Above all neither Flax nor the models."""
+    for name in imports(MODULES[module].read_text()):
+        top = name.partition(".")[0]
+        assert top in OUTSIDE | {"pallas_attn"} or top in sys.stdlib_module_names, f"{module} imports {name}"

@@ -1,0 +1,91 @@
+"""The Triton kernels lower for CUDA on this JAX, without a GPU. What the lowering refuses, no interpreter shows."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_attn as pa
+from bench.machine_code import lower_for_cuda
+from pallas_attn import tuning
+from pallas_attn.kernels import triton as kernels
+
+B, T, S, N, K = 2, 100, 333, 8, 2
+
+
+def bools(*shape):
+    return jnp.ones(shape, jnp.bool_)
+
+
+def ids(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+MASKS = {
+    "full": pa.masks.full(),
+    "causal": pa.masks.causal(),
+    "window": pa.masks.sliding_window(64, 3),
+    "prefix": pa.masks.prefix(ids(B)) | pa.masks.causal(),
+    "sink": pa.masks.sink(4) | pa.masks.sliding_window(16),
+    "chunked": ~pa.masks.chunked(24),
+    "segments": pa.masks.segments(ids(B, T), ids(B, S)),
+    "dense, per query head": pa.masks.dense(bools(B, N, T, S)),
+    "operands of every kind": (pa.masks.dense(bools(1, K, T, 1)) & ~pa.masks.segments(ids(1, T), ids(1, S)))
+    | pa.masks.prefix(ids(B)) & pa.masks.dense(bools(1, N, 1, S)) & pa.masks.causal(),
+}
+
+
+def lower(mask, head_dim, dtype, *, value_dim=None, per_head=False, sizes=None, capability=90) -> str:
+    """The lowered forward kernel, as text, with the blocks that the tuning table would take."""
+    sizes = sizes or tuning.default_block_sizes(
+        *(T, S), implementation="triton", head_dim=head_dim, dtype=dtype, compute_capability=capability / 10
+    )
+
+    def forward(query, key, value, mask, q_positions, kv_positions):
+        block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes)
+        return kernels.forward(query, key, value, block_mask, scale=0.1)
+
+    def struct(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    lowered = lower_for_cuda(
+        forward,
+        struct(B, T, N, head_dim),
+        struct(B, S, K, head_dim),
+        struct(B, S, K, value_dim or head_dim),
+        mask,
+        struct(B, T, dtype=jnp.int32),
+        struct(B, *([K] if per_head else []), S, dtype=jnp.int32),
+        capability=capability,
+    )
+    return lowered.as_text()
+
+
+def assert_is_one_kernel(text: str) -> None:
+    assert text.count("__gpu$xla.gpu.triton") == 1
+    assert "pallas_attn_forward" in text
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "operands of every kind"])
+def test_lowers_for_every_dtype(name, head_dim, dtype):
+    assert_is_one_kernel(lower(MASKS[name], head_dim, jnp.dtype(dtype)))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_lowers_with_every_mask(name):
+    assert_is_one_kernel(lower(MASKS[name], 64, jnp.bfloat16, per_head=True))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(5, 1), (32, 32), (80, 48), (96, 256), (256, 96)])
+def test_lowers_for_head_sizes_of_any_kind(head_dim, value_dim):
+    assert_is_one_kernel(lower(MASKS["causal"], head_dim, jnp.float16, value_dim=value_dim))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_lowers_for_older_gpus(capability):
+    assert_is_one_kernel(lower(MASKS["window"], 128, jnp.bfloat16, capability=capability))
+
+
+def test_lowers_with_the_smallest_blocks():
+    assert_is_one_kernel(lower(MASKS["segments"], 64, jnp.float32, sizes=pa.BlockSizes(16, 16)))
