@@ -152,19 +152,19 @@ def attention(
     scale = _check_scale(scale, query.shape[-1])
     if isinstance(mask, BlockMask):
         _refuse_beside_block_mask(q_positions=q_positions, kv_positions=kv_positions, block_sizes=block_sizes)
-        _check_mask(mask.mask, query, key)
-        _check_positions("mask.q_positions", mask.q_positions, query.shape[:2])
-        _check_positions("mask.kv_positions", mask.kv_positions, key.shape[:2], key.shape[2])
-        name, _ = _choose(implementation, interpret, query, key, value, mask.mask, mask.block_sizes)
+        relation, block_sizes = mask.mask, mask.block_sizes
+        q_positions, kv_positions, of = mask.q_positions, mask.kv_positions, "mask."
+    else:
+        relation, of = _as_mask(mask), ""
+    _check_mask(relation, query, key)
+    _check_positions(f"{of}q_positions", q_positions, query, heads=())
+    _check_positions(f"{of}kv_positions", kv_positions, key, heads=(1, key.shape[2]))
+    name, block_sizes = _choose(implementation, interpret, query, key, value, relation, block_sizes)
+    if isinstance(mask, BlockMask):
         block_mask = mask
     else:
-        mask = _as_mask(mask)
-        _check_mask(mask, query, key)
-        _check_positions("q_positions", q_positions, query.shape[:2])
-        _check_positions("kv_positions", kv_positions, key.shape[:2], key.shape[2])
-        name, block_sizes = _choose(implementation, interpret, query, key, value, mask, block_sizes)
         block_mask = BlockMask.from_mask(
-            mask,
+            relation,
             query.shape[1] if q_positions is None else q_positions,
             key.shape[1] if kv_positions is None else kv_positions,
             block_sizes,
@@ -281,16 +281,16 @@ def _check_mask(mask: masks.Mask, query: Array, key: Array) -> None:
             raise ValueError(f"mask: expected operands of shape {wanted} (B, heads, T, S), got {tuple(x.shape)}")
 
 
-def _check_positions(name: str, x: Array | None, rows: tuple[int, int], heads: int | None = None) -> None:
-    """Integers ``[B|1, length]``, where ``rows`` is (B, length); with ``heads`` also ``[B|1, heads|1, length]``."""
-    if x is None:
+def _check_positions(name: str, positions: Array | None, tokens: Array, heads: tuple[int, ...]) -> None:
+    """Integers ``[B|1, length]``, or ``[B|1, heads, length]`` with one of the given numbers of heads."""
+    if positions is None:
         return
-    if not hasattr(x, "dtype"):
-        raise TypeError(f"{name}: expected an integer array, got {type(x).__name__}")
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise ValueError(f"{name}: expected integers, got dtype {x.dtype}")
-    batch, length = rows
-    extents = [({1, batch}, {length})] + ([] if heads is None else [({1, batch}, {1, heads}, {length})])
-    if not any(len(x.shape) == len(e) and all(map(set.__contains__, e, x.shape)) for e in extents):
-        wanted = f"[{batch}|1, {length}]" + ("" if heads is None else f" or [{batch}|1, {heads}|1, {length}]")
-        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
+    if not hasattr(positions, "dtype"):
+        raise TypeError(f"{name}: expected an integer array, got {type(positions).__name__}")
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"{name}: expected integers, got dtype {positions.dtype}")
+    batch, length = tokens.shape[:2]
+    fitting = {(rows, *head, length) for rows in (1, batch) for head in ((), *((h,) for h in heads))}
+    if tuple(positions.shape) not in fitting:
+        wanted = f"[{batch}|1, {length}]" + (f" or [{batch}|1, {max(heads)}|1, {length}]" if heads else "")
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(positions.shape)}")

@@ -96,6 +96,17 @@ def test_training_documents(name, room):
             assert document == [Example(document[0].prompt, solve(document[0].prompt))]
 
 
+def test_one_letter_of_a_key_is_not_enough_in_training():
+    generator = rng()
+    shared = []
+    for _ in range(200):
+        prompt = tasks.training_document(generator, Mix(recall=1.0, max_pairs=20), 128)[0].prompt
+        keys = re.findall(r"([a-z]{2})=", prompt)
+        if len(keys) >= 6:
+            shared += [sum(key[letter] == other[letter] for other in keys) > 1 for key in keys for letter in (0, 1)]
+    assert np.mean(shared) > 0.8
+
+
 def test_pack():
     documents = [[Example("1+2=", "3\n")], [Example("a=7;a?", "7\n"), Example("a?", "7\n")]]
     row = tasks.pack(documents, 20)
