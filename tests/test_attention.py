@@ -465,6 +465,21 @@ def test_poison_in_blocks_that_no_list_holds_changes_no_bit(implementation):
 
 
 @KERNELS
+def test_full_blocks_are_computed_without_the_mask(implementation):
+    """Half of the speed is there. So lists that say "full" must win over a mask that would say "nothing"."""
+    case = Case(q_len=32, kv_len=48)
+    query, key, value = numbers(case)
+    block_mask = pa.BlockMask.from_mask(pa.masks.full(), 32, 48, pa.BlockSizes(16, 16))
+    assert (block_mask.bitmap() == oracle.FULL).all()
+
+    @jax.jit
+    def call(block_mask):
+        return pa.attention(query, key, value, block_mask, **options(implementation))
+
+    assert_same_bits(call(dataclasses.replace(block_mask, mask=~pa.masks.full())), call(block_mask))
+
+
+@KERNELS
 def test_what_is_not_a_number_reaches_just_the_queries_that_list_its_block(implementation):
     """Real keys that overflowed must show, not turn into zeros; and no query that has nothing to do with them."""
     case = Case(oracle.causal() & oracle.sliding_window(20), LAST)

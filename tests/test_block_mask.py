@@ -103,7 +103,7 @@ TIGHT = {
         np.stack([positions(S, left=9), positions(S, right=4)]),
         np.stack([positions(S, left=9), positions(S, right=4)]),
     ),
-    "prefix": (oracle.prefix(np.array([7, 0])), T, S),
+    "prefix": (oracle.prefix(np.array([8, 0])), T, S),
     "prefix or causal": (oracle.prefix(np.array([7, 12])) | oracle.causal(), T, S),
     "sink": (oracle.sink(4), T, S),
     "chunks": (oracle.chunked(6), T, S),

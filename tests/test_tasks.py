@@ -77,6 +77,11 @@ def test_prompts_of_one_problem_share_a_fate():
     assert len({tasks.is_held_out(f"{pairs}{key}?") for key in "abcdefgh"}) == 1
 
 
+def test_sums_of_one_digit_are_for_training():
+    assert not any(tasks.is_held_out(f"{a}+{b}=") for a in range(10) for b in range(10))
+    assert any(tasks.is_held_out(f"{a}+{b}=") for a in range(10) for b in range(10, 20))
+
+
 @pytest.mark.parametrize("name", ["addition", "reversal", "recall"])
 @pytest.mark.parametrize("room", [16, 64, 500])
 def test_training_documents(name, room):

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_attn_models import Generator, Sampling, load_hf, tasks
 from tokenizers import Tokenizer
 
+from pallas_attn_models import Generator, Sampling, load_hf, tasks
 from tests import tolerances
 
 ROWS = 25
@@ -47,6 +47,5 @@ def test_300_held_out_prompts_of_unequal_length(generator):
         result = generator.generate([tasks.encode(example.prompt) for _, example in batch], Sampling(max_new_tokens=16))
         for (task, example), tokens, reason in zip(batch, result.tokens, result.finish_reasons, strict=True):
             right[task] += reason == "stop" and tasks.decode(tokens) + tasks.END == example.answer
-    for task, count in right.items():
-        assert count / 100 >= tolerances.EXACT_ANSWERS, right
+    assert min(right.values()) / 100 >= tolerances.EXACT_ANSWERS, right
     assert generator.compile_counts == {"prefill": 1, "decode": 1}
