@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 
 import pallas_attn as pa
 from tests import oracle, strategies, tolerances
@@ -267,7 +267,7 @@ def test_masks_equal_the_oracle_in_half_precision(name, dtype, implementation):
 @pytest.mark.slow
 @EVERY_IMPLEMENTATION
 def test_random_masks_and_positions_equal_the_oracle(implementation):
-    @settings(max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @strategies.repeatable(max_examples=40, phases=[Phase.generate])
     @given(strategies.masks(B, N, K, T, S), strategies.q_positions(B, T), strategies.kv_positions(B, K, S))
     def check_one(mask, q_positions, kv_positions):
         check(Case(mask, q_positions, kv_positions), implementation)
@@ -602,6 +602,8 @@ def test_a_kernel_without_derivative_says_so(implementation):
                 jax.grad(loss, argument)(query, key, value)
         with pytest.raises(NotImplementedError, match=message):
             jax.jit(jax.value_and_grad(loss))(query, key, value)
+        with pytest.raises(NotImplementedError, match=message):
+            jax.jvp(loss, (query, key, value), (query, key, value))
 
 
 @KERNELS
