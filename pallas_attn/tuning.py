@@ -45,7 +45,7 @@ _TRITON = {
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache.
 _XLA_QUERIES = 256
 _XLA_KEYS = 256
-_XLA_KEYS_DECODE = 128
+_XLA_KEYS_DECODE = 64
 
 
 def default_block_sizes(
