@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import jax
 
+_TURN_SECONDS = 0.05
+
 
 def seconds(function: Callable, *arguments) -> float:
     """Wall-clock seconds of one call, until its results are there."""
@@ -15,7 +17,7 @@ def seconds(function: Callable, *arguments) -> float:
 
 
 def take_turns(contenders: dict[str, Callable], *, rounds: int, budget: float) -> dict[str, list[float]]:
-    """Seconds of every contender in every round. All are called once before, so no compilation is timed.
+    """Seconds per call of every contender in every round. All are called once before, so no compilation is timed.
 
     Args:
       contenders: functions of no argument.
@@ -30,10 +32,18 @@ def take_turns(contenders: dict[str, Callable], *, rounds: int, budget: float) -
         if turn >= 3 and time.perf_counter() - start > budget:
             break
         for name, function in contenders.items():
-            # Untimed: the other's turn gave memory back to the system, and getting it anew is no contender's work.
-            jax.block_until_ready(function())
-            times[name].append(seconds(function))
+            times[name].append(_turn(function))
     return times
+
+
+def _turn(function: Callable) -> float:
+    """Median of the calls of one turn, which lasts at least ``_TURN_SECONDS``."""
+    # Untimed: the other's turn gave memory back to the system, and getting it anew is no contender's work.
+    jax.block_until_ready(function())
+    calls = []
+    while sum(calls) < _TURN_SECONDS:
+        calls.append(seconds(function))
+    return statistics.median(calls)
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
