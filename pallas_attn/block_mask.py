@@ -211,11 +211,8 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
             real = real & q_real
         if x.shape[3] > 1:
             real = real & _repeat_to(kv_real, x)
-        lowest, highest = (False, True) if x.dtype == jnp.bool_ else (jnp.iinfo(x.dtype).min, jnp.iinfo(x.dtype).max)
-        return Interval(
-            _reduce_blocks(jnp.min, jnp.where(real, x, highest), highest, q_block, kv_block),
-            _reduce_blocks(jnp.max, jnp.where(real, x, lowest), lowest, q_block, kv_block),
-        )
+        lowest, highest = _limits(x.dtype)
+        return _extremes(jnp.where(real, x, highest), jnp.where(real, x, lowest), q_block, kv_block)
 
     intervals, q_span, kv_span = jax.tree.map(
         lambda x: Interval(*(repeat_heads(bound, heads) for bound in interval(x))), (mask, q, kv)
@@ -223,11 +220,10 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
     some, every = intervals.bounds(q_span, kv_span)
     # A block with any missing key is never full, so that the loop over full blocks needs no mask at all. Missing
     # *queries* do not matter there: a kernel clears their rows at the end.
-    some_q = _reduce_blocks(jnp.max, q_real, False, q_block, kv_block)
-    some_kv = repeat_heads(_reduce_blocks(jnp.max, kv_real, False, q_block, kv_block), heads)
-    every_kv = repeat_heads(_reduce_blocks(jnp.min, kv_real, False, q_block, kv_block), heads)
-    if kv_real.shape[-1] < kv_block:
-        every_kv = jnp.zeros_like(every_kv)  # also where S is 1, an axis that _reduce_blocks takes for a shared one
+    some_q = _extremes(q_real, q_real, q_block, kv_block).max
+    every_kv, some_kv = (repeat_heads(x, heads) for x in _extremes(kv_real, kv_real, q_block, kv_block))
+    if kv_real.shape[-1] % kv_block:
+        every_kv = every_kv.at[..., -1].set(False)  # the end of the last block is beyond the last key
     active = some & some_q & some_kv
     full = active & every & every_kv
     return jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY)).astype(jnp.uint8)
@@ -241,16 +237,38 @@ def _repeat_to(kv_real: Array, x: Array) -> Array:
     return repeat_heads(kv_real, x.shape[1])
 
 
-def _reduce_blocks(reduce, x: Array, fill, q_block: int, kv_block: int) -> Array:
-    """Reduces ``[B, M, T|1, S|1]`` over blocks: ``[B, M, nq|1, nk|1]``; a ragged last block is completed with fill."""
-    for axis, block in ((2, q_block), (3, kv_block)):
-        if (length := x.shape[axis]) == 1:
-            continue
-        padding = [(0, 0)] * 4
-        padding[axis] = (0, -length % block)
-        x = jnp.pad(x, padding, constant_values=fill)
-        x = reduce(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis=axis + 1)
-    return x
+def _limits(dtype: jnp.dtype) -> tuple[Array, Array]:
+    """The lowest and the highest value of a dtype."""
+    if dtype == jnp.bool_:
+        return jnp.array(False), jnp.array(True)
+    return jnp.array(jnp.iinfo(dtype).min, dtype), jnp.array(jnp.iinfo(dtype).max, dtype)
+
+
+def _extremes(low: Array, high: Array, q_block: int, kv_block: int) -> Interval:
+    """The minimum of ``low`` and the maximum of ``high`` in every block: ``[B, M, T|1, S|1]`` to ``[B, M, nq|1, nk|1]``.
+
+    A ragged last block is completed with what changes neither.
+    """
+    lowest, highest = _limits(low.dtype)
+    if low.shape[2] > 1:
+        low, high = _blocks(low, 2, q_block, highest).min(3), _blocks(high, 2, q_block, lowest).max(3)
+    if low.shape[3] > 1:
+        # One pass for both: on a CPU, XLA takes several to reduce the last axis in the plain way.
+        blocks = [_blocks(low, 3, kv_block, highest), _blocks(high, 3, kv_block, lowest)]
+        low, high = jax.lax.reduce(blocks, [highest, lowest], _wider, (4,))
+    return Interval(low, high)
+
+
+def _wider(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jax.lax.min(a[0], b[0]), jax.lax.max(a[1], b[1])
+
+
+def _blocks(x: Array, axis: int, block: int, fill: Array) -> Array:
+    """Cuts an axis into ``[..., blocks, block, ...]``, after padding it with ``fill``."""
+    padding = [(0, 0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % block, 0)
+    x = jax.lax.pad(x, fill, padding)
+    return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
 
 def _lists_from_classes(classes: Array, width: int | None = None) -> BlockLists:

@@ -1,45 +1,312 @@
-"""A BlockMask as something to look at."""
+"""A BlockMask as something to look at: characters for a terminal, PNG and SVG for a page.
 
-from typing import TYPE_CHECKING
+Both show one grid of blocks at a time, of one batch row and one head of the lists, with axes that count tokens. A grid
+too large to show is scaled down: neighbouring blocks become one cell, which is empty only if all of them are.
+"""
 
-import jax.core
+import contextlib
+import dataclasses
+import operator
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from pallas_attn.block_mask import BlockMask
 
+_PARTIAL = 1  # of the classes 0 empty, 1 partial, 2 full, as in `BlockMask.bitmap`
 _CHARACTERS = np.array(["·", "▒", "█"])
+# Light to dark by the work that a block takes, so that they read in grey and to colour-blind eyes too.
+_EMPTY_COLOUR, _PARTIAL_COLOUR, _FULL_COLOUR = "#edf1f5", "#f2a65a", "#1f4e79"
+_PADDING_COLOUR, _TEXT_COLOUR = "#8a94a0", "#4a5561"
+_MAX_CELLS = 256  # along an axis of a picture, so that a cell is some pixels wide
+_METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # nothing that changes by the day
 
 
-def as_text(block_mask: "BlockMask", *, max_rows: int = 32, max_columns: int = 64) -> str:
-    """Blocks as characters (``█`` full, ``▒`` partial, ``·`` empty), one picture per row of the batch and head.
+class _Grid(NamedTuple):
+    """What there is to show of one batch row and one head."""
+
+    name: str
+    classes: np.ndarray  # uint8 [nq, nk]
+    q_padding: np.ndarray  # bool [T]
+    kv_padding: np.ndarray  # bool [S]
+
+    @property
+    def density(self) -> float:
+        return float((self.classes != 0).mean())
+
+    @property
+    def padding(self) -> str:
+        counts = {"queries": self.q_padding, "keys": self.kv_padding}
+        return ", ".join(f"{x.sum():,} of {x.size:,} {name}" for name, x in counts.items() if x.any())
+
+
+def as_text(block_mask: "BlockMask", *, max_rows: int = 32, max_columns: int = 64, max_grids: int = 4) -> str:
+    """Blocks as characters (``█`` full, ``▒`` partial, ``·`` empty), one grid for each batch row and head.
 
     A grid larger than ``max_rows`` x ``max_columns`` is scaled down: a character is full or empty only where all the
-    blocks under it are. Under jit, where the lists have no values yet, only the shape is told.
+    blocks under it are. Of more than ``max_grids`` grids the first are shown, and the number of the others. Under jit,
+    where the lists have no values yet, only the shape is told.
     """
     batch, heads, q_len, kv_len = block_mask.shape
     sizes = block_mask.block_sizes
     title = f"BlockMask(B={batch}, heads={heads}, T={q_len}, S={kv_len}, blocks of {sizes.q}x{sizes.kv}"
     if isinstance(block_mask.num_full, jax.core.Tracer):
         return title + ", traced)"
-    classes = np.asarray(block_mask.bitmap())
     lines = [f"{title}, density {float(block_mask.density()):.1%})"]
-    for b, h in np.ndindex(classes.shape[:2]):
-        if classes.shape[:2] != (1, 1):
-            lines.append(f"batch {b}, head {h}")
-        lines += ["".join(row) for row in _CHARACTERS[_scaled_down(classes[b, h], max_rows, max_columns)]]
+    q_step, kv_step = _step(block_mask.grid[0], max_rows), _step(block_mask.grid[1], max_columns)
+    q_tokens, kv_tokens = q_step * sizes.q, kv_step * sizes.kv  # of a character
+    which = list(np.ndindex(block_mask.num_full.shape[:2]))
+    for b, h in which[:max_grids]:
+        grid = _grid(block_mask, b, h)
+        facts = f"{grid.name}: density {grid.density:.1%}"
+        lines.append(f"{facts}, padding {grid.padding}" if grid.padding else facts)
+        lines += _with_axes(_merged(grid.classes, q_step, kv_step), q_tokens, kv_tokens)
+    if len(which) > max_grids:
+        lines.append(f"and {len(which) - max_grids} more; pallas_attn.save_picture draws any of them")
+    lines.append("█ full  ▒ partial  · empty")
+    lines.append(f"a character is {q_tokens} queries x {kv_tokens} keys" + _scale_note(q_step, kv_step))
     return "\n".join(lines)
 
 
-def _scaled_down(classes: np.ndarray, max_rows: int, max_columns: int) -> np.ndarray:
-    """Merges neighbouring blocks until the grid fits; a merged block of mixed classes is partial."""
-    row_step = -(-classes.shape[0] // max_rows)
-    column_step = -(-classes.shape[1] // max_columns)
-    rows = range(0, classes.shape[0], row_step)
-    columns = range(0, classes.shape[1], column_step)
-    scaled = np.empty((len(rows), len(columns)), classes.dtype)
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            cell = classes[r : r + row_step, c : c + column_step]
-            scaled[i, j] = cell.flat[0] if (cell == cell.flat[0]).all() else 1
-    return scaled
+def save_picture(
+    block_mask: "BlockMask",
+    path: str | os.PathLike,
+    *,
+    batch: int = 0,
+    head: int = 0,
+    title: str | None = None,
+) -> None:
+    """Draws which blocks are full, partial and empty, and where there is padding. Needs the extra ``plots``.
+
+    The same mask gives the same bytes, whatever the day and the user's settings of matplotlib, with the same version of
+    matplotlib. No display is needed.
+
+    Args:
+      block_mask: any size; a grid of more than 256 blocks along an axis is scaled down, and the picture says so.
+      path: a file that ends in ``.png`` or ``.svg``, in a directory that exists.
+      batch: the batch row to draw, below the B of the lists (1 if all rows share them).
+      head: the head to draw, below the M of the lists (1 if all heads share them).
+      title: default "BlockMask".
+
+    Raises:
+      ValueError: a path of another kind, no such directory, batch row or head, or a BlockMask that is being traced.
+      TypeError: not a BlockMask.
+      ImportError: matplotlib is not installed.
+    """
+    if not hasattr(block_mask, "bitmap"):
+        kind = type(block_mask).__name__
+        raise TypeError(f"block_mask: expected a BlockMask (BlockMask.from_mask makes one), got {kind}")
+    path = _checked_path(path)
+    rows, heads = block_mask.num_full.shape[:2]
+    batch, head = _checked_index("batch", batch, rows), _checked_index("head", head, heads)
+    if isinstance(block_mask.num_full, jax.core.Tracer):
+        raise ValueError("block_mask: expected one with values, got one that is being traced; draw it outside of jit")
+    with plain_style():
+        save_figure(_figure(_grid(block_mask, batch, head), block_mask, title or "BlockMask"), path)
+
+
+@contextlib.contextmanager
+def plain_style() -> Iterator[None]:
+    """Within it, figures of matplotlib depend on nothing that a user has configured.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('pictures need matplotlib: pip install "pallas-attn[plots]"') from error
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        # SVG names its parts by a hash, which without a salt of our own would be random.
+        matplotlib.rcParams["svg.hashsalt"] = "pallas_attn"
+        yield
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Writes a PNG or an SVG, by the suffix, without a date and without the name of the program in it."""
+    figure.savefig(path, dpi=160, metadata=_METADATA[path.suffix.lower()])
+
+
+# --- the grid ---
+
+
+def _grid(block_mask: "BlockMask", batch: int, head: int) -> _Grid:
+    rows, heads = block_mask.num_full.shape[:2]
+    # One row of the lists at a time: the bitmap of a whole batch may be large.
+    lists = jax.tree.map(lambda x: x[batch : batch + 1, head : head + 1], block_mask.lists)
+    classes = np.asarray(dataclasses.replace(block_mask, lists=lists).bitmap())[0, 0]
+    q_positions, kv_positions = np.asarray(block_mask.q_positions), np.asarray(block_mask.kv_positions)
+    kv_positions = kv_positions[:, head * kv_positions.shape[1] // heads]
+    name = f"batch {batch} of {rows}" if rows > 1 else "all batch rows"
+    name += f", head {head} of {heads}" if heads > 1 else ", all heads"
+    return _Grid(name, classes, *(x[batch if x.shape[0] > 1 else 0] < 0 for x in (q_positions, kv_positions)))
+
+
+def _step(blocks: int, most: int) -> int:
+    """How many blocks become one cell, so that there are at most so many cells."""
+    return -(-blocks // most)
+
+
+def _merged(classes: np.ndarray, q_step: int, kv_step: int) -> np.ndarray:
+    """Every ``q_step`` x ``kv_step`` blocks as one cell; a cell of mixed classes is partial."""
+    starts = np.arange(0, classes.shape[0], q_step), np.arange(0, classes.shape[1], kv_step)
+    lowest, highest = (
+        reduce.reduceat(reduce.reduceat(classes, starts[0], axis=0), starts[1], axis=1)
+        for reduce in (np.minimum, np.maximum)
+    )
+    return np.where(lowest == highest, lowest, _PARTIAL)
+
+
+def _scale_note(q_step: int, kv_step: int) -> str:
+    return f" ({q_step}x{kv_step} blocks, partial where they differ)" if q_step * kv_step > 1 else ""
+
+
+# --- text ---
+
+
+def _with_axes(cells: np.ndarray, q_tokens: int, kv_tokens: int) -> list[str]:
+    """Rows of characters, each with its first query at the left, under the first keys of some columns."""
+    q_labels = [str(i * q_tokens) for i in range(cells.shape[0])]
+    kv_labels = [str(j * kv_tokens) for j in range(cells.shape[1])]
+    margin = max(len("queries"), len(q_labels[-1]))
+    every = 1 << len(kv_labels[-1]).bit_length()  # the power of two that leaves room between labels
+    header = "".join(label.ljust(every) for label in kv_labels[::every]).rstrip()
+    rows = (f"{label:>{margin}} {''.join(row)}" for label, row in zip(q_labels, _CHARACTERS[cells], strict=True))
+    return [f"{'':{margin}} keys", f"{'queries':>{margin}} {header}", *rows]
+
+
+# --- PNG and SVG ---
+
+
+def _checked_path(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix.lower() not in _METADATA:
+        raise ValueError(f"path: expected a file that ends in .png or .svg, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"path: expected a directory that exists, got {str(path.parent)!r}")
+    if path.is_dir():
+        raise ValueError(f"path: expected a file, got the directory {str(path)!r}")
+    return path
+
+
+def _checked_index(name: str, value: int, count: int) -> int:
+    value = operator.index(value)
+    if not 0 <= value < count:
+        raise ValueError(f"{name}: expected an index from 0 to {count - 1} into the lists, got {value}")
+    return value
+
+
+def _figure(grid: _Grid, block_mask: "BlockMask", title: str) -> "Figure":
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    q_len, kv_len = grid.q_padding.size, grid.kv_padding.size
+    # In inches. A grid much wider than high, or higher than wide, keeps a shape that can be looked at.
+    width, height = 5.2, 5.2 * float(np.clip(q_len / kv_len, 0.12, 1.4))
+    left, right, bottom, top = 1.0, 0.4, 0.95, 1.0
+    size = (left + width + right, bottom + height + top)
+    figure = Figure(figsize=size, facecolor="white")
+    axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
+
+    def write(inches_from_top: float, text: str, **style: Any) -> None:
+        figure.text(left / size[0], 1 - inches_from_top / size[1], text, va="top", **style)
+
+    active, blocks = int((grid.classes != 0).sum()), grid.classes.size
+    sizes = block_mask.block_sizes
+    facts = f"density {grid.density:.1%}: {active:,} of {blocks:,} blocks of {sizes.q} × {sizes.kv} are visited"
+    where = f"{grid.name}; padding: {grid.padding}" if grid.padding else grid.name
+    write(0.22, title, fontsize=_title_size(title), fontweight="bold", color="#1b2733")
+    write(0.50, facts, fontsize=9, color=_TEXT_COLOUR)
+    write(0.69, where, fontsize=9, color=_TEXT_COLOUR)
+
+    steps = _step(grid.classes.shape[0], _MAX_CELLS), _step(grid.classes.shape[1], _MAX_CELLS)
+    _draw_cells(axes, _merged(grid.classes, *steps), steps[0] * sizes.q, steps[1] * sizes.kv)
+    _draw_padding(axes, grid)
+    axes.set_xlim(0, kv_len)
+    axes.set_ylim(q_len, 0)
+    axes.set_xticks(_ticks(kv_len, 8))
+    axes.set_yticks(_ticks(q_len, max(2, round(8 * height / width))))
+    for axis, name in ((axes.xaxis, "keys"), (axes.yaxis, "queries")):
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_label_text(f"{name} (tokens){_scale_note(*steps) if name == 'keys' else ''}", color=_TEXT_COLOUR)
+    axes.tick_params(colors=_TEXT_COLOUR, labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_edgecolor(_PADDING_COLOUR)
+        spine.set_linewidth(0.8)
+    colours = {"full": _FULL_COLOUR, "partial": _PARTIAL_COLOUR, "empty": _EMPTY_COLOUR}
+    patches = [Patch(facecolor=c, edgecolor=_PADDING_COLOUR, linewidth=0.5, label=name) for name, c in colours.items()]
+    if grid.padding:
+        hatched = {"facecolor": "white", "edgecolor": _PADDING_COLOUR, "hatch": "/////", "linewidth": 0.5}
+        patches.append(Patch(**hatched, label="padding"))
+    figure.legend(
+        handles=patches,
+        loc="lower left",
+        bbox_to_anchor=(left / size[0], 0.12 / size[1]),
+        borderaxespad=0,
+        borderpad=0,
+        ncols=len(patches),
+        frameon=False,
+        fontsize=9,
+        labelcolor=_TEXT_COLOUR,
+    )
+    return figure
+
+
+def _title_size(title: str) -> float:
+    """In points: a long title is written smaller, so that it stays within the picture."""
+    return float(np.clip(13 * 44 / max(len(title), 1), 6, 13))
+
+
+def _draw_cells(axes: "Axes", cells: np.ndarray, q_tokens: int, kv_tokens: int) -> None:
+    from matplotlib.colors import ListedColormap
+
+    rows, columns = cells.shape
+    axes.imshow(
+        cells,
+        cmap=ListedColormap([_EMPTY_COLOUR, _PARTIAL_COLOUR, _FULL_COLOUR]),
+        vmin=0,
+        vmax=2,
+        extent=(0, columns * kv_tokens, rows * q_tokens, 0),
+        aspect="auto",
+        interpolation="none",
+    )
+    if max(rows, columns) <= 64:
+        style = {"color": "white", "linewidth": 0.6}
+        axes.vlines(np.arange(1, columns) * kv_tokens, 0, rows * q_tokens, **style)
+        axes.hlines(np.arange(1, rows) * q_tokens, 0, columns * kv_tokens, **style)
+
+
+def _draw_padding(axes: "Axes", grid: _Grid) -> None:
+    """Hatches the rows and columns where there is no token."""
+    q_len, kv_len = grid.q_padding.size, grid.kv_padding.size
+    style = {"facecolor": (1, 1, 1, 0.55), "edgecolor": _PADDING_COLOUR, "hatch": "/////", "linewidth": 0}
+    for first, last in _runs(grid.q_padding):
+        axes.axhspan(first, last, **style)
+    for first, last in _runs(grid.kv_padding):
+        axes.axvspan(first, last, **style)
+
+
+def _runs(padding: np.ndarray) -> np.ndarray:
+    """``[runs, 2]``: where each run of padding begins and ends, in tokens.
+
+    More than 1024 tokens are looked at in 1024 groups, each padding if most of it is: less than a pixel is lost.
+    """
+    starts = np.arange(0, padding.size, _step(padding.size, 1024))
+    ends = np.append(starts[1:], padding.size)
+    mostly = 2 * np.add.reduceat(padding.astype(int), starts) > ends - starts
+    edges = np.flatnonzero(np.diff(mostly.astype(int), prepend=0, append=0))
+    return np.append(starts, padding.size)[edges].reshape(-1, 2)
+
+
+def _ticks(length: int, most: int) -> np.ndarray:
+    """At most about so many, at multiples of a power of two."""
+    return np.arange(0, length, 1 << max(0, -(-length // most) - 1).bit_length())
