@@ -25,6 +25,8 @@ LOGITS_TRANSFORMERS = 1e-4
 PADDED_LOGITS = 1e-5
 # Absolute, float32: the same tokens through a cache, in chunks.
 CACHED_LOGITS = 1e-5
+# Absolute: a log-probability, the difference of a logit and a logarithm of a sum over all of them.
+LOGPROBS = 1e-4
 # Root mean square error relative to the float32 logits: a few roundings to 8 or 11 bits per layer.
 HALF_LOGITS_RELATIVE = {"bfloat16": 0.03, "float16": 0.006}
 # Relative: a gradient with and without padding.
@@ -33,3 +35,8 @@ GRADIENTS_RTOL = 1e-4
 ROTATION = 2e-4
 # Share of held-out prompts of each task that the shipped checkpoint answers exactly.
 EXACT_ANSWERS = 0.95
+
+# --- sampling ---
+
+# A right sampler fails a chi-square test at this level once in a thousand seeds; the seeds of the tests are fixed.
+CHI_SQUARE_LEVEL = 1e-3
