@@ -247,7 +247,8 @@ def _limits(dtype: jnp.dtype) -> tuple[Array, Array]:
 def _extremes(low: Array, high: Array, q_block: int, kv_block: int) -> Interval:
     """The minimum of ``low`` and the maximum of ``high`` in every block.
 
-    From ``[B, M, T|1, S|1]`` to ``[B, M, nq|1, nk|1]``; an axis of size 1 is one that is shared. A ragged last block is completed with what changes neither.
+    From ``[B, M, T|1, S|1]`` to ``[B, M, nq|1, nk|1]``; an axis of size 1 is one that is shared. A ragged last
+    block is completed with what changes neither.
     """
     lowest, highest = _limits(low.dtype)
     if low.shape[2] > 1:
