@@ -1,7 +1,8 @@
 """What the machine code of a Triton kernel says, on a machine without a GPU.
 
 JAX lowers a Pallas kernel to Triton IR inside a custom call. PyPI's `triton` compiles that IR for any NVIDIA target,
-and its `cuobjdump` reads the result. XLA carries its own version of Triton, so this is evidence, not proof.
+and the tools in its wheel read the result. The same passes run as in XLA, which carries its own version of Triton: so
+this is evidence, not proof.
 """
 
 import contextlib
@@ -22,13 +23,27 @@ _DEVICE_KINDS = {80: "NVIDIA A100-SXM4-40GB", 90: "NVIDIA H100"}
 
 @dataclasses.dataclass(frozen=True)
 class MachineCode:
-    """Resources of one compiled kernel; ``stack_bytes`` and spills are per thread, ``shared_bytes`` per program."""
+    """One compiled kernel.
+
+    Attributes:
+      name: of the kernel.
+      num_warps: warps per program.
+      registers: per thread.
+      stack_bytes: per thread; a spilled register lives there.
+      spill_stores, spill_loads: instructions that write and read the stack.
+      shared_bytes: shared memory per program.
+      ir: the Triton IR, as text, whose lines ``sass`` refers to.
+      ptx, sass: assembly; ``sass`` is nvdisasm's text, with a comment of the line of ``ir`` before each change of line.
+    """
 
     name: str
+    num_warps: int
     registers: int
     stack_bytes: int
     spill_stores: int
+    spill_loads: int
     shared_bytes: int
+    ir: str
     ptx: str
     sass: str
 
@@ -60,45 +75,57 @@ def _assumed_device(kind: str) -> Iterator[None]:
         yield
 
 
-def compile_kernels(lowered, capability: int = 90) -> list[MachineCode]:
-    """Compiles every Triton kernel of a lowered function, in order of appearance.
+def compile_kernels(lowered, capability: int = 90, *, name: str | None = None) -> list[MachineCode]:
+    """Compiles every Triton kernel of a lowered function, or those of one name, in order of appearance.
+
+    Triton keeps what it compiled under a key of the IR, the options and its own version (``TRITON_CACHE_DIR``).
 
     Raises:
       ModuleNotFoundError: PyPI's `triton` is not installed (extra [bench]).
+      FileNotFoundError: the wheel of `triton` lacks one of its tools.
     """
+    calls = _triton_calls(lowered.compiler_ir("stablehlo").operation)
+    return [_compile(config, capability) for config in calls if name in (None, config["name"].value)]
+
+
+def _compile(config: dict, capability: int) -> MachineCode:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernels = []
-    for config in _triton_calls(lowered.compiler_ir("stablehlo").operation):
-        options = {
-            "num_warps": config["num_warps"].value,
-            "num_stages": config["num_stages"].value,
-            "enable_fp_fusion": True,  # as XLA compiles it
-        }
-        with tempfile.TemporaryDirectory() as directory:
-            source = Path(directory, "kernel.ttir")
-            source.write_text(_as_text(config["ir"].value_bytes))
-            compiled = triton.compile(str(source), target=GPUTarget("cuda", capability, 32), options=options)
-            cubin = Path(directory, "kernel.cubin")
-            cubin.write_bytes(compiled.asm["cubin"])
-            usage = _run(_tool("cuobjdump"), "-res-usage", str(cubin))
-            sass = _run(_tool("cuobjdump"), "-sass", str(cubin))
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        if found is None:
-            raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
-        kernels.append(
-            MachineCode(
-                name=config["name"].value,
-                registers=int(found[1]),
-                stack_bytes=int(found[2]),
-                spill_stores=len(re.findall(r"\bSTL\b", sass)),
-                shared_bytes=compiled.metadata.shared,
-                ptx=compiled.asm["ptx"],
-                sass=sass,
-            )
-        )
-    return kernels
+    tools = {name: _tool(name) for name in ("ptxas", "cuobjdump", "nvdisasm")}
+    target = GPUTarget("cuda", capability, 32)
+    options = {
+        "num_warps": config["num_warps"].value,
+        "num_stages": config["num_stages"].value,
+        # As XLA compiles: with fused multiply-adds, and with denormals in libdevice (`xla_gpu_ftz` is off).
+        "enable_fp_fusion": True,
+        "enable_reflect_ftz": False,
+    }
+    text = _as_text(config["ir"].value_bytes)
+    with tempfile.TemporaryDirectory() as directory:
+        source, simplified = Path(directory, "kernel.ttir"), Path(directory, "simplified.ttir")
+        source.write_text(text)
+        simplified.write_text(_simplified(source, target, options))
+        compiled = triton.compile(str(simplified), target=target, options=options)
+        cubin = Path(directory, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run(tools["cuobjdump"], "-res-usage", str(cubin))
+        sass = _run(tools["nvdisasm"], "--print-code", "--print-line-info-inline", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
+    return MachineCode(
+        name=config["name"].value,
+        num_warps=options["num_warps"],
+        registers=int(found[1]),
+        stack_bytes=int(found[2]),
+        spill_stores=len(re.findall(r"\bSTL\b", sass)),
+        spill_loads=len(re.findall(r"\bLDL\b", sass)),
+        shared_bytes=compiled.metadata.shared,
+        ir=text,
+        ptx=compiled.asm["ptx"],
+        sass=sass,
+    )
 
 
 def _triton_calls(operation) -> Iterator[dict]:
@@ -112,6 +139,7 @@ def _triton_calls(operation) -> Iterator[dict]:
 
 
 def _as_text(bytecode: bytes) -> str:
+    """The module without JAX's locations, so that the lines of the text itself become the locations."""
     with ir.Context() as context:
         triton_dialect.register_dialect(context)
         # An attribute that a newer Triton does not know must not stop the parser.
@@ -119,10 +147,33 @@ def _as_text(bytecode: bytes) -> str:
         return str(ir.Module.parse(bytecode))
 
 
+def _simplified(source: Path, target, options: dict) -> str:
+    """The IR after Triton's first passes, which `triton.compile` leaves out for a file, and XLA does not.
+
+    One of them turns ``acc * decay + dot(p, v)`` into a product that accumulates in place: without it, registers for a
+    second accumulator are counted.
+    """
+    from triton._C.libtriton import ir as triton_ir
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    backend = CUDABackend(target)
+    context = triton_ir.context()
+    triton_ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = triton_ir.parse_mlir_module(str(source), context)
+    module.context = context
+    simplified = backend.make_ttir(module, {}, backend.parse_options(dict(options)), target.arch)
+    # Locations must not name the temporary directory: Triton's cache would never find the text again.
+    return str(simplified).replace(str(source), source.name)
+
+
 def _tool(name: str) -> str:
     from triton.backends import nvidia
 
-    return str(Path(nvidia.__file__).parent / "bin" / name)
+    path = Path(nvidia.__file__).parent / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: the wheel of triton has it at {path}, where there is none")
+    return str(path)
 
 
 def _run(*command: str) -> str:

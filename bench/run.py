@@ -1,142 +1,264 @@
-"""Times attention against its peers: ``python -m bench.run --suite cpu``.
+"""Times attention, masks, caches and generation against their peers.
 
-Before anything is timed, results are compared; a case whose results differ prints no speed and fails the run.
+``python -m bench.run --suite cpu``. Before anything is timed, results are compared; of what is wrong no speed is shown.
 """
 
 import argparse
-import datetime
-import json
-import platform
+import math
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import pallas_attn as pa
-from bench.cases import CPU_CASES, Case, Workload
-from bench.timing import median_ratio, take_turns
+from bench import machine
+from bench.cases import SUITES, Case, named
+from bench.measure import OURS, Effort, Setting, failed, free_memory, measure
+from bench.peers import Peer, all_peers
+from bench.physics import Peaks, bound_seconds
+from bench.results_file import ResultsError, ResultsFile
 
-# Largest accepted difference of float32 outputs of size about 1.
-_TOLERANCE = 1e-5
+_ROOT = Path(__file__).parents[1]
+# A case that starts in time may end after it.
+_MINUTES = {"cpu": 14.0, "gpu": 7.5}
+_EFFORT = {"cpu": Effort(), "gpu": Effort(rounds=7, seconds=2.0, prepare_seconds=12.0)}
+_TOY_EFFORT = Effort(rounds=1, seconds=0.0)
+_TESTS_SECONDS = 180
+
+_OK, _WRONG, _USAGE, _UNFINISHED = range(4)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the suite; returns 0, or 1 if a result is wrong, or 2 for a wrong call."""
-    names = [case.name for case in CPU_CASES]
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--suite", choices=["cpu"], required=True)
-    parser.add_argument("--case", choices=names, action="append", help="only this case; may be repeated")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds per case at most (default 30)")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds per case (default 40)")
-    parser.add_argument("--out", type=Path, help="also write the results as JSON")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a suite.
 
+    Returns:
+      0; 1 if a result is wrong, a case broke off or the GPU tests failed; 2 for a call that is wrong or cannot be
+      served here; 3 if time was up before the last case.
+    """
+    options = _parse(argv)
+    # PyTorch needs some of the GPU's memory, too. JAX reads this when it first looks for a GPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console = Console(stderr=True)
-    results = []
-    for case in CPU_CASES:
-        if options.case and case.name not in options.case:
-            continue
-        with console.status(f"{case.name}: {case.about}"):
-            results.append(_measure(case, options.rounds, options.budget))
-    Console(width=None if sys.stdout.isatty() else 120).print(_table(results))
-    if options.out:
-        options.out.write_text(json.dumps({"machine": _machine(), "results": results}, indent=2) + "\n")
-    return 0 if all(result["correct"] for result in results) else 1
+    suites = SUITES if options.suite == "all" else (options.suite,)
+    try:
+        peers = _choose_peers(options.peers, all_peers(interpret=options.toy))
+        _check_cases(options.case, options.suite)
+        if options.list:
+            _print_list(suites, options.case, peers)
+            return _OK
+        if "gpu" in suites and not options.toy and (reason := pa.implementations()["triton"]) is not None:
+            raise UsageError(f"--suite gpu: {reason}; --toy runs it at toy sizes anywhere")
+        described = machine.describe()
+        files = {suite: _results_file(options, suite, described) for suite in suites}
+    except (UsageError, ResultsError) as error:
+        console.print(f"python -m bench.run: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return _USAGE
+    codes = [_run_suite(suite, files[suite], peers, options, console) for suite in suites]
+    return next((code for code in (_WRONG, _UNFINISHED) if code in codes), _OK)
 
 
-def _measure(case: Case, rounds: int, budget: float) -> dict:
-    workload = case.build()
-    ours = _ours(workload)
-    peers: dict[str, Callable[[], Array]] = {"jax.nn": _jax_nn(workload)}
-    error = _largest_difference(ours(), peers["jax.nn"](), workload)
-    result = {"case": case.name, "about": case.about, "difference": error, "correct": error <= _TOLERANCE, "peers": {}}
-    if not result["correct"]:
-        return result
-    if case.smaller is not None:
-        smaller = _ours(case.smaller())
-        # Our two buffers take turns with each other alone: a peer's hundreds of MB in between would empty the caches.
-        times = take_turns({"ours": ours, "buffer of 2048": smaller}, rounds=4 * rounds, budget=budget / 4)
-        result["peers"]["buffer of 2048"] = _compared(times, "buffer of 2048")
-    times = take_turns({"ours": ours, **peers}, rounds=rounds, budget=budget)
-    result["ms"] = _milliseconds(times["ours"])
-    result["peers"] |= {name: _compared(times, name) for name in peers}
-    for name, peer in result["peers"].items():
-        peer["claim"] = case.claims[name]
-    return result
+class UsageError(Exception):
+    """A call that makes no sense, or cannot be served here; says why."""
 
 
-def _ours(workload: Workload) -> Callable[[], Array]:
-    @jax.jit
-    def attend(query, key, value, q_positions, kv_positions):
-        # The lists are built inside: their time is ours.
-        return pa.attention(query, key, value, workload.mask, q_positions=q_positions, kv_positions=kv_positions)
-
-    arguments = (workload.query, workload.key, workload.value, workload.q_positions, workload.kv_positions)
-    return lambda: attend(*arguments)
-
-
-def _jax_nn(workload: Workload) -> Callable[[], Array]:
-    mask = workload.boolean_mask()
-    # Its own causal flag is faster than an array, where it says the same.
-    plain_causal = isinstance(workload.mask, pa.masks.Causal) and bool((workload.q_positions[:, 0] == 0).all())
-    plain_causal = plain_causal and workload.q_positions.shape == workload.kv_positions.shape
-
-    @jax.jit
-    def attend(query, key, value, mask):
-        if plain_causal:
-            return jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
-
-    return lambda: attend(workload.query, workload.key, workload.value, mask)
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--suite", choices=[*SUITES, "all"], required=True)
+    parser.add_argument("--case", metavar="NAMES", action="append", help="only these, separated by commas; see --list")
+    parser.add_argument("--peers", metavar="NAMES", help='only these, separated by commas, or "none"; see --list')
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write results there as JSON, after each case")
+    parser.add_argument("--resume", action="store_true", help="go on with --out: skip the cases that it has")
+    parser.add_argument("--minutes", type=_positive, help="no case starts after them (default 14 for cpu, 7.5 for gpu)")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, our kernels interpreted: a rehearsal, no result")
+    parser.add_argument("--even-if-tests-fail", action="store_true", help="suite gpu: go on if the GPU tests fail")
+    parser.add_argument("--list", action="store_true", help="show cases and peers, and why some cannot run here")
+    return parser.parse_args(argv)
 
 
-def _largest_difference(ours: Array, theirs: Array, workload: Workload) -> float:
-    real = (workload.q_positions >= 0)[:, :, None, None]
-    return float(jnp.max(jnp.where(real, jnp.abs(ours - theirs), 0.0)))
+def _positive(text: str) -> float:
+    number = float(text)
+    if not number > 0 or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return number
 
 
-def _compared(times: dict[str, list[float]], name: str) -> dict:
-    return {"ms": _milliseconds(times[name]), "ratio": median_ratio(times[name], times["ours"])}
+def _choose_peers(names: str | None, known: dict[str, Peer]) -> dict[str, Peer]:
+    if names is None or names == "none":
+        return {} if names else known
+    wanted = names.split(",")
+    if unknown := [name for name in wanted if name not in known]:
+        raise UsageError(f"--peers: expected some of {', '.join(known)}, or none; got {', '.join(unknown)}")
+    return {name: known[name] for name in known if name in wanted}
 
 
-def _milliseconds(times: list[float]) -> dict:
-    low, middle, high = (1e3 * q for q in np.quantile(times, [0.25, 0.5, 0.75]))
-    return {"median": middle, "quartiles": [low, high], "rounds": len(times)}
+def _check_cases(wanted: list[str] | None, suite: str) -> None:
+    known = named(suite)
+    if unknown := [name for name in _split(wanted) if name not in known]:
+        raise UsageError(f"--case: suite {suite} has {', '.join(known)}; got {', '.join(unknown)}")
 
 
-def _table(results: list[dict]) -> Table:
-    table = Table("case", "ours, ms", "against", "theirs, ms", "ratio", "claim", title="median of rounds in turns")
+def _split(wanted: list[str] | None) -> list[str]:
+    return [name for names in wanted or [] for name in names.split(",")]
+
+
+def _chosen(suite: str, wanted: list[str] | None) -> list[Case]:
+    names = _split(wanted)
+    return [case for case in named(suite).values() if not names or case.name in names]
+
+
+def _results_file(options: argparse.Namespace, suite: str, described: dict) -> ResultsFile:
+    path = options.out
+    if path is not None and options.suite == "all":
+        path = path.with_stem(f"{path.stem}-{suite}")
+    name = f"{suite}-toy" if options.toy else suite
+    return ResultsFile(path, suite=name, machine=described, resume=options.resume)
+
+
+def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, console: Console) -> int:
+    """Runs the cases that the file does not have yet, and prints the table."""
+    start, minutes = time.perf_counter(), options.minutes or _MINUTES[suite]
+    if suite == "gpu" and not _gpu_tests_pass(options.toy, console) and not options.even_if_tests_fail:
+        console.print("The GPU tests must pass first; --even-if-tests-fail goes on without that.", style="red")
+        return _WRONG
+    setting = Setting(suite, peers, _TOY_EFFORT if options.toy else _EFFORT[suite], options.toy)
+    cases, late = _chosen(suite, options.case), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(suite, total=len(cases))
+        for case in cases:
+            progress.update(task, description=case.name)
+            if file.has(case.name):
+                pass
+            elif time.perf_counter() - start > 60 * minutes:
+                late.append(case.name)
+            else:
+                file.add(_measured(case, setting))
+            progress.advance(task)
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    out.print(table(file.results, machine.peaks()))
+    _print_skipped(file.results, out)
+    if late:
+        out.print(f"After {minutes:g} minutes no time was left for: {', '.join(late)}. --resume goes on.")
+    # A case that could not run, for a reason that it gives, is not wrong.
+    wrong = any(result["correct"] is False for result in file.results)
+    return _WRONG if wrong else _UNFINISHED if late else _OK
+
+
+def _measured(case: Case, setting: Setting) -> dict:
+    try:
+        return measure(case, setting)
+    except Exception as error:  # one case that breaks must not cost the others
+        return failed(case, setting, error)
+    finally:
+        free_memory()
+
+
+def _gpu_tests_pass(toy: bool, console: Console) -> bool:
+    """``pytest -m gpu``; in a rehearsal they are only collected."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
+    console.print(f"{'Collecting' if toy else 'Running'} the GPU tests: {' '.join(command[1:])}", markup=False)
+    try:
+        done = subprocess.run(
+            [*command, "--collect-only"] if toy else command,
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            timeout=_TESTS_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        console.print(f"The GPU tests did not end within {_TESTS_SECONDS} s.", style="red")
+        return False
+    if done.returncode:
+        console.print((done.stdout + done.stderr)[-4000:], markup=False, highlight=False)
+    return done.returncode == 0
+
+
+def table(results: list[dict], peaks: Peaks | None) -> Table:
+    """One line per case: our time and rate, the share of the bound, and each peer's time over ours."""
+    names = list(dict.fromkeys(name for result in results for name in (*result["ratios"], *_wrong_peers(result))))
+    columns = ("case", "active", "ours, ms", "rate", "of bound", *names, "claims")
+    out = Table(*columns, title="median of turns; under a peer's name its time over ours", title_justify="left")
     for result in results:
-        if not result["correct"]:
-            table.add_row(result["case"], f"WRONG by {result['difference']:.1e}", "", "", "", "")
+        mine = result["contenders"].get(OURS, {})
+        if "ms" not in mine:
+            out.add_row(result["case"], "", _without_time(result), *[""] * (len(columns) - 3))
             continue
-        for name, peer in result["peers"].items():
-            table.add_row(
-                result["case"],
-                f"{result['ms']['median']:.2f}",
-                name,
-                f"{peer['ms']['median']:.2f}",
-                f"{peer['ratio']:.2f}",
-                f"{'' if peer['ratio'] >= peer['claim'] else 'missed: '}{peer['claim']:.2f}",
-            )
-    return table
+        active = "" if result["active_fraction"] is None else f"{100 * result['active_fraction']:.1f} %"
+        cells = [f"{result['ratios'][n]:.2f}" if n in result["ratios"] else _wrong(result, n) for n in names]
+        milliseconds = mine["ms"]["median"]
+        share = _share_of_bound(result, milliseconds, peaks)
+        out.add_row(result["case"], active, f"{milliseconds:.3g}", _rate(result), share, *cells, _claims(result))
+    return out
 
 
-def _machine() -> dict:
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "pallas_attn": pa.__version__,
-    }
+def _wrong_peers(result: dict) -> list[str]:
+    return [name for name, one in result["contenders"].items() if "wrong" in one and name != OURS]
+
+
+def _wrong(result: dict, name: str) -> str:
+    return "WRONG" if name in _wrong_peers(result) else ""
+
+
+def _without_time(result: dict) -> str:
+    if "wrong" in result["contenders"].get(OURS, {}):
+        return f"WRONG by {result['error']:.1e}, allowed {result['allowed_error']:.1e}"
+    return "FAILED" if result["correct"] is False else "skipped"
+
+
+def _rate(result: dict) -> str:
+    mine = result["contenders"][OURS]
+    if mine["tokens_per_second"]:
+        return f"{mine['tokens_per_second']:.0f} tokens/s"
+    if mine["tflops"] and result["kind"] != "decode":
+        return f"{mine['tflops']:.3g} TFLOP/s"
+    return f"{mine['gbps']:.3g} GB/s" if mine["gbps"] else ""
+
+
+def _share_of_bound(result: dict, milliseconds: float, peaks: Peaks | None) -> str:
+    if peaks is None or not (result["flops"] or result["bytes"]):
+        return ""
+    return f"{100 * 1e3 * bound_seconds(result['flops'], result['bytes'], peaks) / milliseconds:.0f} %"
+
+
+def _claims(result: dict) -> str:
+    """Every claim that could be put to the test, and whether it holds."""
+    tested = {name: claim for name, claim in result["claims"].items() if name in result["ratios"]}
+    missed = [f"missed: {name} {claim:.2f}" for name, claim in tested.items() if result["ratios"][name] < claim]
+    return ", ".join(missed) or ("kept" if tested else "")
+
+
+def _print_skipped(results: list[dict], out: Console) -> None:
+    """Each reason once, with the cases that it is about."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for name, reason in result["skipped"].items():
+            reasons.setdefault((name, reason), []).append(result["case"])
+    for (name, reason), cases in reasons.items():
+        which = ", ".join(cases) if len(cases) <= 3 else f"{len(cases)} cases"
+        out.print(f"skipped: {name}, {which}: {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_list(suites: Sequence[str], wanted: list[str] | None, peers: dict[str, Peer]) -> None:
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    cases = Table("case", "kind", "what it is", "suites and sizes")
+    for case in {case.name: case for suite in suites for case in _chosen(suite, wanted)}.values():
+        sizes = "\n".join(f"{suite}: {case.sizes[suite]}" for suite in suites if suite in case.sizes)
+        cases.add_row(case.name, case.kind, case.about.replace("{S}", "S"), sizes)
+    out.print(cases)
+    found = Table("peer", "here")
+    for name, peer in peers.items():
+        found.add_row(name, peer.unavailable() or "runs")
+    out.print(found)
+    implementations = Table("our implementation", "here")
+    for name, reason in pa.implementations().items():
+        implementations.add_row(name, reason or "runs")
+    out.print(implementations)
 
 
 if __name__ == "__main__":

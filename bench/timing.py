@@ -1,51 +1,224 @@
-"""Timing on a noisy machine: contenders take turns, and what counts is the median ratio of a turn."""
+"""Timing on a noisy machine: contenders take turns, and what counts is the median ratio of a turn.
 
+A *turn* gives the seconds of one call. On a CPU that is the wall clock around it. On a GPU it is the time of the
+device: JAX runs many calls on different inputs in a row, and the difference between a long and a short row drops what
+waiting costs; PyTorch's calls lie between CUDA events, queued up while the device is still busy.
+"""
+# PyTorch is no dependency.
+# pyright: reportMissingImports=false
+
+import dataclasses
+import gc
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 _TURN_SECONDS = 0.05
+# Another library's thread pool may still wait actively for its next task.
+_REST_SECONDS = 0.005
+# Above this, a call is long enough for what the others left behind in the caches not to matter.
+_LONG_SECONDS = 1.0
+_SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz
 
 
-def seconds(function: Callable, *arguments) -> float:
-    """Wall-clock seconds of one call, until its results are there."""
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Something that computes a case.
+
+    Attributes:
+      function: of one set of inputs. JAX compiles it; PyTorch's is ready to be called.
+      inputs: sets of inputs, used one after the other, so that a GPU's cache holds none of them.
+      framework: whose arrays these are; "host": the function waits for its results, and only a wall clock times it.
+      carries: the result is the first input of the next call, and its buffers are reused.
+      as_result: from what the function returns to what the oracle judges.
+    """
+
+    function: Callable
+    inputs: Sequence[tuple]
+    framework: Literal["jax", "torch", "host"] = "jax"
+    carries: bool = False
+    as_result: Callable[[Any], Any] = lambda returned: returned
+
+
+class Prepared(NamedTuple):
+    """A contender, compiled: what it returned for its first set of inputs, and its turn."""
+
+    returned: Any
+    turn: Callable[[], float]
+
+
+def prepare(contender: Contender, *, by_device: bool) -> Prepared:
+    """Compiles a contender, and runs it once. ``by_device``: the device times its turns, where one does the work."""
+    if by_device and contender.framework == "jax":
+        return _on_device(contender)
+    if by_device and contender.framework == "torch" and _torch_sees_gpu():
+        return _on_torch_device(contender)
+    call = _call(contender)
+    return Prepared(contender.as_result(call()), _wall_clock(call))
+
+
+def _call(contender: Contender) -> Callable[[], Any]:
+    """A function of no argument that computes the first set of inputs and waits for the results."""
+    first = contender.inputs[0]
+    if contender.framework == "host" or (contender.framework == "torch" and not _torch_sees_gpu()):
+        return lambda: contender.function(*first)
+    if contender.framework == "torch":
+        return lambda: _synchronized(contender.function(*first))
+    if not contender.carries:
+        function = jax.jit(contender.function)
+        return lambda: jax.block_until_ready(function(*first))
+    function = jax.jit(contender.function, donate_argnums=0)
+    state = [jax.tree.map(jnp.copy, first[0])]
+
+    def step():
+        state[0] = jax.block_until_ready(function(state[0], *first[1:]))
+        return state[0]
+
+    return step
+
+
+def _torch_sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _synchronized(result: Any) -> Any:
+    import torch
+
+    torch.cuda.synchronize()
+    return result
+
+
+def _wall_clock(call: Callable[[], Any]) -> Callable[[], float]:
+    """A turn by the wall clock: the median of ``_TURN_SECONDS`` of calls."""
+
+    def turn() -> float:
+        time.sleep(_REST_SECONDS)
+        # Untimed: the other's turn gave memory back to the system, and getting it anew is no contender's work.
+        first = _seconds(call)
+        if first > _LONG_SECONDS:
+            return first
+        calls = []
+        while sum(calls) < _TURN_SECONDS:
+            calls.append(_seconds(call))
+        return statistics.median(calls)
+
+    return turn
+
+
+def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
+    call()
     return time.perf_counter() - start
 
 
-def take_turns(contenders: dict[str, Callable], *, rounds: int, budget: float) -> dict[str, list[float]]:
-    """Seconds per call of every contender in every round. All are called once before, so no compilation is timed.
+def _on_device(contender: Contender) -> Prepared:
+    """One program calls the function on every set of inputs, and is launched many times without waiting in between.
+
+    The sets are arguments, each of its own: XLA can neither compute one call instead of two, nor fold any away.
+    """
+    if contender.carries:
+        launch, returned = _carrying_program(contender)
+    else:
+        program = jax.jit(lambda sets: [contender.function(*one) for one in sets])
+
+        def launch():
+            return program(contender.inputs)
+
+        returned = launch()[0]
+    result = contender.as_result(jax.block_until_ready(returned))
+
+    def row(count: int) -> float:
+        start = time.perf_counter()
+        last = None
+        for _ in range(count):
+            last = launch()
+        jax.block_until_ready(last)
+        return time.perf_counter() - start
+
+    once = row(2) / 2
+    short = max(1, min(100, math.ceil(_TURN_SECONDS / 8 / once)))
+
+    def turn() -> float:
+        # What waiting costs is in the long and in the short row alike.
+        differences = [(row(3 * short) - row(short)) / (2 * short) for _ in range(3)]
+        middle = statistics.median(differences)
+        return (middle if middle > 0 else once) / len(contender.inputs)
+
+    return Prepared(result, turn)
+
+
+def _carrying_program(contender: Contender) -> tuple[Callable[[], Any], Any]:
+    """A launch that goes on from the state where the last one ended, and the first state."""
+
+    def advance(state, rest):
+        for one in rest:
+            state = contender.function(state, *one)
+        return state
+
+    program = jax.jit(advance, donate_argnums=0)
+    rest = [one[1:] for one in contender.inputs]
+    state = [jax.tree.map(jnp.copy, contender.inputs[0][0])]
+
+    def launch():
+        state[0] = program(state[0], rest)
+        return state[0]
+
+    return launch, launch()
+
+
+def _on_torch_device(contender: Contender) -> Prepared:
+    import torch
+
+    returned = contender.as_result(_synchronized(contender.function(*contender.inputs[0])))
+
+    def once() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        # The device is kept busy while the calls are queued: what Python costs is not timed.
+        torch.cuda._sleep(_SPIN_CYCLES)
+        start.record()
+        for one in contender.inputs:
+            contender.function(*one)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(contender.inputs)
+
+    return Prepared(returned, lambda: statistics.median(once() for _ in range(5)))
+
+
+def take_turns(turns: dict[str, Callable[[], float]], *, rounds: int, budget: float) -> dict[str, list[float]]:
+    """Seconds per call of every contender in every round.
 
     Args:
-      contenders: functions of no argument.
+      turns: from :func:`prepare`.
       rounds: at most so many, and at least three.
       budget: seconds after which no further round starts.
     """
-    for function in contenders.values():
-        jax.block_until_ready(function())
-    times = {name: [] for name in contenders}
+    times = {name: [] for name in turns}
     start = time.perf_counter()
-    for turn in range(rounds):
-        if turn >= 3 and time.perf_counter() - start > budget:
+    gc.collect()
+    for number in range(rounds):
+        if number >= min(3, rounds) and time.perf_counter() - start > budget:
             break
-        for name, function in contenders.items():
-            times[name].append(_turn(function))
+        for name, turn in turns.items():
+            times[name].append(turn())
     return times
-
-
-def _turn(function: Callable) -> float:
-    """Median of the calls of one turn, which lasts at least ``_TURN_SECONDS``."""
-    # Untimed: the other's turn gave memory back to the system, and getting it anew is no contender's work.
-    jax.block_until_ready(function())
-    calls = []
-    while sum(calls) < _TURN_SECONDS:
-        calls.append(seconds(function))
-    return statistics.median(calls)
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over the rounds of ``slow / fast``: a disturbance that lasts a round hits both."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    """Median and quartiles in milliseconds, as the result file has them."""
+    low, middle, high = (1e3 * float(q) for q in np.quantile(seconds, [0.25, 0.5, 0.75]))
+    return {"median": middle, "quartiles": [low, high], "rounds": len(seconds)}

@@ -2,6 +2,7 @@
 
 from pallas_attn import caches as caches
 from pallas_attn import masks as masks
+from pallas_attn import scores as scores
 from pallas_attn.attention import AttentionOutput as AttentionOutput
 from pallas_attn.attention import attention as attention
 from pallas_attn.attention import implementations as implementations

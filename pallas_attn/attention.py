@@ -1,22 +1,25 @@
 """``attention()``: validate, choose an implementation, run it."""
 
-import functools
 import math
 import numbers
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_attn import masks, tuning
+from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels import reference, triton, xla
+from pallas_attn.kernels.derivative import differentiable
 from pallas_attn.kernels.spec import CallSpec
+from pallas_attn.scores import Score, Scores
 
-# Best first. Each module has `forward`, `unavailable()` (why it cannot run on this machine) and `unsupported(spec)`
-# (why it cannot serve a call).
+# Best first. Each module has `forward`, `backward` (the reference needs none: JAX differentiates it), `unavailable()`
+# (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,7 +46,7 @@ def attention(
     *,
     q_positions: Array | None = ...,
     kv_positions: Array | None = ...,
-    scores: Any = ...,
+    scores: Score | Sequence[Score] | None = ...,
     sinks: Array | None = ...,
     scale: float | None = ...,
     page_table: Array | None = ...,
@@ -64,7 +67,7 @@ def attention(
     *,
     q_positions: Array | None = ...,
     kv_positions: Array | None = ...,
-    scores: Any = ...,
+    scores: Score | Sequence[Score] | None = ...,
     sinks: Array | None = ...,
     scale: float | None = ...,
     page_table: Array | None = ...,
@@ -85,7 +88,7 @@ def attention(
     *,
     q_positions: Array | None = ...,
     kv_positions: Array | None = ...,
-    scores: Any = ...,
+    scores: Score | Sequence[Score] | None = ...,
     sinks: Array | None = ...,
     scale: float | None = ...,
     page_table: Array | None = ...,
@@ -105,7 +108,7 @@ def attention(
     *,
     q_positions: Array | None = None,
     kv_positions: Array | None = None,
-    scores: Any = None,
+    scores: Score | Sequence[Score] | None = None,
     sinks: Array | None = None,
     scale: float | None = None,
     page_table: Array | None = None,
@@ -133,21 +136,23 @@ def attention(
       implementation: "triton", "xla" or "reference"; default: the best that can serve the call.
       interpret: run the Triton kernels in Pallas' interpreter, on any machine.
       block_sizes: default from the tuning table.
-      scores, sinks, page_table, return_key_weights: part of the contract, not available yet.
+      scores: what changes scaled logits (:mod:`pallas_attn.scores`), one or several in order. Gradients reach their
+        arrays.
+      sinks: floating-point ``[N]``: a logit more per head, which takes probability and gives no value (gpt-oss,
+        arXiv:2508.10925). Gradients reach it.
+      page_table, return_key_weights: part of the contract, not available yet.
 
     Returns:
       ``[B, T, N, Dv]`` in query's dtype, or :class:`AttentionOutput`. A padded query, and one that sees no key, gets
-      output 0 and lse -inf.
+      output 0 and lse -inf (a query that sees no key but has a sink: lse is the sink).
 
     Raises:
       ValueError: an argument that does not fit the others, before anything is compiled.
       TypeError: the wrong kind of object.
       NotImplementedError: the named implementation cannot serve the call, with the reason; an option that is not
-        available yet; or the derivative of another implementation than "reference".
+        available yet; or a second derivative of another implementation than "reference".
     """
-    _refuse_unavailable(
-        scores=scores, sinks=sinks, page_table=page_table, return_key_weights=return_key_weights or None
-    )
+    _refuse_unavailable(page_table=page_table, return_key_weights=return_key_weights or None)
     query, key, value = _check_arrays(query, key, value)
     scale = _check_scale(scale, query.shape[-1])
     if isinstance(mask, BlockMask):
@@ -159,7 +164,9 @@ def attention(
     _check_mask(relation, query, key)
     _check_positions(f"{of}q_positions", q_positions, query, heads=())
     _check_positions(f"{of}kv_positions", kv_positions, key, heads=(1, key.shape[2]))
-    name, block_sizes = _choose(implementation, interpret, query, key, value, relation, block_sizes)
+    scores = _check_scores(score_algebra.as_scores(scores), query, key)
+    sinks = _check_sinks(sinks, query)
+    name, block_sizes = _choose(implementation, interpret, query, key, value, relation, scores, block_sizes)
     if isinstance(mask, BlockMask):
         block_mask = mask
     else:
@@ -170,14 +177,15 @@ def attention(
             block_sizes,
         )
     options = {"scale": scale, "interpret": True} if interpret else {"scale": scale}
-    forward = functools.partial(_IMPLEMENTATIONS[name].forward, **options)
-    if name != "reference":
-        forward = _not_differentiable(forward, name)
-    out, lse = forward(query, key, value, block_mask)
+    if name == "reference":
+        out, lse = reference.forward(query, key, value, block_mask, scores, sinks, **options)
+    else:
+        attend = differentiable(_IMPLEMENTATIONS[name], name, **options)
+        out, lse = attend(query, key, value, block_mask, scores, sinks)
     return AttentionOutput(out, lse) if return_lse else out
 
 
-def _choose(implementation, interpret, query, key, value, mask, block_sizes) -> tuple[str, tuning.BlockSizes]:
+def _choose(implementation, interpret, query, key, value, mask, scores, block_sizes) -> tuple[str, tuning.BlockSizes]:
     """The implementation that serves the call, and its block sizes. Explains itself when there is none."""
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {list(_IMPLEMENTATIONS)} or None, got {implementation!r}")
@@ -193,26 +201,13 @@ def _choose(implementation, interpret, query, key, value, mask, block_sizes) -> 
         sizes = block_sizes or tuning.default_block_sizes(
             query.shape[1], key.shape[1], implementation=name, head_dim=max(head_dim, value_dim), dtype=query.dtype
         )
-        largest = max((operand.size for operand in masks.operands(mask)), default=0)
-        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, largest)
+        largest = max((x.size for x in jax.tree.leaves((mask, scores))), default=0)
+        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, largest, scores)
         reasons[name] = (None if interpret else module.unavailable()) or module.unsupported(spec)
         if reasons[name] is None:
             return name, sizes
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no implementation asked for can serve this call. {why}")
-
-
-def _not_differentiable(forward, name: str):
-    """A kernel without a backward pass: differentiating it says what to do instead of failing inside."""
-    kernel = jax.custom_vjp(forward)
-
-    def refuse(*_):
-        raise NotImplementedError(
-            f"implementation={name!r} has no derivative yet; to differentiate, pass implementation='reference'"
-        )
-
-    kernel.defvjp(refuse, refuse)
-    return kernel
 
 
 def _refuse_unavailable(**options) -> None:
@@ -279,6 +274,28 @@ def _check_mask(mask: masks.Mask, query: Array, key: Array) -> None:
         if any(size not in allowed for size, allowed in zip(x.shape, extents, strict=True)):
             wanted = f"[{batch}|1, {q_heads}|{kv_heads}|1, {q_len}|1, {kv_len}|1]"
             raise ValueError(f"mask: expected operands of shape {wanted} (B, heads, T, S), got {tuple(x.shape)}")
+
+
+def _check_scores(scores: Scores, query: Array, key: Array) -> Scores:
+    batch, q_len, q_heads, _ = query.shape
+    extents = (batch, q_heads, q_len, key.shape[1])
+    for score in scores:
+        for x in jax.tree.leaves(score) if score.aligned else ():
+            if any(size not in (1, extent) for size, extent in zip(x.shape, extents, strict=True)):
+                wanted = "[" + ", ".join(f"{extent}|1" for extent in extents) + "]"
+                name = f"scores: {type(score).__name__.lower()}"
+                raise ValueError(f"{name}: expected an array of shape {wanted} (B, N, T, S), got {tuple(x.shape)}")
+    return scores
+
+
+def _check_sinks(sinks: Array | None, query: Array) -> Array | None:
+    if sinks is None:
+        return None
+    if not hasattr(sinks, "dtype"):
+        raise TypeError(f"sinks: expected an array, got {type(sinks).__name__}")
+    if not jnp.issubdtype(sinks.dtype, jnp.floating) or tuple(sinks.shape) != (query.shape[2],):
+        raise ValueError(f"sinks: expected floating-point [{query.shape[2]}], got {sinks.dtype} {list(sinks.shape)}")
+    return jnp.asarray(sinks)
 
 
 def _check_positions(name: str, positions: Array | None, tokens: Array, heads: tuple[int, ...]) -> None:

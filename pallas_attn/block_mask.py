@@ -127,8 +127,14 @@ class BlockMask:
 
     @property
     def transposed(self) -> BlockLists:
-        """The same relation seen from the keys: lists of query blocks for each KV block."""
-        return _lists_from_classes(self.bitmap().swapaxes(-1, -2))
+        """The same relation seen from the keys: lists of query blocks for each KV block.
+
+        A block with any missing query is partial here, as one with any missing key is in the lists of the queries.
+        """
+        real = _blocks((self.q_positions >= 0)[:, None, :, None], 2, self.q_block, jnp.array(False)).min(3)
+        classes = self.bitmap()
+        classes = jnp.where(real, classes, jnp.minimum(classes, PARTIAL))
+        return _lists_from_classes(classes.swapaxes(-1, -2))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

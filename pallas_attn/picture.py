@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.core
 import numpy as np
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _PARTIAL = 1  # of the classes 0 empty, 1 partial, 2 full, as in `BlockMask.bitm
 _CHARACTERS = np.array(["·", "▒", "█"])
 # Light to dark by the work that a block takes, so that they read in grey and to colour-blind eyes too.
 _EMPTY_COLOUR, _PARTIAL_COLOUR, _FULL_COLOUR = "#edf1f5", "#f2a65a", "#1f4e79"
-_PADDING_COLOUR, _TEXT_COLOUR = "#8a94a0", "#4a5561"
+_PADDING_COLOUR, _LINE_COLOUR, _TEXT_COLOUR = "#b4bdc7", "#8a94a0", "#4a5561"
 _MAX_CELLS = 256  # along an axis of a picture, so that a cell is some pixels wide
 _METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # nothing that changes by the day
 
@@ -71,8 +72,10 @@ def as_text(block_mask: "BlockMask", *, max_rows: int = 32, max_columns: int = 6
         lines += _with_axes(_merged(grid.classes, q_step, kv_step), q_tokens, kv_tokens)
     if len(which) > max_grids:
         lines.append(f"and {len(which) - max_grids} more; pallas_attn.save_picture draws any of them")
-    lines.append("█ full  ▒ partial  · empty")
-    lines.append(f"a character is {q_tokens} queries x {kv_tokens} keys" + _scale_note(q_step, kv_step))
+    scale = f"{q_tokens} queries x {kv_tokens} keys"
+    if q_step * kv_step > 1:
+        scale += f" ({q_step}x{kv_step} blocks, partial where mixed)"
+    lines += ["█ full  ▒ partial  · empty", f"a character is {scale}"]
     return "\n".join(lines)
 
 
@@ -131,9 +134,9 @@ def plain_style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path, dpi: int = 160) -> None:
     """Writes a PNG or an SVG, by the suffix, without a date and without the name of the program in it."""
-    figure.savefig(path, dpi=160, metadata=_METADATA[path.suffix.lower()])
+    figure.savefig(path, dpi=dpi, metadata=_METADATA[path.suffix.lower()])
 
 
 # --- the grid ---
@@ -164,10 +167,6 @@ def _merged(classes: np.ndarray, q_step: int, kv_step: int) -> np.ndarray:
         for reduce in (np.minimum, np.maximum)
     )
     return np.where(lowest == highest, lowest, _PARTIAL)
-
-
-def _scale_note(q_step: int, kv_step: int) -> str:
-    return f" ({q_step}x{kv_step} blocks, partial where they differ)" if q_step * kv_step > 1 else ""
 
 
 # --- text ---
@@ -211,24 +210,26 @@ def _figure(grid: _Grid, block_mask: "BlockMask", title: str) -> "Figure":
 
     q_len, kv_len = grid.q_padding.size, grid.kv_padding.size
     # In inches. A grid much wider than high, or higher than wide, keeps a shape that can be looked at.
-    width, height = 5.2, 5.2 * float(np.clip(q_len / kv_len, 0.12, 1.4))
+    width, height = 5.2, 5.2 * float(np.clip(q_len / kv_len, 0.22, 1.4))
     left, right, bottom, top = 1.0, 0.4, 0.95, 1.0
     size = (left + width + right, bottom + height + top)
     figure = Figure(figsize=size, facecolor="white")
     axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
 
     def write(inches_from_top: float, text: str, **style: Any) -> None:
-        figure.text(left / size[0], 1 - inches_from_top / size[1], text, va="top", **style)
+        figure.text(left / size[0], 1 - inches_from_top / size[1], text, va="top", parse_math=False, **style)
 
     active, blocks = int((grid.classes != 0).sum()), grid.classes.size
     sizes = block_mask.block_sizes
-    facts = f"density {grid.density:.1%}: {active:,} of {blocks:,} blocks of {sizes.q} × {sizes.kv} are visited"
+    facts = f"density {grid.density:.1%}: {active:,} of {blocks:,} blocks of {sizes.q} x {sizes.kv} are visited"
+    steps = _step(grid.classes.shape[0], _MAX_CELLS), _step(grid.classes.shape[1], _MAX_CELLS)
+    if steps != (1, 1):
+        facts += f" (a cell is {steps[0]} x {steps[1]} of them)"
     where = f"{grid.name}; padding: {grid.padding}" if grid.padding else grid.name
     write(0.22, title, fontsize=_title_size(title), fontweight="bold", color="#1b2733")
     write(0.50, facts, fontsize=9, color=_TEXT_COLOUR)
     write(0.69, where, fontsize=9, color=_TEXT_COLOUR)
 
-    steps = _step(grid.classes.shape[0], _MAX_CELLS), _step(grid.classes.shape[1], _MAX_CELLS)
     _draw_cells(axes, _merged(grid.classes, *steps), steps[0] * sizes.q, steps[1] * sizes.kv)
     _draw_padding(axes, grid)
     axes.set_xlim(0, kv_len)
@@ -237,13 +238,14 @@ def _figure(grid: _Grid, block_mask: "BlockMask", title: str) -> "Figure":
     axes.set_yticks(_ticks(q_len, max(2, round(8 * height / width))))
     for axis, name in ((axes.xaxis, "keys"), (axes.yaxis, "queries")):
         axis.set_major_formatter("{x:,.0f}")
-        axis.set_label_text(f"{name} (tokens){_scale_note(*steps) if name == 'keys' else ''}", color=_TEXT_COLOUR)
+        axis.set_label_text(f"{name} (tokens)", color=_TEXT_COLOUR, fontsize=9)
     axes.tick_params(colors=_TEXT_COLOUR, labelsize=8)
     for spine in axes.spines.values():
-        spine.set_edgecolor(_PADDING_COLOUR)
+        spine.set_edgecolor(_LINE_COLOUR)
         spine.set_linewidth(0.8)
+        spine.set_position(("outward", 0.4))  # around the outermost cells, not over them
     colours = {"full": _FULL_COLOUR, "partial": _PARTIAL_COLOUR, "empty": _EMPTY_COLOUR}
-    patches = [Patch(facecolor=c, edgecolor=_PADDING_COLOUR, linewidth=0.5, label=name) for name, c in colours.items()]
+    patches = [Patch(facecolor=c, edgecolor=_LINE_COLOUR, linewidth=0.5, label=name) for name, c in colours.items()]
     if grid.padding:
         hatched = {"facecolor": "white", "edgecolor": _PADDING_COLOUR, "hatch": "/////", "linewidth": 0.5}
         patches.append(Patch(**hatched, label="padding"))
@@ -287,7 +289,6 @@ def _draw_cells(axes: "Axes", cells: np.ndarray, q_tokens: int, kv_tokens: int) 
 
 def _draw_padding(axes: "Axes", grid: _Grid) -> None:
     """Hatches the rows and columns where there is no token."""
-    q_len, kv_len = grid.q_padding.size, grid.kv_padding.size
     style = {"facecolor": (1, 1, 1, 0.55), "edgecolor": _PADDING_COLOUR, "hatch": "/////", "linewidth": 0}
     for first, last in _runs(grid.q_padding):
         axes.axhspan(first, last, **style)
@@ -298,15 +299,15 @@ def _draw_padding(axes: "Axes", grid: _Grid) -> None:
 def _runs(padding: np.ndarray) -> np.ndarray:
     """``[runs, 2]``: where each run of padding begins and ends, in tokens.
 
-    More than 1024 tokens are looked at in 1024 groups, each padding if most of it is: less than a pixel is lost.
+    More than 1024 tokens are looked at in 1024 groups, each padding if all of it is: less than a pixel is lost, and
+    slots that are empty here and there do not hide the others.
     """
     starts = np.arange(0, padding.size, _step(padding.size, 1024))
-    ends = np.append(starts[1:], padding.size)
-    mostly = 2 * np.add.reduceat(padding.astype(int), starts) > ends - starts
-    edges = np.flatnonzero(np.diff(mostly.astype(int), prepend=0, append=0))
+    whole = np.logical_and.reduceat(padding, starts).astype(int)
+    edges = np.flatnonzero(np.diff(whole, prepend=0, append=0))
     return np.append(starts, padding.size)[edges].reshape(-1, 2)
 
 
 def _ticks(length: int, most: int) -> np.ndarray:
     """At most about so many, at multiples of a power of two."""
-    return np.arange(0, length, 1 << max(0, -(-length // most) - 1).bit_length())
+    return np.arange(0, length + 1, 1 << max(0, -(-length // most) - 1).bit_length())

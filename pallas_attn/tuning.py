@@ -1,6 +1,7 @@
 """Block sizes: how a call is cut into tiles. They change speed, never meaning."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +28,33 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.{field.name}: expected at least 1, got {value}")
 
 
-# Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. Each
-# compiles without a spill from its capability on. Float32 products take no tensor cores (TF32 would lose 13 bits), so
-# their tiles are small.
+# Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. Chosen
+# by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its cases, those of
+# the best estimated clocks. Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are small.
 _TRITON = {
     (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=3),
     (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
     (2, 9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
     (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=3),
-    (2, 8.0, 128): BlockSizes(64, 64, num_warps=4, num_stages=3),
+    (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
     (2, 8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
     (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
+    (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
     (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
     (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+}
+
+# The same for the kernels of the backward pass, which hold two accumulators.
+_TRITON_BACKWARD = {
+    (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
+    (2, 9.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 9.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (2, 8.0, 64): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
+    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
 }
 
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache.
@@ -53,6 +68,7 @@ def default_block_sizes(
     kv_len: int,
     *,
     implementation: str | None = None,
+    kernel: Literal["forward", "backward"] = "forward",
     head_dim: int = 128,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     compute_capability: float | None = None,
@@ -62,6 +78,7 @@ def default_block_sizes(
     Args:
       q_len, kv_len: T and S.
       implementation: "triton", "xla" or "reference"; default: "triton" where JAX has a GPU, else "xla".
+      kernel: of the forward or of the backward pass.
       head_dim, dtype: of the call, where known.
       compute_capability: of the GPU; default: this machine's, or 9.0 where there is none.
     """
@@ -72,13 +89,14 @@ def default_block_sizes(
         return BlockSizes(min(q_len, _XLA_QUERIES), min(kv_len, keys))
     capability = _compute_capability() if compute_capability is None else compute_capability
     itemsize = jnp.dtype(dtype).itemsize
+    table = {"forward": _TRITON, "backward": _TRITON_BACKWARD}[kernel]
     fitting = (
         sizes
-        for (bytes_per_element, oldest, largest), sizes in _TRITON.items()
+        for (bytes_per_element, oldest, largest), sizes in table.items()
         if itemsize == bytes_per_element and capability >= oldest and head_dim <= largest
     )
     # What no entry fits, the implementation refuses with its own reason.
-    return next(fitting, _TRITON[4, 8.0, 256])
+    return next(fitting, table[4, 8.0, 256])
 
 
 def _compute_capability() -> float:

@@ -1,4 +1,4 @@
-"""The command line: ``pallas-attn generate`` and ``pallas-attn doctor``."""
+"""The command line: ``pallas-attn generate``, ``show-mask`` and ``doctor``."""
 
 import argparse
 import dataclasses
@@ -15,13 +15,15 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
 import pallas_attn as pa
-from pallas_attn_models import tasks
+from pallas_attn import tuning
+from pallas_attn_models import mask_expression, tasks
 from pallas_attn_models.checkpoint import load_hf
 from pallas_attn_models.decoder import FLOAT_DTYPES
 from pallas_attn_models.generator import GenerationStats, Generator, check_prompts
@@ -38,6 +40,20 @@ examples:
   pallas-attn generate
   pallas-attn generate --prompt "17+25=" --prompt "reverse:pallas=" --prompt "a=7;k=2;k?"
   pallas-attn generate --model ./Llama-3.2-1B --prompts-file prompts.txt --temperature 0.7 --top-p 0.9 --json"""
+_SHOW_MASK_HELP = f"""\
+Show which blocks a mask leaves alive: full ones, which a kernel computes without looking at the mask, partial ones, and
+empty ones, which it never reads. A mask is an expression of
+
+  {"  ".join(mask_expression.FORMS.values())}
+
+combined by & (and), | (or), ~ (not) and parentheses; ~ binds most, then &, then |. segments packs documents of these
+lengths one after the other; what follows the last is one more document."""
+_SHOW_MASK_EXAMPLES = """\
+examples:
+  pallas-attn show-mask "causal & sliding_window(256) | sink(4)" --q 2048
+  pallas-attn show-mask "causal & sliding_window(256) | sink(4)" --q 2048 --left-pad 300 --out mask.png
+  pallas-attn show-mask "causal & segments([700, 300, 1048])" --q 2048 --block-q 64 --block-kv 64
+  pallas-attn show-mask "causal" --q 1 --kv 16384"""
 _DOCTOR_HELP = """\
 Show versions, devices and implementations of attention, why each can or cannot run here, and check the numbers of
 those that can against the reference."""
@@ -48,6 +64,7 @@ _EXAMPLES = """\
 examples:
   pallas-attn generate         complete some prompts with the model that ships with the package
   pallas-attn generate --help  what else it can do
+  pallas-attn show-mask "causal & sliding_window(256)" --q 2048
   pallas-attn doctor           see whether everything runs here"""
 
 
@@ -63,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         return args.command(args)
-    except (ValueError, TypeError, NotImplementedError, OSError, jax.errors.JaxRuntimeError) as error:
+    except mask_expression.MaskExpressionError as error:
+        print("error:", error, file=sys.stderr)  # with the expression and a caret under it
+        return 2
+    except (ValueError, TypeError, NotImplementedError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -121,6 +141,22 @@ def _parser() -> argparse.ArgumentParser:
         help=f"tokens of prompt and completion together; default {_CAPACITY}, or more if a prompt needs it",
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    show_mask = commands.add_parser(
+        "show-mask",
+        help="show which blocks a mask leaves alive",
+        description=_SHOW_MASK_HELP,
+        epilog=_SHOW_MASK_EXAMPLES,
+        formatter_class=raw,
+    )
+    show_mask.set_defaults(command=_show_mask)
+    show_mask.add_argument("mask", metavar="MASK", help="an expression, in quotes")
+    show_mask.add_argument("--q", type=int, required=True, metavar="N", help="queries")
+    show_mask.add_argument("--kv", type=int, metavar="N", help="keys, the last of which are the queries; default --q")
+    show_mask.add_argument("--left-pad", type=int, default=0, metavar="N", help="keys that are padding; default 0")
+    show_mask.add_argument("--block-q", type=int, metavar="N", help="queries per block; default: as the kernels here")
+    show_mask.add_argument("--block-kv", type=int, metavar="N", help="keys per block; default: as the kernels here")
+    show_mask.add_argument("--out", type=Path, metavar="FILE", help="draw a .png or .svg instead of printing")
 
     doctor = commands.add_parser(
         "doctor",
@@ -267,6 +303,33 @@ def _figures(stats: GenerationStats) -> str:
         f"KV blocks visited {visited:,} of {total:,} ({visited / total:.1%})",
     ]
     return ", ".join(figures)
+
+
+# --- show-mask ---
+
+
+def _show_mask(args: argparse.Namespace) -> int:
+    q_len, kv_len = args.q, args.q if args.kv is None else args.kv
+    if q_len < 1:
+        raise ValueError(f"--q: expected at least 1, got {q_len}")
+    if kv_len < q_len:
+        raise ValueError(f"--kv: expected at least as many keys as queries ({q_len}), got {kv_len}")
+    if not 0 <= args.left_pad < kv_len:
+        raise ValueError(f"--left-pad: expected from 0 to one less than the {kv_len} keys, got {args.left_pad}")
+    kv_positions = np.maximum(np.arange(kv_len, dtype=np.int32) - args.left_pad, -1)
+    q_positions = kv_positions[kv_len - q_len :]
+    mask = mask_expression.parse(args.mask, q_positions, kv_positions)
+    default = tuning.default_block_sizes(q_len, kv_len)
+    sizes = pa.BlockSizes(
+        default.q if args.block_q is None else args.block_q, default.kv if args.block_kv is None else args.block_kv
+    )
+    block_mask = pa.BlockMask.from_mask(mask, jnp.asarray(q_positions[None]), jnp.asarray(kv_positions[None]), sizes)
+    if args.out is None:
+        print(block_mask)
+    else:
+        pa.save_picture(block_mask, args.out, title=" ".join(args.mask.split()))
+        _status(f"wrote {args.out}")
+    return 0
 
 
 # --- doctor ---

@@ -1,6 +1,7 @@
 """Attention written from its definition: the readable oracle, differentiable by JAX, of any order.
 
-    out_i = sum_j p_ij v_j,    p_ij = exp(s_ij - lse_i),    lse_i = log sum_j exp(s_ij),    s_ij = scale * q_i . k_j
+    out_i = sum_j p_ij v_j,    p_ij = exp(s_ij - lse_i),    lse_i = log(sum_j exp(s_ij) + exp(sink)),
+    s_ij = score(scale * q_i . k_j)
 
 over the keys j that query i may see. It holds the whole T x S matrix, so its memory grows with T times S.
 """
@@ -9,51 +10,69 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.spec import CallSpec
+from pallas_attn.masks import repeat_heads
+from pallas_attn.scores import Scores
 
 
-def forward(query: Array, key: Array, value: Array, block_mask: BlockMask, *, scale: float) -> tuple[Array, Array]:
+def forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: BlockMask,
+    scores: Scores = (),
+    sinks: Array | None = None,
+    *,
+    scale: float,
+) -> tuple[Array, Array]:
     """Plain attention, float32 inside.
 
     Args:
       query: ``[B, T, N, D]``; key: ``[B, S, K, D]``; value: ``[B, S, K, Dv]``.
       block_mask: who sees whom; its lists are not used.
+      scores: what changes a logit.
+      sinks: ``[N]``, a logit more for every query of a head, without a value.
       scale: factor of the logits.
 
     Returns:
-      out ``[B, T, N, Dv]`` in query's dtype; lse float32 ``[B, N, T]``. A query that sees no key gets 0 and -inf.
+      out ``[B, T, N, Dv]`` in query's dtype; lse float32 ``[B, N, T]``. A query that sees no key gets 0, and -inf (with
+      a sink: the sink); one that is padding gets 0 and -inf.
     """
-    batch, q_len, q_heads, _ = query.shape
-    kv_heads = key.shape[2]
-    group = q_heads // kv_heads
-
-    real = (block_mask.kv_positions >= 0).swapaxes(1, 2)[..., None]
-    # An empty slot may hold anything, NaN included, and 0 * NaN is NaN.
-    key, value = (jnp.where(real, x.astype(jnp.float32), 0.0) for x in (key, value))
-    real_query = (block_mask.q_positions >= 0)[:, :, None, None]
-    query_f32 = jnp.where(real_query, query.astype(jnp.float32), 0.0).reshape(batch, q_len, kv_heads, group, -1)
+    q_heads, kv_heads = query.shape[2], key.shape[2]
+    q_positions = block_mask.q_positions[:, None, :, None]  # [B|1, 1, T, 1]
+    kv_positions = block_mask.kv_positions[:, :, None, :]  # [B|1, 1|K, 1, S]
+    # What is not there may hold anything, NaN included, and 0 * NaN is NaN.
+    real_key = (block_mask.kv_positions >= 0).swapaxes(1, 2)[..., None]
+    key, value = (jnp.where(real_key, x.astype(jnp.float32), 0.0) for x in (key, value))
+    real_query = q_positions >= 0
+    query_f32 = jnp.where(real_query.swapaxes(1, 2), query.astype(jnp.float32), 0.0)
+    key, value = (jnp.repeat(x, q_heads // kv_heads, axis=2) for x in (key, value))
 
     allowed = block_mask.mask.dense_array(block_mask.q_positions, block_mask.kv_positions)
-    if allowed.shape[1] == q_heads:
-        allowed = allowed.reshape(-1, kv_heads, group, *allowed.shape[2:])
-    else:
-        allowed = allowed[:, :, None]
+    allowed = repeat_heads(allowed, q_heads)  # [B|1, N|1, T, S]
 
-    logits = scale * jnp.einsum("btkgd,bskd->bkgts", query_f32, key, precision=jax.lax.Precision.HIGHEST)
+    logits = scale * jnp.einsum("btnd,bsnd->bnts", query_f32, key, precision=jax.lax.Precision.HIGHEST)
+    if scores:
+        # Twice, so that derivatives of what is not allowed are those of constants.
+        operands = score_algebra.map_operands(lambda x: jnp.where(allowed, x.astype(jnp.float32), 0.0), scores)
+        heads = jnp.arange(q_heads, dtype=jnp.int32)[None, :, None, None]
+        kv_positions = repeat_heads(kv_positions, q_heads)
+        logits = score_algebra.apply(operands, jnp.where(allowed, logits, 0.0), q_positions, kv_positions, heads)
     logits = jnp.where(allowed, logits, -jnp.inf)
-    peak = jnp.max(logits, -1, keepdims=True)
+    sink = jnp.full((q_heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    sink = jnp.where(real_query, sink[None, :, None, None], -jnp.inf)
+
+    peak = jnp.maximum(jnp.max(logits, -1, keepdims=True), sink)
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
     weights = jnp.exp(logits - peak)
-    total = weights.sum(-1, keepdims=True)
+    total = weights.sum(-1, keepdims=True) + jnp.exp(sink - peak)
     seen = total != 0  # not > 0: what is not a number shows
-    probabilities = weights / jnp.where(seen, total, 1.0)
-    out = jnp.einsum("bkgts,bskd->btkgd", probabilities, value, precision=jax.lax.Precision.HIGHEST)
-    lse = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
-    return (
-        out.reshape(batch, q_len, q_heads, -1).astype(query.dtype),
-        lse.reshape(batch, q_heads, q_len),
-    )
+    total = jnp.where(seen, total, 1.0)
+    out = jnp.einsum("bnts,bsnd->btnd", weights / total, value, precision=jax.lax.Precision.HIGHEST)
+    lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
+    return out.astype(query.dtype), lse[..., 0]
 
 
 def unavailable() -> None:

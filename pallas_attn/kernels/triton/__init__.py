@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_attn.kernels.spec import CallSpec
+from pallas_attn.kernels.triton.backward import backward as backward
 from pallas_attn.kernels.triton.forward import forward as forward
 
 _MAX_HEAD_DIM = 256
@@ -36,7 +37,7 @@ def unsupported(spec: CallSpec) -> str | None:
     if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
         return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
     if spec.largest_operand >= 2**31:
-        return f"needs masks of fewer than 2^31 elements (offsets have 32 bits), got {spec.largest_operand}"
+        return f"needs masks and biases of fewer than 2^31 elements (offsets have 32 bits), got {spec.largest_operand}"
     return None
 
 

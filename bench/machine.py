@@ -1,0 +1,87 @@
+"""What the machine is: for the result file, and for the bounds that physics sets."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+import pallas_attn as pa
+from bench.physics import Peaks
+
+# Dense bfloat16 TFLOP/s and GB/s, from NVIDIA's datasheets of the A100 (2021), H100 (2023) and H200 (2024). The first
+# name that is part of JAX's device kind counts.
+_PEAKS = {
+    "H200": Peaks(989.4, 4800),
+    "H100 PCIe": Peaks(756.0, 2000),
+    "H100 NVL": Peaks(835.0, 3900),
+    "H100": Peaks(989.4, 3350),
+    "A100-SXM4-80GB": Peaks(312.0, 2039),
+    "A100 80GB PCIe": Peaks(312.0, 1935),
+    "A100": Peaks(312.0, 1555),
+}
+# At least the L2 of each of these.
+L2_BYTES = 64 * 2**20
+
+_DISTRIBUTIONS = ("jax", "jaxlib", "flax", "tokamax", "torch", "transformers", "triton")
+
+
+def peaks() -> Peaks | None:
+    """Of this machine, where they are known; for a CPU they are not."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return None
+    return next((peaks for name, peaks in _PEAKS.items() if name in device.device_kind), None)
+
+
+def describe() -> dict:
+    """The result file's ``machine``."""
+    known = peaks()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "revision": _revision(),
+        "versions": {"pallas_attn": pa.__version__, **_versions()},
+        "peak_tflops": known and known.tflops,
+        "peak_gbps": known and known.gbps,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    """The commit, with ``-dirty`` where the tree differs from it in more than results; None outside of a clone."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(("git", "-C", str(root), *arguments), capture_output=True, text=True)
+
+    try:
+        head = git("rev-parse", "HEAD")
+    except FileNotFoundError:
+        return None
+    if head.returncode:
+        return None
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results").returncode
+    return head.stdout.strip() + ("-dirty" if changed else "")

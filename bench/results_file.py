@@ -1,0 +1,103 @@
+"""The result file: JSON of schema 1, written after each case."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+# What must agree for a run to go on where another stopped.
+_SAME = ("device", "processor", "python", "revision", "versions")
+
+
+class ResultsError(Exception):
+    """A result file that cannot be written, or not be continued; says why."""
+
+
+class ResultsFile:
+    """Results of one run.
+
+    Args:
+      path: where to write, or None: nowhere.
+      suite: name of the suite.
+      machine: from :func:`bench.machine.describe`.
+      resume: go on with the file that is there.
+
+    Raises:
+      ResultsError: the file cannot be written; what is there is no result file of schema 1; or, with ``resume``, it is
+        of another suite, machine or revision.
+    """
+
+    def __init__(self, path: Path | None, *, suite: str, machine: dict[str, Any], resume: bool = False) -> None:
+        self.path = path
+        self.suite = suite
+        self.machine = machine
+        self.results: list[dict[str, Any]] = []
+        if path is None:
+            if resume:
+                raise ResultsError("--resume: expected --out with it, the file to go on with")
+            return
+        before = _read(path)
+        if before is not None and resume:
+            self._check_same(before)
+            # What could not run may be able to now.
+            self.results = [result for result in before["results"] if result["contenders"]]
+        self._scratch().unlink()  # it can be written; what is there stays until there is a result
+
+    def has(self, case: str) -> bool:
+        """Whether the case is done."""
+        return any(result["case"] == case for result in self.results)
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Adds a case's result and writes the file."""
+        self.results.append(result)
+        if self.path is not None:
+            self._write()
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        pairs = {"suite": (before["suite"], self.suite)}
+        pairs |= {name: (before["machine"].get(name), self.machine[name]) for name in _SAME}
+        for name, (old, new) in pairs.items():
+            if old != new:
+                raise ResultsError(f"{self.path}: cannot resume: its {name} is {old}, and here it is {new}")
+
+    def _write(self) -> None:
+        """Writes a new file and puts it in the old one's place: a reader never sees half of one."""
+        assert self.path is not None
+        content = {"schema": SCHEMA, "suite": self.suite, "machine": self.machine, "results": self.results}
+        scratch = self._scratch()
+        scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(scratch, self.path)
+
+    def _scratch(self) -> Path:
+        assert self.path is not None
+        scratch = self.path.with_name(f".{self.path.name}.part")
+        try:
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            scratch.touch()
+        except OSError as error:
+            raise ResultsError(f"{self.path}: cannot be written: {error.strerror}") from None
+        return scratch
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What is there, or None where nothing is."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path}: cannot be read: {error}") from None
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        content = None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ResultsError(
+            f"{path}: expected a result file of schema {SCHEMA}, got {f'schema {schema}' if schema else 'none'}; "
+            "move it away or choose another --out"
+        )
+    return content

@@ -1,0 +1,328 @@
+"""The machine code of every Triton kernel, without a GPU: ``python -m bench.static``.
+
+Prints registers, spills, occupancy, and what the loops over full and partial blocks cost by published issue rates;
+then the difference from the committed report. bench/README.md explains the columns, and what they cannot tell.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench import static_report, static_sweep
+from bench.kernel_cases import CASES, KernelCase, Setting
+from bench.static_sweep import Candidate
+from pallas_attn import BlockSizes
+
+SCHEMA = 1
+BASELINE = Path(__file__).parent / "results" / "static.json"
+_CAPABILITIES = (80, 90)
+_HEAD_DIMS = (64, 128, 256)
+_DTYPES = ("bfloat16", "float16", "float32")
+_CASES = {case.name: case for case in CASES}
+
+
+class _Refused(Exception):
+    """What the command cannot do, in words for its user."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report; returns 0, or 1 if ``--check`` finds a problem, or 2 for a wrong call."""
+    options = _options(argv)
+    try:
+        return _run(options)
+    except (_Refused, FileNotFoundError) as error:
+        print(f"python -m bench.static: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__, allow_abbrev=False)
+    add = functools.partial(parser.add_argument, action="append")
+    add("--capability", type=int, choices=_CAPABILITIES, help="ten times the compute capability; may be repeated")
+    add("--head-dim", type=int, choices=_HEAD_DIMS, help="only this head size; may be repeated")
+    add("--dtype", choices=_DTYPES, help="only this dtype; may be repeated")
+    add("--kernel", choices=list(_CASES), help="only this kernel and mask; may be repeated")
+    parser.add_argument("--out", type=Path, help="also write the report as JSON")
+    parser.add_argument("--baseline", type=Path, help=f"report to compare with (default {BASELINE.name} in results/)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="exit 1 if an entry spills, masks full blocks, or loses")
+    action.add_argument("--sweep", action="store_true", help="rank block sizes instead, and compare with the table")
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"argument --jobs: expected at least 1, got {options.jobs}")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None:
+        raise _Refused("PyPI's triton compiles the kernels and is not installed: pip install 'pallas-attn[bench]'")
+    baseline = _read_baseline(options.baseline or BASELINE, required=options.baseline is not None)
+    if options.out:
+        _check_writable(options.out)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if options.sweep:
+        return _sweep(options, console)
+
+    entries = _compiled([(case.name, setting) for case, setting in _defaults(options)], _default_entry, options.jobs)
+    report = {"schema": SCHEMA, "suite": "static", "versions": _versions(), "entries": entries}
+    console.print(_resources_table(entries), _loops_table(entries))
+    for line in differences(baseline, report) if baseline else [f"no baseline at {BASELINE}"]:
+        console.print(line, highlight=False)
+    found = [f"{label(entry)}: {problem}" for entry in entries for problem in static_report.problems(entry)]
+    for line in found:
+        console.print(f"[red]{line}[/red]", highlight=False)
+    if options.out:
+        _write(options.out, json.dumps(report, indent=1) + "\n")
+    return 1 if options.check and found else 0
+
+
+def _settings(options: argparse.Namespace) -> Iterable[tuple[KernelCase, int, int, str]]:
+    return itertools.product(
+        [_CASES[name] for name in options.kernel or _CASES],
+        options.capability or _CAPABILITIES,
+        options.head_dim or _HEAD_DIMS,
+        options.dtype or _DTYPES,
+    )
+
+
+def _defaults(options: argparse.Namespace) -> list[tuple[KernelCase, Setting]]:
+    return [
+        (case, Setting(capability, head_dim, dtype, case.default_sizes(head_dim, dtype, capability)))
+        for case, capability, head_dim, dtype in _settings(options)
+    ]
+
+
+def _default_entry(name: str, setting: Setting) -> dict:
+    return static_report.entry(_CASES[name], setting)
+
+
+def _candidate(names: tuple[str, ...], setting: Setting) -> Candidate:
+    """A candidate under the masks of some cases; out as soon as one of them has a problem."""
+    entries = []
+    for name in names:
+        try:
+            entries.append(static_report.entry(_CASES[name], setting))
+        except (ImportError, FileNotFoundError):  # the installation's fault, not the candidate's
+            raise
+        except Exception as error:  # whatever a compiler raises: the candidate is out, the sweep goes on
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return Candidate(setting, tuple(entries), f"{name}: {reason}")
+        if found := static_report.problems(entries[-1]):
+            return Candidate(setting, tuple(entries), f"{name}: {'; '.join(found)}")
+    return Candidate(setting, tuple(entries), None)
+
+
+def _compiled(work: list[tuple], function: Callable, jobs: int) -> list:
+    """``function`` of each piece of work, in its order; Triton's own cache makes a second run short."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("compiling", total=len(work))
+        if jobs == 1:
+            results = []
+            for piece in work:
+                results.append(function(*piece))
+                progress.advance(task)
+            return results
+        # Not forked: JAX has threads.
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(function, *piece) for piece in work]
+            for future in futures:
+                future.add_done_callback(lambda _: progress.advance(task))
+            try:
+                return [future.result() for future in futures]
+            except BrokenProcessPool:
+                raise _Refused("a compiler ended its process; --jobs 1 shows at which kernel") from None
+
+
+def _sweep(options: argparse.Namespace, console: Console) -> int:
+    """Ranks candidates per entry of the tuning table; float16 and bfloat16 share entries."""
+    rankings = {}
+    for case, capability, head_dim, dtype in _settings(options):
+        itemsize = jnp.dtype(dtype).itemsize
+        key = (case.kernel, capability, head_dim, itemsize)
+        if key in rankings:
+            continue
+        settings = [Setting(capability, head_dim, dtype, x) for x in static_sweep.candidates(head_dim, itemsize)]
+        tried = _compiled([((case.name,), x) for x in settings], _candidate, options.jobs)
+        leaders = [x.setting for x in static_sweep.ranked(tried)[: static_sweep.FINALISTS]]
+        masks = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel)
+        finalists = _compiled([(masks, x) for x in leaders], _candidate, options.jobs)
+        order = static_sweep.ranked(finalists)
+        current = case.default_sizes(head_dim, dtype, capability)
+        title = f"{case.kernel}, sm_{capability}, D {head_dim}, {itemsize} bytes: {len(settings)} tried"
+        console.print(_ranking_table(title, order, current))
+        rankings[key] = {
+            **dict(zip(("kernel", "capability", "head_dim", "itemsize"), key, strict=True)),
+            "ranking": [x.entries for x in order],
+            "out": [{"blocks": str(x.setting.sizes), "reason": x.reason} for x in (*tried, *finalists) if x.reason],
+        }
+    if options.out:
+        report = {"schema": SCHEMA, "suite": "static sweep", "versions": _versions()}
+        _write(options.out, json.dumps({**report, "rankings": list(rankings.values())}, indent=1) + "\n")
+    return 0
+
+
+def _ranking_table(title: str, order: list[Candidate], current: BlockSizes) -> Table:
+    table = Table("q x kv, warps, stages", "full", "partial", "registers", "warps on SM", "bound", "", title=title)
+    for candidate in order:
+        sizes = candidate.setting.sizes
+        table.add_row(
+            f"{sizes.q} x {sizes.kv}, {sizes.num_warps}, {sizes.num_stages}",
+            f"{candidate.cycles_per_tile('full'):.0f}",
+            f"{candidate.cycles_per_tile('partial'):.0f}",
+            str(candidate.registers),
+            str(candidate.warps),
+            candidate.entries[0]["loops"]["full"]["bound"],
+            "in the table" if sizes == current else "",
+        )
+    table.caption = "clocks per 64 x 64 pairs"
+    if not any(x.setting.sizes == current for x in order):
+        table.caption += f"; in the table, but not among the best: {current}"
+    return table
+
+
+def label(entry: dict) -> str:
+    """The entry in words."""
+    return f"{entry['case']}, sm_{entry['capability']}, D {entry['head_dim']}, {entry['dtype']}"
+
+
+def _resources_table(entries: list[dict]) -> Table:
+    table = Table("kernel", "sm", "D", "dtype", "q x kv, warps, stages", title="resources")
+    for name in ("registers", "stack bytes", "shared bytes", "blocks on SM", "warps on SM", "limited by"):
+        table.add_column(name, justify="right")
+    for entry in entries:
+        resident = entry["occupancy"]
+        numbers = (entry["registers"], entry["stack_bytes"], entry["shared_bytes"], resident["blocks"])
+        table.add_row(*_key_cells(entry), *map(str, numbers), str(resident["warps"]), resident["limit"])
+    return table
+
+
+def _key_cells(entry: dict) -> list[str]:
+    blocks = entry["blocks"]
+    sizes = f"{blocks['q']} x {blocks['kv']}, {blocks['num_warps']}, {blocks['num_stages']}"
+    return [entry["case"], str(entry["capability"]), str(entry["head_dim"]), entry["dtype"], sizes]
+
+
+def _loops_table(entries: list[dict]) -> Table:
+    table = Table(title="instructions per block and warp; clocks per block and multiprocessor, by issue rates alone")
+    for name in ("kernel", "sm", "D", "dtype", "blocks"):
+        table.add_column(name)
+    for name in ("all", "matrix", "ex2", "fp32", "integer", "select", "mask", "copies", "barriers"):
+        table.add_column(name, justify="right")
+    for name in ("clocks", "bound", "matrix share"):
+        table.add_column(name, justify="right")
+    for entry in entries:
+        for i, (name, loop) in enumerate(entry["loops"].items()):
+            table.add_row(*(_key_cells(entry)[:4] if i == 0 else [""] * 4), name, *_loop_cells(loop))
+    return table
+
+
+def _loop_cells(loop: dict) -> list[str]:
+    def count(*kinds: str) -> str:
+        return str(sum(loop["kinds"].get(kind, 0) for kind in kinds))
+
+    return [
+        str(loop["instructions"]),
+        count("matrix"),
+        count("ex2"),
+        count("fp32", "fp32 max"),
+        count("integer", "multiply", "uniform"),
+        count("select", "uniform select"),
+        str(loop["mask"]),
+        count("async copy"),
+        count("barrier"),
+        str(loop["cycles"]),
+        loop["bound"],
+        f"{matrix_share(loop):.0%}",
+    ]
+
+
+def matrix_share(loop: dict) -> float:
+    """The least clocks that the block's own matrix products need, as a share of the estimate."""
+    done, asked = loop["multiply_adds"]["done"], loop["multiply_adds"]["asked"]
+    return loop["units"]["matrix"] * min(1.0, asked / done) / loop["cycles"] if done else 0.0
+
+
+def differences(baseline: dict, report: dict) -> list[str]:
+    """What changed since the baseline, a line per entry; entries that only the baseline has were not asked for."""
+    lines = [
+        f"baseline made with {name} {baseline['versions'].get(name)}, this with {version}"
+        for name, version in report["versions"].items()
+        if baseline["versions"].get(name) != version
+    ]
+    before = {label(entry): entry for entry in baseline["entries"]}
+    for entry in report["entries"]:
+        if label(entry) not in before:
+            lines.append(f"{label(entry)}: not in the baseline")
+            continue
+        old, new = _facts(before[label(entry)]), _facts(entry)
+        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
+        if changed:
+            lines.append(f"{label(entry)}: {', '.join(changed)}")
+    return lines or ["no difference from the baseline"]
+
+
+def _facts(entry: dict) -> dict[str, object]:
+    """What a change is reported of, flat."""
+    facts: dict[str, object] = {"blocks": "x".join(map(str, entry["blocks"].values()))}
+    facts |= {name: entry[name] for name in ("registers", "stack_bytes", "shared_bytes")}
+    facts["warps on SM"] = entry["occupancy"]["warps"]
+    for name, loop in entry["loops"].items():
+        facts |= {f"{name} {key}": loop[key] for key in ("instructions", "mask", "cycles", "bound")}
+        facts |= {f"{name} {kind}": loop["kinds"].get(kind, 0) for kind in ("matrix", "ex2", "async copy", "barrier")}
+    return facts
+
+
+def _read_baseline(path: Path, *, required: bool) -> dict | None:
+    try:
+        report = json.loads(path.read_text())
+    except FileNotFoundError:
+        if required:
+            raise _Refused(f"--baseline {path}: there is no such file") from None
+        return None
+    except (OSError, ValueError) as error:
+        raise _Refused(f"baseline {path}: cannot be read: {error}") from None
+    schema, suite = (report.get("schema"), report.get("suite")) if isinstance(report, dict) else (None, None)
+    if (schema, suite) != (SCHEMA, "static"):
+        raise _Refused(f"baseline {path}: expected schema {SCHEMA} of suite 'static', got {schema!r} of {suite!r}")
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise _Refused(f"--out {path}: cannot be written: {error.strerror}") from None
+
+
+def _check_writable(path: Path) -> None:
+    """Before the long work, not after it; leaves what is there."""
+    new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise _Refused(f"--out {path}: cannot be written: {error.strerror}") from None
+    if new:
+        path.unlink()
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "triton", "pallas-attn")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The derivative of attention from a kernel's forward and backward pass."""
+
+import functools
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_attn.block_mask import BlockMask
+
+
+def differentiable(implementation: ModuleType, name: str, **options):
+    """``implementation.forward`` with ``implementation.backward`` as its derivative, of first order and in reverse.
+
+    Args:
+      implementation: a module with ``forward`` and ``backward``.
+      name: its name in messages.
+      **options: keywords of both passes.
+    """
+    forward = functools.partial(implementation.forward, **options)
+    backward = _once_only(functools.partial(implementation.backward, **options), name)
+
+    @jax.custom_vjp
+    def attend(query, key, value, block_mask, scores, sinks):
+        return forward(query, key, value, block_mask, scores, sinks)
+
+    def attend_forward(query, key, value, block_mask, scores, sinks):
+        out, lse = forward(query, key, value, block_mask, scores, sinks)
+        out, lse = (checkpoint_name(x, "pallas_attn") for x in (out, lse))
+        return (out, lse), (query, key, value, block_mask, scores, sinks, out, lse)
+
+    def attend_backward(residuals, cotangents):
+        query, key, value, block_mask, scores, sinks, out, lse = residuals
+        d_out, d_lse = cotangents
+        delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
+        d_sinks = None if sinks is None else _sinks_gradient(sinks, block_mask, lse, delta)
+        d_query, d_key, d_value, d_scores = backward(query, key, value, block_mask, scores, lse, delta, d_out)
+        return d_query, d_key, d_value, None, d_scores, d_sinks
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend
+
+
+def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Array, delta: Array) -> Array:
+    """A sink is a key without a value, so its ``dp`` is 0: ``d_sink = sum(p_sink * (0 - delta))``."""
+    real = (block_mask.q_positions >= 0)[:, None] & (lse > -jnp.inf)
+    probability = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse, jnp.inf))
+    return -jnp.sum(probability * jnp.where(real, delta, 0.0), axis=(0, 2)).astype(sinks.dtype)
+
+
+def _once_only(backward, name: str):
+    """A second derivative would have to differentiate kernels: it says what to do instead of failing inside."""
+    kernel = jax.custom_vjp(backward)
+
+    def refuse(*_):
+        raise NotImplementedError(
+            f"implementation={name!r} has first derivatives only; for higher ones pass implementation='reference'"
+        )
+
+    kernel.defvjp(refuse, refuse)
+    return kernel

@@ -1,0 +1,216 @@
+"""The backward kernels in Pallas, through the Triton lowering: one for dQ, one for dK and dV.
+
+FlashAttention-2 (arXiv:2307.08691, algorithm 2), with probabilities recomputed from ``lse``:
+
+    p = exp(s - lse),    dv += p' do,    ds = p * (do v' - delta),    dq += ds k,    dk += ds' q
+
+dQ walks the lists of the forward pass, one program per query block. dK and dV walk the transposed lists, one program
+per KV block, which sums over the query heads of its group itself. Nothing is added to memory by two programs, so the
+same call gives the same bits. As in the forward pass, the loop over full blocks holds no mask code.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_attn import scores as score_algebra
+from pallas_attn import tuning
+from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.triton import specs, tiles
+from pallas_attn.kernels.triton.score_gradients import score_gradients
+from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
+from pallas_attn.kernels.triton.tiles import LOG2_E
+from pallas_attn.scores import Scores
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+def backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: BlockMask,
+    scores: Scores,
+    lse: Array,
+    delta: Array,
+    d_out: Array,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array, Scores]:
+    """Same contract as :func:`pallas_attn.kernels.xla.backward.backward`. Cuts blocks anew, by its own table."""
+    sizes = tuning.default_block_sizes(
+        query.shape[1],
+        key.shape[1],
+        implementation="triton",
+        kernel="backward",
+        head_dim=max(query.shape[-1], value.shape[-1]),
+        dtype=query.dtype,
+    )
+    if (sizes.q, sizes.kv) != (block_mask.q_block, block_mask.kv_block):
+        block_mask = BlockMask.from_mask(block_mask.mask, block_mask.q_positions, block_mask.kv_positions, sizes)
+    cut = Cut.of(query, value, block_mask, scale, interpret)
+    inputs = Inputs.of(query, key, value, block_mask, scores)
+    residuals = Residuals(lse, delta, d_out.astype(query.dtype))
+
+    part = specs.PerQueryHead(cut)
+    d_query = specs.call(
+        functools.partial(_d_query_kernel, cut=cut),
+        "pallas_attn_d_query",
+        sizes,
+        cut,
+        grid=(cut.q_blocks, cut.q_heads, cut.batch),
+        in_specs=[inputs.specs(cut, part), residuals.specs(cut, part)],
+        out_specs=part.queries(cut.head_dim),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+    )(inputs, residuals)
+
+    part, inputs = specs.PerKVHead(cut), inputs._replace(lists=block_mask.transposed)
+    d_key, d_value = specs.call(
+        functools.partial(_d_key_value_kernel, cut=cut),
+        "pallas_attn_d_key_value",
+        sizes,
+        cut,
+        grid=(cut.kv_blocks, cut.kv_heads, cut.batch),
+        in_specs=[inputs.specs(cut, part), residuals.specs(cut, part)],
+        out_specs=[part.keys(cut.head_dim), part.keys(cut.value_dim)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
+    )(inputs, residuals)
+    return d_query, d_key, d_value, score_gradients(cut, inputs, residuals, block_mask)
+
+
+def _probabilities(products: Array, lse: Array, allowed: Array | None, score: Callable | None, cut: Cut):
+    """``(p, back)`` of a tile of products ``q . k``: ``back`` takes the gradient of logits to that of scaled products.
+
+    ``lse`` is in base 2 and broadcasts to the tile; where it is inf, p is 0.
+    """
+    if score is None:
+        p = cut.exp2(products * (cut.scale * LOG2_E) - lse)
+        return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: ds
+    logits = products * cut.scale
+    logits, derivative = jax.vjp(score, logits if allowed is None else jnp.where(allowed, logits, 0.0))
+    p = cut.exp2(logits * LOG2_E - lse)
+    return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: derivative(ds)[0]
+
+
+def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut):
+    head_columns, value_columns = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
+    i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
+    rows = pl.Slice(i * cut.q_block, cut.q_block)
+    row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
+    q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
+    lse = tiles.load(residuals.lse.at[rows], row_exists, -jnp.inf)
+    counts = (q_positions >= 0) & (lse != -jnp.inf)
+    lse = jnp.where(counts, lse * LOG2_E, jnp.inf)[:, None]
+    delta = tiles.load(residuals.delta.at[rows], counts)[:, None]
+    q = tiles.load_rows(refs.query, rows, counts, head_columns)
+    do = tiles.load_rows(residuals.d_out, rows, counts, value_columns)
+
+    def visit(state, keys, key_exists, k, v, kv_positions, allowed):
+        (acc,) = state
+        score = None
+        if refs.scores:
+            live = counts[:, None] if allowed is None else allowed & counts[:, None]
+            operands = score_algebra.map_operands(
+                lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists), refs.scores
+            )
+            operands = tiles.where_live(operands, live)
+            score = functools.partial(_score, operands, q_positions[:, None], kv_positions[None, :], n)
+        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, allowed, score, cut)
+        ds = back(p * (cut.dot(do, v, (1, 1)) - delta))
+        return (acc + cut.dot(ds, k, (1, 0)),)
+
+    def full(block, state):
+        keys = pl.Slice(block * cut.kv_block, cut.kv_block)
+        kv_positions = plgpu.load(refs.kv_positions.at[keys]) if refs.scores else None
+        k = tiles.load_rows(refs.key, keys, None, head_columns)
+        v = tiles.load_rows(refs.value, keys, None, value_columns)
+        return visit(state, keys, None, k, v, kv_positions, None)
+
+    def partial(block, state):
+        keys = pl.Slice(block * cut.kv_block, cut.kv_block)
+        key_exists = block * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+        kv_positions = tiles.load(refs.kv_positions.at[keys], key_exists, -1)
+        real = kv_positions >= 0
+        mask = jax.tree.map(lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists), refs.mask)
+        allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :]
+        allowed = jnp.broadcast_to(allowed, (cut.q_block, cut.kv_block))
+        k = tiles.load_rows(refs.key, keys, real, head_columns)
+        v = tiles.load_rows(refs.value, keys, real, value_columns)
+        return visit(state, keys, key_exists, k, v, kv_positions, allowed)
+
+    acc = jnp.zeros((cut.q_block, q.shape[1]), jnp.float32)
+    (acc,) = tiles.walk(refs.lists, i, full, partial, (acc,))
+    out = jnp.where(counts[:, None], acc * cut.scale, 0.0).astype(d_query_ref.dtype)
+    plgpu.store(d_query_ref.at[rows, :], out, mask=tiles.outer(row_exists, head_columns, out.shape))
+
+
+def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_ref, *, cut: Cut):
+    head_columns, value_columns = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
+    j, h = refs.lists.order[0, pl.program_id(0)], pl.program_id(1)
+    keys = pl.Slice(j * cut.kv_block, cut.kv_block)
+    key_exists = j * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+
+    kv_positions = tiles.load(refs.kv_positions.at[np.int32(0), keys], key_exists, -1)
+    real = kv_positions >= 0
+    k = tiles.load_rows(refs.key, keys, real, head_columns)
+    v = tiles.load_rows(refs.value, keys, real, value_columns)
+
+    def head(g, state):
+        n = h * cut.group + g
+
+        # Tiles are [kv_block, q_block] here, so that both sums have their probabilities on the left.
+        def visit(state, rows, row_exists, counts, q_positions, lse, allowed):
+            d_key, d_value = state
+            q = tiles.load_rows(refs.query, rows, counts, head_columns, g)
+            do = tiles.load_rows(residuals.d_out, rows, counts, value_columns, g)
+            delta = tiles.load(residuals.delta.at[g, rows], counts)[None, :]
+            score = None
+            if refs.scores:
+                operands = score_algebra.map_operands(
+                    lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
+                    refs.scores,
+                )
+                operands = operands if allowed is None else tiles.where_live(operands, allowed)
+                score = functools.partial(_score, operands, q_positions[None, :], kv_positions[:, None], n)
+            p, back = _probabilities(cut.dot(k, q, (1, 1)), lse[None, :], allowed, score, cut)
+            d_value = d_value + cut.dot(p, do, (1, 0))
+            ds = back(p * (cut.dot(v, do, (1, 1)) - delta))
+            return d_key + cut.dot(ds, q, (1, 0)), d_value
+
+        def full(block, state):
+            rows = pl.Slice(block * cut.q_block, cut.q_block)
+            q_positions = plgpu.load(refs.q_positions.at[rows]) if refs.scores else None
+            lse = plgpu.load(residuals.lse.at[g, rows]) * LOG2_E
+            return visit(state, rows, None, None, q_positions, lse, None)
+
+        def partial(block, state):
+            rows = pl.Slice(block * cut.q_block, cut.q_block)
+            row_exists = block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
+            q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
+            lse = tiles.load(residuals.lse.at[g, rows], row_exists, -jnp.inf)
+            counts = (q_positions >= 0) & (lse != -jnp.inf)
+            mask = jax.tree.map(
+                lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
+                refs.mask,
+            )
+            allowed = mask.allowed(q_positions[None, :], kv_positions[:, None]) & real[:, None] & counts[None, :]
+            lse = jnp.where(counts, lse * LOG2_E, jnp.inf)
+            return visit(state, rows, row_exists, counts, q_positions, lse, allowed)
+
+        return tiles.walk(refs.lists, j, full, partial, state, g)
+
+    zeros = tuple(jnp.zeros((cut.kv_block, x.shape[1]), jnp.float32) for x in (k, v))
+    d_key, d_value = lax.fori_loop(0, cut.group, head, zeros) if cut.group > 1 else head(0, zeros)
+    for ref, x, width in ((d_key_ref, d_key * cut.scale, head_columns), (d_value_ref, d_value, value_columns)):
+        out = jnp.where(real[:, None], x, 0.0).astype(ref.dtype)
+        plgpu.store(ref.at[keys, :], out, mask=tiles.outer(key_exists, width, out.shape))
+
+
+def _score(operands: Scores, q_positions: Array, kv_positions: Array, head: Array, logits: Array) -> Array:
+    return score_algebra.apply(operands, logits, q_positions, kv_positions, head)

@@ -1,0 +1,211 @@
+"""Which part of every array a program sees."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.triton import tiles
+from pallas_attn.scores import Scores
+from pallas_attn.tuning import BlockSizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """The static facts of a call: its shape, its blocks, and what is folded into its logits."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: jnp.dtype
+    q_block: int
+    kv_block: int
+    q_blocks: int
+    kv_blocks: int
+    scale: float
+    interpret: bool
+
+    @classmethod
+    def of(cls, query: Array, value: Array, block_mask: BlockMask, scale: float, interpret: bool) -> "Cut":
+        (batch, q_len, q_heads, head_dim), (_, kv_len, kv_heads, value_dim) = query.shape, value.shape
+        blocks = (block_mask.q_block, block_mask.kv_block, *block_mask.grid)
+        shape = (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim)
+        return cls(*shape, query.dtype, *blocks, scale, interpret)
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def q_rows(self) -> int:
+        """Queries, in whole blocks."""
+        return self.q_blocks * self.q_block
+
+    @property
+    def kv_rows(self) -> int:
+        """Keys, in whole blocks."""
+        return self.kv_blocks * self.kv_block
+
+    def dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+        """The float32 product of two tiles, over axis ``contract[0]`` of a and ``contract[1]`` of b."""
+        return tiles.dot(a.astype(self.dtype), b, contract)
+
+    def exp2(self, x: Array) -> Array:
+        """2 to the power of x."""
+        return jnp.exp2(x) if self.interpret else tiles.exp2(x)
+
+
+class PerQueryHead:
+    """Programs (query block i, query head n, batch row b)."""
+
+    def __init__(self, cut: Cut):
+        self._cut = cut
+
+    def queries(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, T, N, width]``: ``[q_rows, tile]``."""
+        return pl.BlockSpec((None, self._cut.q_rows, None, tiles.tile_width(width)), lambda i, n, b: (b, 0, n, 0))
+
+    def keys(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, S, K, width]``: ``[kv_rows, tile]``."""
+        group = self._cut.group
+        return pl.BlockSpec(
+            (None, self._cut.kv_rows, None, tiles.tile_width(width)), lambda i, n, b: (b, 0, n // group, 0)
+        )
+
+    def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
+        """Of ``[B|1, 1|K|N, ...]``: ``[*block]``."""
+        (rows, heads), zeros, q_heads = x.shape[:2], (0,) * len(block), self._cut.q_heads
+        return pl.BlockSpec((None, None, *block), lambda i, n, b: (b if rows > 1 else 0, n * heads // q_heads, *zeros))
+
+    def per_row(self, x: Array, *block: int) -> pl.BlockSpec:
+        """Of ``[B|1, ...]``: ``[*block]``."""
+        rows, zeros = x.shape[0], (0,) * len(block)
+        return pl.BlockSpec((None, *block), lambda i, n, b: (b if rows > 1 else 0, *zeros))
+
+
+class PerKVHead:
+    """Programs (KV block j, KV head h, batch row b), which see all query heads of their group.
+
+    Arrays with an axis of heads keep it: of size ``group`` where every query head has its own part, else of size 1.
+    """
+
+    def __init__(self, cut: Cut):
+        self._cut = cut
+
+    def queries(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, T, N, width]``: ``[q_rows, group, tile]``."""
+        block = (None, self._cut.q_rows, self._cut.group, tiles.tile_width(width))
+        return pl.BlockSpec(block, lambda j, h, b: (b, 0, h, 0))
+
+    def keys(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, S, K, width]``: ``[kv_rows, tile]``."""
+        return pl.BlockSpec((None, self._cut.kv_rows, None, tiles.tile_width(width)), lambda j, h, b: (b, 0, h, 0))
+
+    def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
+        """Of ``[B|1, 1|K|N, ...]``: ``[group|1, *block]``."""
+        (rows, heads), zeros = x.shape[:2], (0,) * len(block)
+        group = self._cut.group if heads == self._cut.q_heads else 1
+        return pl.BlockSpec(
+            (None, group, *block), lambda j, h, b: (b if rows > 1 else 0, h if heads > 1 else 0, *zeros)
+        )
+
+    def per_row(self, x: Array, *block: int) -> pl.BlockSpec:
+        """Of ``[B|1, ...]``: ``[*block]``."""
+        rows, zeros = x.shape[0], (0,) * len(block)
+        return pl.BlockSpec((None, *block), lambda j, h, b: (b if rows > 1 else 0, *zeros))
+
+
+class Whole:
+    """Programs that see every array whole, with its tokens in whole blocks."""
+
+    def __init__(self, cut: Cut):
+        self._cut = cut
+
+    def all(self, *block: int) -> pl.BlockSpec:
+        return pl.BlockSpec(block, lambda *_: (0,) * len(block))
+
+    def queries(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, T, N, width]``: ``[B, q_rows, N, tile]``."""
+        cut = self._cut
+        return self.all(cut.batch, cut.q_rows, cut.q_heads, tiles.tile_width(width))
+
+    def keys(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, S, K, width]``: ``[B, kv_rows, K, tile]``."""
+        cut = self._cut
+        return self.all(cut.batch, cut.kv_rows, cut.kv_heads, tiles.tile_width(width))
+
+    def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
+        """Of ``[B|1, 1|K|N, ...]``: ``[B|1, 1|K|N, *block]``."""
+        return self.all(*x.shape[:2], *block)
+
+    def per_row(self, x: Array, *block: int) -> pl.BlockSpec:
+        """Of ``[B|1, ...]``: ``[B|1, *block]``."""
+        return self.all(x.shape[0], *block)
+
+
+Part = PerQueryHead | PerKVHead | Whole
+
+
+class Inputs(NamedTuple):
+    """The arrays that every kernel reads; in a kernel, refs to one program's part of them."""
+
+    query: Any  # [B, T, N, D]
+    key: Any  # [B, S, K, D]
+    value: Any  # [B, S, K, Dv]
+    q_positions: Any  # [B|1, T]
+    kv_positions: Any  # [B|1, 1|K, S]
+    lists: Any  # BlockLists
+    mask: Any
+    scores: Scores
+
+    @classmethod
+    def of(cls, query: Array, key: Array, value: Array, block_mask: BlockMask, scores: Scores) -> "Inputs":
+        positions = block_mask.q_positions, block_mask.kv_positions
+        return cls(query, key, value, *positions, block_mask.lists, block_mask.mask, scores)
+
+    def specs(self, cut: Cut, part: Part) -> "Inputs":
+        """The same structure, of BlockSpecs."""
+
+        def operand(x: Array) -> pl.BlockSpec:
+            return part.per_head(x, cut.q_rows if x.shape[2] > 1 else 1, cut.kv_rows if x.shape[3] > 1 else 1)
+
+        return Inputs(
+            part.queries(cut.head_dim),
+            part.keys(cut.head_dim),
+            part.keys(cut.value_dim),
+            part.per_row(self.q_positions, cut.q_rows),
+            part.per_head(self.kv_positions, cut.kv_rows),
+            jax.tree.map(lambda x: part.per_head(x, *x.shape[2:]), self.lists),
+            jax.tree.map(operand, self.mask),
+            jax.tree.map(operand, self.scores),
+        )
+
+
+class Residuals(NamedTuple):
+    """What the backward kernels read besides: what the forward pass left, and the gradient of its output."""
+
+    lse: Any  # [B, N, T]
+    delta: Any  # [B, N, T]
+    d_out: Any  # [B, T, N, Dv]
+
+    def specs(self, cut: Cut, part: Part) -> "Residuals":
+        """The same structure, of BlockSpecs."""
+        rows = part.per_head(self.lse, cut.q_rows)
+        return Residuals(rows, rows, part.queries(cut.value_dim))
+
+
+def call(kernel: Callable, name: str, sizes: BlockSizes, cut: Cut, **options):
+    """``pl.pallas_call`` through the Triton lowering."""
+    parameters = plgpu.CompilerParams(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
+    return pl.pallas_call(kernel, name=name, compiler_params=parameters, interpret=cut.interpret, **options)

@@ -1,0 +1,130 @@
+"""The backward pass: every program walks the same list again and recomputes its probabilities from ``lse``.
+
+    p = exp(s - lse),    dv += p' do,    ds = p * (do v' - delta),    dq += ds k,    dk += ds' q
+
+with ``delta = rowsum(do * out) - dlse`` (FlashAttention-2, arXiv:2307.08691, algorithm 2). Programs run one after the
+other, so one walk serves all gradients, and sums have one order: the same bits every time.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_attn import scores as score_algebra
+from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.xla.tiles import Cut, Program
+from pallas_attn.scores import Scores
+
+
+class _Gradients(NamedTuple):
+    """What programs add to, float32."""
+
+    key: Array  # [B, S, K, D]
+    value: Array  # [B, S, K, Dv]
+    scores: Scores
+
+
+@functools.partial(jax.jit, static_argnames=("scale",))
+def backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: BlockMask,
+    scores: Scores,
+    lse: Array,
+    delta: Array,
+    d_out: Array,
+    *,
+    scale: float,
+) -> tuple[Array, Array, Array, Scores]:
+    """Gradients of query, key, value and of the arrays of the scores.
+
+    Args:
+      query, key, value, block_mask, scores, scale: as in the forward pass.
+      lse: float32 ``[B, N, T]``, of the forward pass.
+      delta: float32 ``[B, N, T]``: ``rowsum(d_out * out) - d_lse``.
+      d_out: ``[B, T, N, Dv]``.
+
+    Returns:
+      gradients of the shapes and dtypes of query, key, value and scores.
+    """
+    cut = Cut.of(query, key, block_mask)
+    precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dot = functools.partial(jnp.einsum, precision=precision)
+    lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)  # [B, T, N], as the queries
+
+    def run(sums: _Gradients, at: tuple[Array, ...]) -> tuple[_Gradients, Array]:
+        program = Program(cut, block_mask, scores, at)
+        row_lse = program.queries(lse)
+        # A query that saw nothing, or that is another program's too, has no part in any sum, whatever it holds.
+        counts = program.is_own & (row_lse > -jnp.inf)
+        row_lse = jnp.where(counts, row_lse, jnp.inf)
+        row_delta = jnp.where(counts, program.queries(delta), 0.0)
+
+        def rows(x: Array) -> Array:
+            tile = jnp.where(counts[..., None], program.queries(x).astype(jnp.float32), 0.0)
+            return tile.reshape(cut.heads, cut.group * cut.q_block, -1)
+
+        q, do = rows(query) * scale, rows(d_out)
+
+        def attend(carry, start: Array, k: Array, v: Array, kv_positions, allowed):
+            dq, sums = carry
+            logits = dot("hrd,khd->hrk", q, k).reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
+            live = counts[..., None] if allowed is None else counts[..., None] & allowed
+
+            def scored(logits: Array, operands: Scores) -> Array:
+                # Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN.
+                operands = score_algebra.map_operands(lambda x: jnp.where(live, x, 0.0), operands)
+                return program.score(logits, kv_positions, operands)
+
+            if allowed is not None:
+                logits = jnp.where(allowed, logits, 0.0)
+            derivative = None
+            if scores:
+                logits, derivative = jax.vjp(scored, logits, program.score_operands(start))
+            p = jnp.exp(logits - row_lse[..., None])
+            if allowed is not None:
+                p = jnp.where(allowed, p, 0.0)
+            dp = dot("hrd,khd->hrk", do, v).reshape(p.shape)
+            ds = p * (dp - row_delta[..., None])
+            d_scores = sums.scores
+            if derivative is not None:
+                ds, d_tiles = derivative(ds)
+                d_scores = _add_scores(program, d_scores, d_tiles, start)
+            p, ds = (x.reshape(cut.heads, -1, cut.kv_block) for x in (p, ds))
+            d_value = program.add_to_keys(sums.value, start, dot("hrk,hrd->khd", p, do))
+            d_key = program.add_to_keys(sums.key, start, dot("hrk,hrd->khd", ds, q))
+            return dq + dot("hrk,khd->hrd", ds, k), _Gradients(d_key, d_value, d_scores)
+
+        def full_block(slot: Array, carry):
+            start = program.first_key(slot)
+            kv_positions = program.key_positions(start) if scores else None
+            return attend(carry, start, program.keys(key, start), program.keys(value, start), kv_positions, None)
+
+        def partial_block(slot: Array, carry):
+            start, kv_positions, real = program.keys_at(program.first_key(slot))
+            allowed = program.allowed(start, kv_positions, real)
+            k, v = (jnp.where(real[:, None, None], program.keys(x, start), 0.0) for x in (key, value))
+            return attend(carry, start, k, v, kv_positions, allowed)
+
+        carry = (jnp.zeros_like(q), sums)
+        carry = lax.fori_loop(0, program.num_full, full_block, carry)
+        dq, sums = lax.fori_loop(program.num_full, program.num_active, partial_block, carry)
+        return sums, (dq * scale).reshape(cut.heads, cut.group, cut.q_block, -1).astype(query.dtype)
+
+    zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (key, value, scores)))
+    sums, d_query = lax.scan(run, zeros, cut.programs())
+    d_key, d_value, d_scores = jax.tree.map(lambda x, like: x.astype(like.dtype), tuple(sums), (key, value, scores))
+    return cut.join_queries(d_query), d_key, d_value, d_scores
+
+
+def _add_scores(program: Program, sums: Scores, tiles: Scores, start: Array) -> Scores:
+    """Adds the gradients of one block's tiles to those of whole operands, and those of parameters to each other."""
+
+    def add(aligned: bool):
+        return (lambda x, tile: program.add_to_operand(x, start, tile)) if aligned else jnp.add
+
+    return tuple(jax.tree.map(add(x.aligned), x, tile) for x, tile in zip(sums, tiles, strict=True))

@@ -1,0 +1,176 @@
+"""How a call is cut into programs, and the tiles that one program reads.
+
+A program is one (batch row, head of the lists, query block). The query heads that share a list are computed together:
+all of them, those of one KV head, or a single one. Their tiles have the axes ``[heads, group]``: KV heads, and the
+query heads of each.
+
+A tile that would reach beyond the end of an array is moved back to end with it, so that nothing is padded; what the
+tile then shows a second time is masked (keys) or not counted (queries).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_attn import scores as score_algebra
+from pallas_attn.block_mask import BlockMask
+from pallas_attn.scores import Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """The static shape of a call."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+    q_block: int
+    kv_block: int
+    list_heads: int
+    q_blocks: int
+
+    @classmethod
+    def of(cls, query: Array, key: Array, block_mask: BlockMask) -> "Cut":
+        (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
+        _, list_heads, q_blocks = block_mask.num_full.shape
+        q_block, kv_block = min(block_mask.q_block, q_len), min(block_mask.kv_block, kv_len)
+        return cls(batch, q_len, kv_len, q_heads, kv_heads, q_block, kv_block, list_heads, q_blocks)
+
+    @property
+    def heads(self) -> int:
+        """KV heads of one program."""
+        return self.kv_heads if self.list_heads == 1 else 1
+
+    @property
+    def group(self) -> int:
+        """Query heads of one KV head in one program."""
+        return 1 if self.list_heads == self.q_heads else self.q_heads // self.kv_heads
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.batch, self.list_heads, self.q_blocks
+
+    def programs(self) -> tuple[Array, ...]:
+        """The coordinates ``(b, m, i)`` of all programs."""
+        count = self.batch * self.list_heads * self.q_blocks
+        return jnp.unravel_index(jnp.arange(count, dtype=jnp.int32), self.grid)
+
+    def join_queries(self, tiles: Array) -> Array:
+        """``[programs, heads, group, q_block, ...]`` of all programs to ``[B, T, N, ...]``."""
+        rest = tiles.shape[4:]
+        tiles = tiles.reshape(*self.grid, self.heads, self.group, self.q_block, *rest)
+        tiles = jnp.moveaxis(tiles, (2, 5), (1, 2))  # [B, q_blocks, q_block, list_heads, heads, group, ...]
+        tail = self.q_len - (self.q_blocks - 1) * self.q_block
+        if tail < self.q_block:
+            head = tiles[:, :-1].reshape(self.batch, -1, *tiles.shape[3:])
+            tiles = jnp.concatenate([head, tiles[:, -1, self.q_block - tail :]], axis=1)
+        return tiles.reshape(self.batch, self.q_len, self.q_heads, *rest)
+
+
+class Program:
+    """What one program knows: its coordinates, its lists, and how to read its tiles."""
+
+    def __init__(self, cut: Cut, block_mask: BlockMask, scores: Scores, at: tuple[Array, ...]):
+        self._cut, self._block_mask, self._scores = cut, block_mask, scores
+        self._b, self._m, i = at
+        self._q_start = jnp.minimum(i * cut.q_block, cut.q_len - cut.q_block)
+        self._kv_head = self._m * cut.kv_heads // cut.list_heads
+        row = (self._b if block_mask.num_full.shape[0] > 1 else 0, self._m, i)
+        self.num_full, self.num_active = block_mask.num_full[row], block_mask.num_active[row]
+        self._indices = block_mask.indices[row]
+        self._q_positions = self._tile(block_mask.q_positions[:, None, :, None])  # [q_block, 1]
+        # bool [1, 1, q_block]: the query is a token, and no earlier program has it too.
+        self.is_token = (self._q_positions >= 0).reshape(1, 1, cut.q_block)
+        self.is_own = self.is_token & (self._q_start + jnp.arange(cut.q_block)[None, None] >= i * cut.q_block)
+
+    def queries(self, x: Array) -> Array:
+        """The tile ``[heads, group, q_block, ...]`` of ``[B, T, N, ...]``."""
+        cut = self._cut
+        x = x.reshape(*x.shape[:2], cut.list_heads, cut.heads, cut.group, *x.shape[3:])
+        at = (self._b, self._q_start, self._m, *(0,) * (x.ndim - 3))
+        tile = lax.dynamic_slice(x, at, (1, cut.q_block, 1, *x.shape[3:]))[0, :, 0]
+        return jnp.moveaxis(tile, 0, 2)
+
+    def heads(self, x: Array) -> Array:
+        """The entries ``[heads, group]`` of ``[N]``."""
+        return x.reshape(self._cut.list_heads, self._cut.heads, self._cut.group)[self._m]
+
+    def first_key(self, slot: Array) -> Array:
+        """Where the block in a slot of the list begins."""
+        return self._indices[slot] * self._cut.kv_block
+
+    def keys_at(self, first: Array) -> tuple[Array, Array, Array]:
+        """For a block that may reach beyond the end: ``(start, positions [1, kv_block], real [kv_block])``.
+
+        The tile begins at ``start``; ``real`` are the keys that exist and belong to the block.
+        """
+        start = jnp.minimum(first, self._cut.kv_len - self._cut.kv_block)
+        positions = self.key_positions(start)
+        return start, positions, (positions[0] >= 0) & (start + jnp.arange(self._cut.kv_block) >= first)
+
+    def key_positions(self, start: Array) -> Array:
+        """int32 ``[1, kv_block]``."""
+        return self._tile(self._block_mask.kv_positions[:, :, None, :], start)
+
+    def _at_keys(self, start: Array) -> tuple[Array, Array, Array, int]:
+        return self._b, start, self._kv_head, 0
+
+    def keys(self, x: Array, start: Array) -> Array:
+        """The float32 tile ``[kv_block, heads, D]`` of ``[B, S, K, D]``."""
+        size = (1, self._cut.kv_block, self._cut.heads, x.shape[-1])
+        return lax.dynamic_slice(x, self._at_keys(start), size)[0].astype(jnp.float32)
+
+    def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
+        """Adds a tile ``[kv_block, heads, D]`` to its place in float32 ``[B, S, K, D]``."""
+        return lax.dynamic_update_slice(x, (self.keys(x, start) + tile)[None], self._at_keys(start))
+
+    def allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
+        """bool ``[1, 1, q_block, kv_block]``: who sees whom in a partial block."""
+        mask = jax.tree.map(lambda x: self._tile(x, start), self._block_mask.mask)
+        allowed = mask.allowed(self._q_positions, kv_positions) & real[None]
+        return jnp.broadcast_to(allowed, (1, 1, self._cut.q_block, self._cut.kv_block))
+
+    def score(self, logits: Array, kv_positions: Array, operands: Scores) -> Array:
+        """Applies the scores to logits ``[heads, group, q_block, kv_block]``, given their tiles of this block."""
+        heads = self.heads(jnp.arange(self._cut.q_heads, dtype=jnp.int32))[..., None, None]
+        return score_algebra.apply(operands, logits, self._q_positions[None, None], kv_positions[None, None], heads)
+
+    def score_operands(self, start: Array) -> Scores:
+        """The scores with every operand ``[B|1, N|1, T|1, S|1]`` replaced by its tile ``[heads|1, group|1, .., ..]``.
+
+        Float32, as are parameters.
+        """
+        tiles = score_algebra.map_operands(lambda x: self._score_tile(x, start), self._scores)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tiles)
+
+    def _score_place(self, x: Array, start: Array) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
+        """Of an operand: where its tile begins, the shape of the split operand, and that of the tile."""
+        cut = self._cut
+        heads = (1, 1, 1) if x.shape[1] == 1 else (cut.list_heads, cut.heads, cut.group)
+        split = (x.shape[0], *heads, *x.shape[2:])
+        tile = (1, 1, *heads[1:], min(cut.q_block, x.shape[2]), min(cut.kv_block, x.shape[3]))
+        at = (self._b, self._m, 0, 0, self._q_start, start)
+        return tuple(place if size > 1 else 0 for place, size in zip(at, split, strict=True)), split, tile
+
+    def _score_tile(self, x: Array, start: Array) -> Array:
+        at, split, tile = self._score_place(x, start)
+        return lax.dynamic_slice(x.reshape(split), at, tile)[0, 0]
+
+    def add_to_operand(self, x: Array, start: Array, tile: Array) -> Array:
+        """Adds the tile of one operand to its place in ``[B|1, N|1, T|1, S|1]``."""
+        at, split, size = self._score_place(x, start)
+        whole = x.reshape(split)
+        summed = lax.dynamic_slice(whole, at, size) + tile[None, None]
+        return lax.dynamic_update_slice(whole, summed, at).reshape(x.shape)
+
+    def _tile(self, x: Array, start: Array | int = 0) -> Array:
+        """``[q_block|1, kv_block|1]`` of an operand ``[B|1, M|1, T|1, S|1]``; an axis of size 1 is shared."""
+        cut = self._cut
+        at = (self._b, self._m * x.shape[1] // cut.list_heads, self._q_start, start)
+        at = tuple(place if size > 1 else 0 for place, size in zip(at, x.shape, strict=True))
+        size = (1, 1, min(cut.q_block, x.shape[2]), min(cut.kv_block, x.shape[3]))
+        return lax.dynamic_slice(x, at, size)[0, 0]

@@ -1,0 +1,374 @@
+"""The machine-code report: what it finds in a kernel, and that it fails when something is lost."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+import pallas_attn as pa
+
+pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
+
+from bench import issue_rates, sass, static, static_report, static_sweep
+from bench.kernel_cases import CASES, KernelCase, Setting
+from bench.machine_code import compile_kernels, lower_for_cuda
+
+FORWARD = CASES[0]
+SIZES = pa.BlockSizes(64, 64, num_warps=4, num_stages=2)
+SETTING = Setting(90, 64, "bfloat16", SIZES)
+
+
+@pytest.fixture(scope="module")
+def code():
+    (kernel,) = compile_kernels(FORWARD.lower(SETTING), 90)
+    return kernel
+
+
+@pytest.fixture(scope="module")
+def entry(code):
+    return static_report.describe(code, FORWARD, SETTING)
+
+
+def with_mask_in_full_blocks(masked: bool) -> KernelCase:
+    """A kernel of two loops over products; the first compares positions if ``masked``."""
+
+    def kernel(x_ref, bounds_ref, out_ref):
+        def step(i, acc, mask):
+            y = plgpu.load(x_ref.at[pl.Slice(i * 64, 64), :])
+            product = lax.dot_general(y, y, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            if mask:
+                rows, columns = jnp.arange(64)[:, None] * 3, i * 64 + jnp.arange(64)[None, :]
+                product = jnp.where(rows >= columns, product, 0.0)
+            return acc + product
+
+        acc = jnp.zeros((64, 64), jnp.float32)
+        acc = lax.fori_loop(0, bounds_ref[0], lambda i, acc: step(i, acc, masked), acc)
+        acc = lax.fori_loop(bounds_ref[0], bounds_ref[1], lambda i, acc: step(i, acc, True), acc)
+        plgpu.store(out_ref, acc)
+
+    def lower(setting: Setting):
+        call = pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((64, 64), jnp.float32),
+            compiler_params=plgpu.CompilerParams(num_warps=setting.sizes.num_warps, num_stages=2),
+            name="toy",
+        )
+        arguments = jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32)
+        return lower_for_cuda(call, *arguments, capability=setting.capability)
+
+    return KernelCase("toy", "toy", "", ("full", "partial"), lower, lambda *_: SIZES)
+
+
+def test_the_forward_kernel_has_no_problem(entry):
+    assert static_report.problems(entry) == []
+
+
+def test_every_multiply_add_and_copy_of_a_block_is_found_in_both_loops(entry):
+    for loop in entry["loops"].values():
+        assert loop["multiply_adds"] == {"asked": 2 * 64 * 64 * 64, "done": 2 * 64 * 64 * 64}
+        assert loop["copied_bytes"]["asked"] == 2 * 64 * 64 * 2 <= loop["copied_bytes"]["done"]
+        # One exponential per logit and thread, and one per row for what came before.
+        assert loop["kinds"]["ex2"] == 64 * 64 // 128 + 2
+
+
+def test_the_mask_is_in_the_loop_over_partial_blocks_alone(entry):
+    # At least a compare and a select per logit and thread.
+    assert entry["loops"]["partial"]["mask"] >= 2 * 64 * 64 // 128
+    assert entry["loops"]["full"]["mask"] == 0
+    # What remains steers the loop, the ring of copies and the prefetch of the next index.
+    assert sum(entry["loops"]["full"]["kinds"].get(kind, 0) for kind in issue_rates.COMPARES) <= 12
+
+
+def test_loops_are_told_apart_whatever_the_mask(entry):
+    everything = dataclasses.replace(FORWARD, lower=CASES[1].lower)
+    other = static_report.entry(everything, SETTING)
+    assert other["loops"]["full"]["kinds"] == entry["loops"]["full"]["kinds"]
+    assert other["loops"]["partial"]["mask"] > entry["loops"]["partial"]["mask"]
+
+
+def test_a_mask_in_the_loop_over_full_blocks_is_reported():
+    found = static_report.problems(static_report.entry(with_mask_in_full_blocks(True), SETTING))
+    assert any("mask instructions in the loop over full blocks" in line for line in found)
+
+
+def test_a_kernel_is_one_entry_of_the_list():
+    assert static_report.problems(static_report.entry(with_mask_in_full_blocks(False), SETTING)) == []
+
+
+def test_spills_and_copies_through_registers_are_reported():
+    sizes = pa.BlockSizes(128, 128, num_warps=4, num_stages=1)
+    found = static_report.problems(static_report.entry(FORWARD, Setting(80, 128, "bfloat16", sizes)))
+    assert any(line.startswith("spills: ") for line in found)
+    assert any(line.startswith("full blocks: only 0 of 65536 bytes are copied asynchronously") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("HGMMA", "full blocks: only 0 of 524288 multiply-adds are in matrix instructions"),
+        ("LDGSTS", "full blocks: only 0 of 16384 bytes are copied asynchronously"),
+    ],
+)
+def test_lost_instructions_are_reported(code, lost, message):
+    without = dataclasses.replace(code, sass=code.sass.replace(f"{lost}.", "NOP."))
+    assert message in static_report.problems(static_report.describe(without, FORWARD, SETTING))
+
+
+def test_one_matrix_instruction_less_is_reported(code):
+    first = next(row for row in code.sass.splitlines() if "HGMMA" in row)
+    without = dataclasses.replace(code, sass=code.sass.replace(first, ""))
+    assert static_report.problems(static_report.describe(without, FORWARD, SETTING))
+
+
+def test_what_does_not_fit_is_reported(code):
+    large = dataclasses.replace(code, shared_bytes=228 * 1024)
+    found = static_report.problems(static_report.describe(large, FORWARD, SETTING))
+    assert found == ["does not fit on a multiprocessor: too much of shared memory"]
+
+
+def test_it_is_compiled_as_xla_does(code):
+    rows = code.sass.splitlines()
+    full, _ = sass.natural_loops(sass.parse(code.sass))
+    # Triton's first passes let the product with V accumulate in place: only the one with K starts from zero.
+    assert sum("HGMMA" in row and "RZ, !UPT" in row for row in rows) == 2
+    # Denormals are kept, so that only an instruction asked for by name flushes them: no compare per exponential.
+    assert "ex2.approx.ftz.f32" in code.ptx
+    assert not any(x.name == "FSETP" for x in full)
+
+
+NESTED = """
+entry:
+  //## File "x", line 7
+        /*0000*/   MOV R1, RZ ;
+.L_x_1:
+        /*0010*/   FADD R1, R1, R2 ;
+        /*0020*/   @P0 BRA `(.L_x_3) ;
+.L_x_2:
+  //## File "x", line 9
+        /*0030*/   @!PT LDS RZ, [RZ] ;
+        /*0040*/   @!P1 CALL.REL.NOINC `(.L_x_3) ;
+        /*0050*/   BRA `(.L_x_2) ;
+.L_x_3:
+        /*0060*/   @P2 BRA `(.L_x_1) ;
+        /*0070*/   EXIT ;
+.L_x_4:
+        /*0080*/   BRA `(.L_x_4) ;
+"""
+
+
+def test_loops_are_those_of_the_graph():
+    outer, inner = sass.natural_loops(sass.parse(NESTED))
+    assert [x.opcode for x in outer] == ["FADD", "BRA", "LDS", "CALL.REL.NOINC", "BRA", "BRA"]
+    assert [x.opcode for x in inner] == ["LDS", "CALL.REL.NOINC", "BRA"]
+    assert (outer[0].line, inner[0].line, inner[0].never_runs) == (7, 9, True)
+
+
+def test_a_jump_back_without_dominance_is_no_loop():
+    # Entered at two places, so that neither dominates the other.
+    text = """
+        /*0000*/   @P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0010*/   FADD R1, R1, R2 ;
+.L_x_2:
+        /*0020*/   @P1 BRA `(.L_x_1) ;
+        /*0030*/   EXIT ;
+"""
+    assert sass.natural_loops(sass.parse(text)) == []
+
+
+def instruction(opcode: str, operands: str = "") -> sass.Instruction:
+    return sass.Instruction(opcode, operands, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "clock_hz", "teraflops"),
+    [(80, 1.41e9, 312.0), (90, 1.83e9, 989.4)],  # dense 16-bit, from the whitepapers
+)
+def test_matrix_rates_are_the_published_peaks(capability, clock_hz, teraflops):
+    processor = issue_rates.PROCESSORS[capability]
+    opcode = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x128x16.F32.BF16"}[capability]
+    done = issue_rates.multiply_adds(instruction(opcode))
+    cycles = issue_rates.unit_cycles(instruction(opcode, "R24, R104, gdesc[UR8]"), processor)["matrix"]
+    per_clock = 2 * done / cycles * issue_rates.SUB_PARTITIONS * processor.multiprocessors
+    assert per_clock * clock_hz / 1e12 == pytest.approx(teraflops, rel=0.01)
+
+
+def test_an_unknown_matrix_shape_is_refused():
+    with pytest.raises(ValueError, match=r"HMMA\.884\.F32: a matrix instruction of unknown shape"):
+        issue_rates.multiply_adds(instruction("HMMA.884.F32"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "registers", "shared_bytes", "num_warps", "expected"),
+    [
+        (90, 128, 0, 4, (4, 16, "registers")),
+        (90, 129, 0, 4, (3, 12, "registers")),  # in eights: 136
+        (80, 32, 81 * 1024, 4, (2, 8, "shared memory")),  # and 1 KiB each for the system
+        (90, 32, 0, 8, (8, 64, "registers")),
+        (90, 24, 0, 1, (32, 32, "blocks")),
+        (90, 24, 0, 8, (8, 64, "warps")),
+    ],
+)
+def test_occupancy(capability, registers, shared_bytes, num_warps, expected):
+    found = issue_rates.occupancy(
+        issue_rates.PROCESSORS[capability], registers=registers, shared_bytes=shared_bytes, num_warps=num_warps
+    )
+    assert dataclasses.astuple(found) == expected
+
+
+def test_warps_hide_each_other_and_no_more():
+    loop = [instruction("HGMMA.64x128x16.F32.BF16", "R24, R104, gdesc[UR8]")] * 4 + [instruction("MUFU.EX2")] * 32
+    processor = issue_rates.PROCESSORS[90]
+
+    def cycles(warps: int) -> issue_rates.Estimate:
+        return issue_rates.estimate(loop, processor, num_warps=4, warps=warps)
+
+    alone = cycles(4)
+    assert alone.units["matrix"] == alone.units["ex2"] == 256  # 4 x 64 x 128 x 16 / 4 / 512; 32 x 32 / 4
+    assert alone.cycles == alone.serial == 512
+    assert alone.serial > cycles(8).cycles > cycles(16).cycles > cycles(32).cycles > alone.overlapped == 256
+
+
+def test_the_sweep_ranks_by_full_blocks_and_leaves_registers_free():
+    def candidate(cycles, partial, registers, stages, reason=None):
+        loops = {"full": {"cycles": cycles}, "partial": {"cycles": partial}}
+        setting = Setting(90, 64, "bfloat16", pa.BlockSizes(64, 64, num_stages=stages))
+        entry = {"registers": registers, "loops": loops, "occupancy": {"warps": 8}}
+        return static_sweep.Candidate(setting, (entry,), reason)
+
+    best, alike, slow = candidate(100, 200, 200, 3), candidate(101, 201, 200, 2), candidate(150, 200, 100, 3)
+    full, spilling = candidate(90, 100, 255, 3), candidate(50, 50, 200, 3, "spills")
+    assert static_sweep.ranked([slow, spilling, full, alike, best])[-1] is full
+    assert static_sweep.ranked([slow, spilling, alike, best]) == [best, alike, slow]
+    assert static_sweep.ranked([spilling]) == []
+
+
+def test_the_sweep_tries_no_accumulators_larger_than_the_registers():
+    tried = static_sweep.candidates(256, 2)
+    assert pa.BlockSizes(128, 128, num_warps=4, num_stages=2) not in tried
+    assert pa.BlockSizes(64, 64, num_warps=8, num_stages=2) in tried
+
+
+# The command.
+
+ONE = ["--kernel", "forward", "--capability", "90", "--head-dim", "64", "--dtype", "bfloat16", "--jobs", "1"]
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    """The command knows one kernel, at the block sizes that are compiled already."""
+
+    def use(**changes):
+        case = dataclasses.replace(FORWARD, **{"default_sizes": lambda *_: SIZES, **changes})
+        monkeypatch.setattr(static, "_CASES", {"forward": case})
+
+    use()
+    return use
+
+
+def test_check_and_baseline(one_case, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    assert static.main([*ONE, "--check", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert (report["schema"], len(report["entries"])) == (static.SCHEMA, 1)
+
+    capsys.readouterr()
+    assert static.main([*ONE, "--baseline", str(out)]) == 0
+    assert "no difference from the baseline" in capsys.readouterr().out
+
+    report["entries"][0]["registers"] -= 8
+    report["entries"][0]["loops"]["full"]["cycles"] += 5
+    report["versions"]["triton"] = "0.1"
+    out.write_text(json.dumps(report))
+    assert static.main([*ONE, "--baseline", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "baseline made with triton 0.1" in text
+    assert "registers: " in text
+    assert "full cycles: " in text
+
+
+def test_check_fails_on_a_problem(one_case, capsys):
+    one_case(lower=with_mask_in_full_blocks(True).lower, kernel="toy")
+    assert static.main([*ONE, "--check"]) == 1
+    assert "mask instructions in the loop over full blocks" in capsys.readouterr().out
+    assert static.main(ONE) == 0
+
+
+def test_entries_that_the_baseline_lacks_are_named(entry):
+    report = {"versions": {}, "entries": [entry]}
+    assert static.differences({"versions": {}, "entries": []}, report) == [
+        "forward, sm_90, D 64, bfloat16: not in the baseline"
+    ]
+
+
+def test_sweep(one_case, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(static_sweep, "candidates", lambda *_: [SIZES])
+    out = tmp_path / "sweep.json"
+    assert static.main([*ONE, "--sweep", "--out", str(out)]) == 0
+    assert "1 tried" in capsys.readouterr().out
+    (report,) = json.loads(out.read_text())["rankings"]
+    ((best,),) = report["ranking"]
+    assert best["blocks"] == dataclasses.asdict(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernel", "sideways"], "invalid choice: 'sideways'"),
+        (["--capability", "75"], "invalid choice: 75"),
+        (["--jobs", "0"], "argument --jobs: expected at least 1, got 0"),
+        (["--check", "--sweep"], "not allowed with argument"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        static.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def assert_refused(arguments, message, capsys):
+    assert static.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "python -m bench.static: error: " in error
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_unwritable_output(tmp_path, capsys):
+    assert_refused([*ONE, "--out", str(tmp_path / "none" / "x.json")], "cannot be written", capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 99, "suite": "static"}', "expected schema 1 of suite 'static', got 99 of 'static'"),
+        ('{"schema": 1, "suite": "cpu"}', "expected schema 1 of suite 'static', got 1 of 'cpu'"),
+        ("[]", "got None of None"),
+        ("{", "cannot be read"),
+        (None, "there is no such file"),
+    ],
+)
+def test_wrong_baselines(text, message, tmp_path, capsys):
+    path = tmp_path / "baseline.json"
+    if text is not None:
+        path.write_text(text)
+    assert_refused([*ONE, "--baseline", str(path)], message, capsys)
+
+
+def test_without_triton(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    assert_refused(ONE, "PyPI's triton compiles the kernels and is not installed", capsys)
+
+
+def test_without_a_tool_of_triton(one_case, monkeypatch, tmp_path, capsys):
+    from triton.backends import nvidia
+
+    monkeypatch.setattr(nvidia, "__file__", str(tmp_path / "__init__.py"))
+    assert_refused(ONE, "ptxas: the wheel of triton has it at", capsys)
