@@ -1,6 +1,7 @@
 """Attention for JAX that walks lists of live KV blocks. See README.md for the reading order of the code."""
 
 from pallas_attn import caches as caches
+from pallas_attn import flax as flax
 from pallas_attn import masks as masks
 from pallas_attn import scores as scores
 from pallas_attn.attention import AttentionOutput as AttentionOutput

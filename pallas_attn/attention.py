@@ -160,7 +160,7 @@ def attention(
         relation, block_sizes = mask.mask, mask.block_sizes
         q_positions, kv_positions, of = mask.q_positions, mask.kv_positions, "mask."
     else:
-        relation, of = _as_mask(mask), ""
+        relation, of = masks.with_keys(_as_mask(mask), key.shape[1]), ""
     _check_mask(relation, query, key)
     _check_positions(f"{of}q_positions", q_positions, query, heads=())
     _check_positions(f"{of}kv_positions", kv_positions, key, heads=(1, key.shape[2]))

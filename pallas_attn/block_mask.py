@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_attn import tuning
+from pallas_attn import masks, tuning
 from pallas_attn.masks import Interval, Mask, operands, repeat_heads
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -87,6 +87,7 @@ class BlockMask:
         kv_positions = _as_positions("kv_positions", kv_positions, ranks=(2, 3))
         if kv_positions.ndim == 2:
             kv_positions = kv_positions[:, None]
+        mask = masks.with_keys(mask, kv_positions.shape[-1])
         heads = _check_operands(mask, q_positions, kv_positions)
         sizes = block_sizes or tuning.default_block_sizes(q_positions.shape[-1], kv_positions.shape[-1])
         span = mask.span() if consecutive else None
@@ -232,7 +233,9 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
         every_kv = every_kv.at[..., -1].set(False)  # the end of the last block is beyond the last key
     active = some & some_q & some_kv
     full = active & every & every_kv
-    return jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY)).astype(jnp.uint8)
+    classes = jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY)).astype(jnp.uint8)
+    # A mask whose bounds do not look at its operands still differs by head where they do.
+    return jnp.broadcast_to(classes, (classes.shape[0], heads, *classes.shape[2:]))
 
 
 def _repeat_to(kv_real: Array, x: Array) -> Array:

@@ -14,6 +14,7 @@ each operand by its tile; ``bounds`` sees each operand replaced by its :class:`I
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, dataclass_transform
 
 import jax
@@ -56,8 +57,9 @@ class Mask:
         """
         q = q_positions[:, None, :, None]
         kv = kv_positions[:, None, None, :] if kv_positions.ndim == 2 else kv_positions[:, :, None, :]
-        heads = max([kv.shape[1], *(operand.shape[1] for operand in operands(self))])
-        mask, kv = jax.tree.map(lambda x: repeat_heads(x, heads), (self, kv))
+        mask = with_keys(self, kv.shape[-1])
+        heads = max([kv.shape[1], *(operand.shape[1] for operand in operands(mask))])
+        mask, kv = jax.tree.map(lambda x: repeat_heads(x, heads), (mask, kv))
         return mask.allowed(q, kv) & (q >= 0) & (kv >= 0)
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -78,6 +80,16 @@ class Mask:
 def operands(mask: Mask) -> list[Array]:
     """The arrays that a mask (or a composition of masks) needs, each ``[B|1, M|1, T|1, S|1]``, in a fixed order."""
     return jax.tree.leaves(mask)
+
+
+def with_keys(mask: Mask, kv_len: int) -> Mask:
+    """The same mask for S = ``kv_len`` keys: a tree, which counts from the last key, becomes a dense mask.
+
+    Raises:
+      ValueError: a tree of more nodes than there are keys.
+    """
+    is_tree = lambda x: isinstance(x, Tree)  # noqa: E731
+    return jax.tree.map(lambda x: x.as_dense(kv_len) if is_tree(x) else x, mask, is_leaf=is_tree)
 
 
 def repeat_heads(x: Array, heads: int) -> Array:
@@ -200,6 +212,31 @@ class Dense(Mask):
         return self.array.max, self.array.min
 
 
+@_mask(data=("ancestors",))
+class Tree(Mask):
+    ancestors: Operand  # [B|1, 1, T, T]
+
+    def as_dense(self, kv_len: int) -> Dense:
+        nodes = self.ancestors.shape[-1]
+        if nodes > kv_len:
+            raise ValueError(f"tree: ancestors: expected at most as many nodes as keys, S={kv_len}, got {nodes}")
+        earlier = jnp.ones((*self.ancestors.shape[:-1], kv_len - nodes), jnp.bool_)
+        return Dense(jnp.concatenate([earlier, self.ancestors], axis=-1))
+
+
+@_mask(data=("arrays",), static=("function",))
+class Custom(Mask):
+    function: Callable[..., Array]
+    arrays: tuple[Operand, ...]
+
+    def allowed(self, q, kv):
+        return self.function(q, kv, *self.arrays)
+
+    def bounds(self, q, kv):
+        # Nothing is known of the function: every block is partial.
+        return jnp.ones_like(kv.min, jnp.bool_), jnp.zeros_like(kv.min, jnp.bool_)
+
+
 @_mask(data=("left", "right"))
 class And(Mask):
     left: Mask
@@ -311,6 +348,36 @@ def dense(array: Array) -> Mask:
     rank = 2 if np.ndim(array) == 2 else 4
     array = _operand("dense: array", array, jnp.bool_, rank=rank)
     return Dense(array if rank == 4 else array[None, None])
+
+
+def tree(ancestors: Array) -> Mask:
+    """A draft tree in verification (SpecInfer, arXiv:2305.09781): the last T keys are its nodes, in the queries' order.
+
+    Args:
+      ancestors: bool ``[T, T]`` or ``[B|1, T, T]``: True where the node of the column is the node of the row or one of
+        its ancestors. All keys before the last T are visible.
+    """
+    ancestors = _operand("tree: ancestors", ancestors, jnp.bool_, rank=2 if np.ndim(ancestors) == 2 else 3)
+    if ancestors.shape[-1] != ancestors.shape[-2]:
+        raise ValueError(f"tree: ancestors: expected [T, T] or [B|1, T, T], got shape {tuple(ancestors.shape)}")
+    return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None])
+
+
+def custom(function: Callable[..., Array], *arrays: Array) -> Mask:
+    """Any elementwise relation: ``function(q_position, kv_position, *arrays) -> bool``.
+
+    Nothing is known of its blocks, so alone it skips none: combine it by ``&`` with a mask that bounds it.
+
+    Args:
+      function: written in JAX, traced into the kernels. It gets int32 positions and the arrays' elements at the place,
+        all broadcasting against each other. To compile once, pass the same function object in every call.
+      *arrays: bool or integers ``[B|1, N|K|1, T|1, S|1]``.
+    """
+    if not callable(function):
+        raise TypeError(f"custom: function: expected a callable, got {type(function).__name__}")
+    kinds = [jnp.bool_ if getattr(x, "dtype", None) == jnp.bool_ else jnp.integer for x in arrays]
+    pairs = zip(arrays, kinds, strict=True)
+    return Custom(function, tuple(_operand("custom: arrays", x, kind, rank=4) for x, kind in pairs))
 
 
 def _integer(name: str, value: int, *, least: int) -> int:

@@ -28,13 +28,14 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes.{field.name}: expected at least 1, got {value}")
 
 
-# Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. Chosen
-# by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its cases, those of
-# the best estimated clocks. Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are small.
+# Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. They
+# are chosen by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its
+# cases, those of the best estimate, or a few percent more where only those leave shared memory for tiles of a bias.
+# Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are small.
 _TRITON = {
-    (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=3),
+    (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=2),
     (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
-    (2, 9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=3),
     (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=3),
     (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
     (2, 8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),

@@ -9,6 +9,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.batching import batched_backward, batched_forward
 
 
 def differentiable(implementation: ModuleType, name: str, **options):
@@ -19,8 +20,8 @@ def differentiable(implementation: ModuleType, name: str, **options):
       name: its name in messages.
       **options: keywords of both passes.
     """
-    forward = functools.partial(implementation.forward, **options)
-    backward = _once_only(functools.partial(implementation.backward, **options), name)
+    forward = batched_forward(functools.partial(implementation.forward, **options))
+    backward = _once_only(batched_backward(functools.partial(implementation.backward, **options)), name)
 
     @jax.custom_vjp
     def attend(query, key, value, block_mask, scores, sinks):

@@ -1,0 +1,181 @@
+""":func:`pallas_attn.attention` as the ``attention_fn`` of Flax's attention modules, NNX and linen.
+
+Flax itself is not imported: what its modules pass is described by the signature of the function made here. NNX passes
+every keyword it knows. Linen passes only keywords that the signature names, so one that is missing there would be lost
+without a word.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from pallas_attn import masks, tuning
+from pallas_attn import scores as score_algebra
+from pallas_attn.attention import attention
+from pallas_attn.scores import Score
+
+
+def attention_fn(
+    mask: masks.Mask | Array | None = None,
+    *,
+    scores: Score | Sequence[Score] | None = None,
+    sinks: Array | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+    block_sizes: tuning.BlockSizes | None = None,
+) -> Callable[..., Array]:
+    """A function for ``attention_fn=`` of ``nnx.MultiHeadAttention`` and linen's ``MultiHeadDotProductAttention``.
+
+    It serves training, prefill and decoding; grouped K/V heads are not repeated. Make it once and share it: to NNX it is
+    static, so another one means another compilation.
+
+    Positions are places in the sequence: query ``t`` is at ``t`` and key ``s`` at ``s``. Flax decodes one token at a
+    time, with the whole cache as keys and a mask that says which slots are filled; so a *single* query that comes with a
+    mask is at the last key that the mask leaves to any row of the batch. Empty slots, and any key that a mask
+    ``[B|1, N|1, 1, S]`` takes from every head, are never attended, whatever they hold.
+
+    Two things differ from Flax's own function. A query that sees no key gets 0, not the mean of all values. And
+    ``is_causal`` in decoding means every filled slot, where some versions of Flax attend to key 0 alone (google/flax,
+    issue 5591).
+
+    Args:
+      mask: who may see whom, combined (``&``) with what each call brings: a mask, or a bool array
+        ``[B|1, N|K|1, T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is refused, for it is
+        bound to the positions of one call; pass its ``mask``.
+      scores, sinks, scale, implementation, interpret, block_sizes: as in :func:`pallas_attn.attention`.
+
+    Returns:
+      a function of query ``[..., T, N, D]``, key ``[..., S, K, D]``, value ``[..., S, K, Dv]`` and Flax's options, which
+      gives ``[..., T, N, Dv]``. It raises NotImplementedError, naming the option, for what it cannot do: dropout that is
+      not switched off, sown attention weights, products other than the kernels' own, and options it does not know.
+
+    Raises:
+      TypeError: ``mask`` or ``scores`` is something else; an option of ``attention`` that has no meaning here.
+    """
+    own_mask = _as_mask(mask)
+    own_scores = score_algebra.as_scores(scores)
+    options: dict[str, Any] = {"sinks": sinks, "scale": scale, "block_sizes": block_sizes}
+    options |= {"implementation": implementation, "interpret": interpret}
+
+    def attend(
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None = None,
+        mask: Array | None = None,
+        broadcast_dropout: bool = True,  # says nothing where dropout is off
+        dropout_rng: Array | None = None,  # the same
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: DTypeLike | None = None,
+        precision: Any = None,
+        module: Any = None,
+        force_fp32_for_softmax: bool = False,  # the softmax always is float32
+        einsum_dot_general: Callable | None = None,
+        qk_attn_weights_einsum: Callable | None = None,
+        attn_weights_value_einsum: Callable | None = None,
+        is_causal: bool = False,
+        **unknown: Any,
+    ) -> Array:
+        _refuse("it is not an option that pallas_attn knows", **unknown)
+        if dropout_rate > 0 and not deterministic:
+            why = "attention probabilities are never dropped; pass deterministic=True or dropout_rate=0"
+            _refuse(why, dropout_rate=dropout_rate)
+        _refuse("attention weights are never in memory and cannot be sown (sow_weights=True)", module=module)
+        _refuse(
+            "the kernels compute their products themselves",
+            einsum_dot_general=einsum_dot_general,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
+            attn_weights_value_einsum=attn_weights_value_einsum,
+        )
+        _check_precision(precision)
+        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        *batch, q_len, q_heads, _ = query.shape
+        extents = (*batch, q_heads, q_len, key.shape[-3])
+        _check_batch(query, key, value)
+        query, key, value = (x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
+
+        relations = [own_mask] if own_mask is not None else []
+        if is_causal:
+            relations.append(masks.causal())
+        q_positions = kv_positions = None
+        if mask is not None:
+            # Flax's masks are float32 as often as bool.
+            mask = _four_axes("mask", mask.astype(jnp.bool_), extents)
+            one_row, one_head = mask.shape[2] == 1, mask.shape[1] == 1
+            if one_row:
+                # What it excludes is as good as not there, and no T x S array is needed to say so.
+                slots = jnp.arange(extents[-1], dtype=jnp.int32)[None]
+                kv_positions = jnp.where(mask.any(axis=(1, 2)), slots, -1)
+                if q_len == 1:
+                    # Flax's cache has one index for all rows; a row may hide its own newest slot from itself.
+                    q_positions = kv_positions.max(keepdims=True)
+            if not (one_row and one_head):
+                relations.append(masks.dense(mask))
+        before = () if bias is None else (score_algebra.bias(_four_axes("bias", bias, extents)),)
+
+        out = attention(
+            query,
+            key,
+            value,
+            functools.reduce(operator.and_, relations) if relations else None,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            scores=(*before, *own_scores),
+            **options,
+        )
+        return out.reshape(*batch, *out.shape[1:])
+
+    return attend
+
+
+def _as_mask(mask: Any) -> masks.Mask | None:
+    if mask is None or isinstance(mask, masks.Mask):
+        return mask
+    if not hasattr(mask, "dtype"):
+        raise TypeError(f"mask: expected a pallas_attn.masks.Mask, a bool array or None, got {type(mask).__name__}")
+    return masks.dense(mask)
+
+
+def _refuse(why: str, **options: Any) -> None:
+    for name, option in options.items():
+        if option is not None:
+            raise NotImplementedError(f"attention_fn: {name}: {why}")
+
+
+def _check_precision(precision: Any) -> None:
+    """Products of float32 are as precise as JAX has them, and those of shorter floats exact: no precision asks for more.
+
+    An algorithm of another kind would have to be followed to the letter.
+    """
+    for one in precision if isinstance(precision, tuple) else (precision,):
+        try:
+            lax.Precision(one)
+        except ValueError:
+            _refuse(f"expected a jax.lax.Precision, got {one!r}", precision=one)
+
+
+def _check_batch(query: Array, key: Array, value: Array) -> None:
+    for name, x in {"key": key, "value": value}.items():
+        if x.ndim != query.ndim or x.shape[:-3] != query.shape[:-3]:
+            raise ValueError(f"{name}: expected the batch axes of query, {[*query.shape[:-3]]}, got {[*x.shape[:-3]]}")
+
+
+def _four_axes(name: str, x: Array, extents: tuple[int, ...]) -> Array:
+    """``[B|1, N|1, T|1, S|1]`` from what broadcasts to the extents ``[batch..., N, T, S]``, as Flax's masks do."""
+    shape = (1,) * (len(extents) - x.ndim) + x.shape
+    if len(shape) != len(extents) or any(size not in (1, extent) for size, extent in zip(shape, extents, strict=True)):
+        raise ValueError(f"{name}: expected what broadcasts to {list(extents)} (batch, N, T, S), got {list(x.shape)}")
+    *batch, heads, queries, keys = shape
+    x = x.reshape(shape)
+    if math.prod(batch) > 1:
+        batch = extents[:-3]
+        x = jnp.broadcast_to(x, (*batch, heads, queries, keys))
+    return x.reshape(math.prod(batch), heads, queries, keys)
