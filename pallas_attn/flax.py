@@ -33,13 +33,13 @@ def attention_fn(
 ) -> Callable[..., Array]:
     """A function for ``attention_fn=`` of ``nnx.MultiHeadAttention`` and linen's ``MultiHeadDotProductAttention``.
 
-    It serves training, prefill and decoding; grouped K/V heads are not repeated. Make it once and share it: to NNX it is
-    static, so another one means another compilation.
+    It serves training, prefill and decoding; grouped K/V heads are not repeated. Make it once and share it: it is
+    static to NNX, so another one means another compilation.
 
-    Positions are places in the sequence: query ``t`` is at ``t`` and key ``s`` at ``s``. Flax decodes one token at a
-    time, with the whole cache as keys and a mask that says which slots are filled; so a *single* query that comes with a
-    mask is at the last key that the mask leaves to any row of the batch. Empty slots, and any key that a mask
-    ``[B|1, N|1, 1, S]`` takes from every head, are never attended, whatever they hold.
+    Positions are places in the sequence: query ``t`` is at ``t``, key ``s`` at ``s``. Flax decodes one token at a time,
+    with the whole cache as keys and a mask that says which slots are filled. So a *single* query that comes with a mask
+    is at the last key that the mask leaves to any row of the batch. Keys that a mask ``[B|1, N|1, 1, S]`` takes from
+    every head, empty slots above all, are as good as not there: whatever they hold does not reach the output.
 
     Two things differ from Flax's own function. A query that sees no key gets 0, not the mean of all values. And
     ``is_causal`` in decoding means every filled slot, where some versions of Flax attend to key 0 alone (google/flax,
@@ -52,9 +52,9 @@ def attention_fn(
       scores, sinks, scale, implementation, interpret, block_sizes: as in :func:`pallas_attn.attention`.
 
     Returns:
-      a function of query ``[..., T, N, D]``, key ``[..., S, K, D]``, value ``[..., S, K, Dv]`` and Flax's options, which
-      gives ``[..., T, N, Dv]``. It raises NotImplementedError, naming the option, for what it cannot do: dropout that is
-      not switched off, sown attention weights, products other than the kernels' own, and options it does not know.
+      a function of query ``[..., T, N, D]``, key ``[..., S, K, D]``, value ``[..., S, K, Dv]`` and Flax's options that
+      gives ``[..., T, N, Dv]``. It raises NotImplementedError, naming the option, for what it cannot do: dropout that
+      is not switched off, sown attention weights, other products than the kernels' own, and options it does not know.
 
     Raises:
       TypeError: ``mask`` or ``scores`` is something else; an option of ``attention`` that has no meaning here.
@@ -151,9 +151,9 @@ def _refuse(why: str, **options: Any) -> None:
 
 
 def _check_precision(precision: Any) -> None:
-    """Products of float32 are as precise as JAX has them, and those of shorter floats exact: no precision asks for more.
+    """Any ``lax.Precision`` is kept: products of float32 have the highest, those of shorter floats are exact.
 
-    An algorithm of another kind would have to be followed to the letter.
+    A named algorithm would have to be followed to the letter.
     """
     for one in precision if isinstance(precision, tuple) else (precision,):
         try:

@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+Kernel = Literal["forward", "d_query", "d_key_value"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -45,8 +47,21 @@ _TRITON = {
     (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
 }
 
-# The same for the kernels of the backward pass, which hold two accumulators.
-_TRITON_BACKWARD = {
+# The same for dQ.
+_TRITON_D_QUERY = {
+    (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
+    (2, 9.0, 128): BlockSizes(64, 64, num_warps=4, num_stages=2),
+    (2, 9.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (2, 8.0, 64): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
+    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
+}
+
+# The same for dK and dV, whose kernel holds two accumulators.
+_TRITON_D_KEY_VALUE = {
     (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
     (2, 9.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
     (2, 9.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
@@ -57,6 +72,7 @@ _TRITON_BACKWARD = {
     (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
     (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
 }
+_TABLES = {"forward": _TRITON, "d_query": _TRITON_D_QUERY, "d_key_value": _TRITON_D_KEY_VALUE}
 
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache.
 _XLA_QUERIES = 256
@@ -69,7 +85,7 @@ def default_block_sizes(
     kv_len: int,
     *,
     implementation: str | None = None,
-    kernel: Literal["forward", "backward"] = "forward",
+    kernel: Kernel = "forward",
     head_dim: int = 128,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     compute_capability: float | None = None,
@@ -79,7 +95,7 @@ def default_block_sizes(
     Args:
       q_len, kv_len: T and S.
       implementation: "triton", "xla" or "reference"; default: "triton" where JAX has a GPU, else "xla".
-      kernel: of the forward or of the backward pass.
+      kernel: which of the Triton kernels: the forward pass, dQ, or dK and dV.
       head_dim, dtype: of the call, where known.
       compute_capability: of the GPU; default: this machine's, or 9.0 where there is none.
     """
@@ -90,7 +106,7 @@ def default_block_sizes(
         return BlockSizes(min(q_len, _XLA_QUERIES), min(kv_len, keys))
     capability = _compute_capability() if compute_capability is None else compute_capability
     itemsize = jnp.dtype(dtype).itemsize
-    table = {"forward": _TRITON, "backward": _TRITON_BACKWARD}[kernel]
+    table = _TABLES[kernel]
     fitting = (
         sizes
         for (bytes_per_element, oldest, largest), sizes in table.items()

@@ -71,6 +71,7 @@ def forward(
     seen = total != 0  # not > 0: what is not a number shows
     total = jnp.where(seen, total, 1.0)
     out = jnp.einsum("bnts,bsnd->btnd", weights / total, value, precision=jax.lax.Precision.HIGHEST)
+    out = jnp.where(seen.swapaxes(1, 2), out, 0.0)  # for the gradient, where that of the output may be NaN
     lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
     return out.astype(query.dtype), lse[..., 0]
 

@@ -36,8 +36,6 @@ def unsupported(spec: CallSpec) -> str | None:
             return f"needs block sizes that are powers of two and at least 16, got {name}={size}"
     if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
         return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
-    if any(jax.tree.leaves(score) for score in spec.scores if not score.aligned):
-        return "does not serve custom scores with params yet (those without are served)"
     if spec.largest_operand >= 2**31:
         return f"needs masks and biases of fewer than 2^31 elements (offsets have 32 bits), got {spec.largest_operand}"
     return None

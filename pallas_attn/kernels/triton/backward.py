@@ -10,7 +10,6 @@ same call gives the same bits. As in the forward pass, the loop over full blocks
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +24,13 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.score_gradients import score_gradients
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
+from pallas_attn.kernels.triton.tables import look_up
 from pallas_attn.kernels.triton.tiles import LOG2_E
 from pallas_attn.scores import Scores
+from pallas_attn.tuning import BlockSizes
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "interpret", "block_sizes"))
 def backward(
     query: Array,
     key: Array,
@@ -42,58 +43,68 @@ def backward(
     *,
     scale: float,
     interpret: bool = False,
+    block_sizes: BlockSizes | None = None,
 ) -> tuple[Array, Array, Array, Scores]:
-    """Same contract as :func:`pallas_attn.kernels.xla.backward.backward`. Cuts blocks anew, by its own table."""
-    sizes = tuning.default_block_sizes(
-        query.shape[1],
-        key.shape[1],
-        implementation="triton",
-        kernel="backward",
-        head_dim=max(query.shape[-1], value.shape[-1]),
-        dtype=query.dtype,
-    )
-    if (sizes.q, sizes.kv) != (block_mask.q_block, block_mask.kv_block):
-        block_mask = BlockMask.from_mask(block_mask.mask, block_mask.q_positions, block_mask.kv_positions, sizes)
-    cut = Cut.of(query, value, block_mask, scale, interpret)
-    inputs = Inputs.of(query, key, value, block_mask, scores)
+    """Same contract as :func:`pallas_attn.kernels.xla.backward.backward`.
+
+    Every kernel has blocks of its own, from the tuning table, and lists cut to them; ``block_sizes`` sets those of all.
+    """
+    head_dim = max(query.shape[-1], value.shape[-1])
+
+    def cut_anew(kernel: tuning.Kernel) -> BlockMask:
+        sizes = block_sizes or tuning.default_block_sizes(
+            query.shape[1], key.shape[1], implementation="triton", kernel=kernel, head_dim=head_dim, dtype=query.dtype
+        )
+        if sizes == block_mask.block_sizes:
+            return block_mask
+        return BlockMask.from_mask(block_mask.mask, block_mask.q_positions, block_mask.kv_positions, sizes)
+
     residuals = Residuals(lse, delta, d_out.astype(query.dtype))
 
-    part = specs.PerQueryHead(cut)
+    per_query = cut_anew("d_query")
+    cut = Cut.of(query, value, per_query, scale, interpret)
+    part, inputs = specs.PerQueryHead(cut), Inputs.of(query, key, value, per_query, scores)
     d_query = specs.call(
         functools.partial(_d_query_kernel, cut=cut),
         "pallas_attn_d_query",
-        sizes,
+        per_query.block_sizes,
         cut,
         grid=(cut.q_blocks, cut.q_heads, cut.batch),
         in_specs=[inputs.specs(cut, part), residuals.specs(cut, part)],
         out_specs=part.queries(cut.head_dim),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
     )(inputs, residuals)
+    d_scores = score_gradients(cut, scores, inputs, residuals, per_query)
 
-    part, inputs = specs.PerKVHead(cut), inputs._replace(lists=block_mask.transposed)
+    per_key = cut_anew("d_key_value")
+    cut = Cut.of(query, value, per_key, scale, interpret)
+    part, inputs = specs.PerKVHead(cut), Inputs.of(query, key, value, per_key, scores)
+    inputs = inputs._replace(lists=per_key.transposed)
     d_key, d_value = specs.call(
         functools.partial(_d_key_value_kernel, cut=cut),
         "pallas_attn_d_key_value",
-        sizes,
+        per_key.block_sizes,
         cut,
         grid=(cut.kv_blocks, cut.kv_heads, cut.batch),
         in_specs=[inputs.specs(cut, part), residuals.specs(cut, part)],
         out_specs=[part.keys(cut.head_dim), part.keys(cut.value_dim)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
     )(inputs, residuals)
-    return d_query, d_key, d_value, score_gradients(cut, inputs, residuals, block_mask)
+    return d_query, d_key, d_value, d_scores
 
 
-def _probabilities(products: Array, lse: Array, allowed: Array | None, score: Callable | None, cut: Cut):
+def _probabilities(products: Array, lse: Array, allowed: Array | None, scores: Scores, where: tuple, cut: Cut):
     """``(p, back)`` of a tile of products ``q . k``: ``back`` takes the gradient of logits to that of scaled products.
 
     ``lse`` is in base 2 and broadcasts to the tile; where it is inf, p is 0.
     """
-    if score is None:
+    if not scores:
         p = cut.exp2(products * (cut.scale * LOG2_E) - lse)
         return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: ds
     logits = products * cut.scale
-    logits, derivative = jax.vjp(score, logits if allowed is None else jnp.where(allowed, logits, 0.0))
+    logits = logits if allowed is None else jnp.where(allowed, logits, 0.0)
+    scores = look_up(scores, logits, *where)
+    logits, derivative = jax.vjp(lambda x: score_algebra.apply(scores, x, *where), logits)
     p = cut.exp2(logits * LOG2_E - lse)
     return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: derivative(ds)[0]
 
@@ -113,15 +124,14 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
 
     def visit(state, keys, key_exists, k, v, kv_positions, allowed):
         (acc,) = state
-        score = None
+        operands, where = (), (q_positions[:, None], kv_positions[None, :], n) if refs.scores else ()
         if refs.scores:
             live = counts[:, None] if allowed is None else allowed & counts[:, None]
             operands = score_algebra.map_operands(
                 lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists), refs.scores
             )
             operands = tiles.where_live(operands, live)
-            score = functools.partial(_score, operands, q_positions[:, None], kv_positions[None, :], n)
-        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, allowed, score, cut)
+        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, allowed, operands, where, cut)
         ds = back(p * (cut.dot(do, v, (1, 1)) - delta))
         return (acc + cut.dot(ds, k, (1, 0)),)
 
@@ -170,15 +180,14 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
             q = tiles.load_rows(refs.query, rows, counts, head_columns, g)
             do = tiles.load_rows(residuals.d_out, rows, counts, value_columns, g)
             delta = tiles.load(residuals.delta.at[g, rows], counts)[None, :]
-            score = None
+            operands, where = (), (q_positions[None, :], kv_positions[:, None], n) if refs.scores else ()
             if refs.scores:
                 operands = score_algebra.map_operands(
                     lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
                     refs.scores,
                 )
                 operands = operands if allowed is None else tiles.where_live(operands, allowed)
-                score = functools.partial(_score, operands, q_positions[None, :], kv_positions[:, None], n)
-            p, back = _probabilities(cut.dot(k, q, (1, 1)), lse[None, :], allowed, score, cut)
+            p, back = _probabilities(cut.dot(k, q, (1, 1)), lse[None, :], allowed, operands, where, cut)
             d_value = d_value + cut.dot(p, do, (1, 0))
             ds = back(p * (cut.dot(v, do, (1, 1)) - delta))
             return d_key + cut.dot(ds, q, (1, 0)), d_value
@@ -210,7 +219,3 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
     for ref, x, width in ((d_key_ref, d_key * cut.scale, head_columns), (d_value_ref, d_value, value_columns)):
         out = jnp.where(real[:, None], x, 0.0).astype(ref.dtype)
         plgpu.store(ref.at[keys, :], out, mask=tiles.outer(key_exists, width, out.shape))
-
-
-def _score(operands: Scores, q_positions: Array, kv_positions: Array, head: Array, logits: Array) -> Array:
-    return score_algebra.apply(operands, logits, q_positions, kv_positions, head)

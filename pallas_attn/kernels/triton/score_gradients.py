@@ -1,9 +1,9 @@
-"""The gradients of the operands of scores: biases, slopes.
+"""The gradients of the arrays of scores: biases, slopes, parameters.
 
-One kernel per operand. A program owns one tile of the result and visits, in a fixed order, every live block that the
+One call per array. A program owns one tile of the result and visits, in a fixed order, every live block that the
 tile has a part in; so nothing is added to memory by two programs, and no T x S array is made but the operand's own.
-An operand that does not depend on the key has few tiles, so there every (batch row, head, query block) owns a partial
-sum, and these are added up afterwards.
+An operand that does not depend on the key has few tiles, and parameters have none; so there every (batch row, head,
+query block) owns a partial sum, and these are added up afterwards.
 """
 
 import functools
@@ -21,21 +21,30 @@ from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
+from pallas_attn.kernels.triton.tables import CustomInKernel, LookedUp, look_up, place_sums, width_of
 from pallas_attn.kernels.triton.tiles import LOG2_E
-from pallas_attn.scores import Scores
+from pallas_attn.scores import Score, Scores
+from pallas_attn.tuning import BlockSizes
 
 
-def score_gradients(cut: Cut, inputs: Inputs, residuals: Residuals, block_mask: BlockMask) -> Scores:
-    """The gradient of every operand ``[B|1, N|1, T|1, S|1]`` of the scores, in its dtype."""
-    operands, structure = jax.tree.flatten(inputs.scores)
+def score_gradients(cut: Cut, scores: Scores, inputs: Inputs, residuals: Residuals, block_mask: BlockMask) -> Scores:
+    """The gradient of every array of the scores, in its shape and dtype."""
     bitmap = block_mask.bitmap()
-    gradients = [
-        _gradient(cut, which, operand, inputs, residuals, bitmap, block_mask) for which, operand in enumerate(operands)
-    ]
-    return jax.tree.unflatten(structure, gradients)
+
+    def gradient(at: int, which: int, x: Array) -> Array:
+        call = _table_gradient if isinstance(inputs.scores[at], CustomInKernel) else _operand_gradient
+        kernel = functools.partial(_kernel, cut=cut, at=at, which=which)
+        return call(kernel, cut, x, inputs, residuals, bitmap, block_mask.block_sizes).astype(x.dtype)
+
+    gradients = []
+    for at, score in enumerate(scores):
+        leaves, structure = jax.tree.flatten(score)
+        gradients.append(jax.tree.unflatten(structure, [gradient(at, n, x) for n, x in enumerate(leaves)]))
+    return tuple(gradients)
 
 
-def _gradient(cut: Cut, which: int, operand: Array, inputs, residuals, bitmap: Array, block_mask: BlockMask) -> Array:
+def _operand_gradient(kernel, cut: Cut, operand: Array, inputs, residuals, bitmap: Array, sizes: BlockSizes) -> Array:
+    """Of ``[B|1, N|1, T|1, S|1]``."""
     rows, heads, queries, keys = operand.shape
     if keys == 1:
         # [B, N, T], or a number for every query block
@@ -46,25 +55,52 @@ def _gradient(cut: Cut, which: int, operand: Array, inputs, residuals, bitmap: A
         shape = operand.shape
         padded = (rows, heads, cut.q_rows if queries > 1 else 1, cut.kv_rows)
         grid = (cut.kv_blocks, cut.q_blocks if queries > 1 else 1, rows * heads)
+    kernel = functools.partial(kernel, shape=operand.shape)
+    gradient = _call(kernel, cut, inputs, residuals, bitmap, sizes, grid, padded, shape)
+    if keys == 1:
+        summed = zip(gradient.shape, operand.shape[:3], strict=True)
+        axes = tuple(axis for axis, (size, wanted) in enumerate(summed) if size != wanted)
+        gradient = gradient.sum(axes, keepdims=True)[..., None]
+    return gradient
+
+
+def _table_gradient(kernel, cut: Cut, params: Array, inputs, residuals, bitmap: Array, sizes: BlockSizes) -> Array:
+    """Of an array of parameters, of any shape: every (batch row, head, query block) has sums for the whole table."""
+    width = width_of(params.shape)
+    shape = (cut.batch, cut.q_heads, cut.q_blocks, width)
+    kernel = functools.partial(kernel, shape=(cut.batch, cut.q_heads, cut.q_blocks, 1), width=width)
+    grid = (cut.q_blocks, cut.q_heads, cut.batch)
+    sums = _call(kernel, cut, inputs, residuals, bitmap, sizes, grid, shape, shape)
+    return sums.sum((0, 1, 2))[: params.size].reshape(params.shape)
+
+
+def _call(kernel, cut: Cut, inputs, residuals, bitmap, sizes: BlockSizes, grid, padded, shape) -> Array:
     whole = specs.Whole(cut)
-    gradient = specs.call(
-        functools.partial(_kernel, cut=cut, which=which, shape=operand.shape),
+    return specs.call(
+        kernel,
         "pallas_attn_d_score",
-        block_mask.block_sizes,
+        sizes,
         cut,
         grid=grid,
         in_specs=[inputs.specs(cut, whole), residuals.specs(cut, whole), whole.all(*bitmap.shape)],
         out_specs=whole.all(*padded),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
     )(inputs, residuals, bitmap)
-    if keys == 1:
-        sizes = zip(gradient.shape, operand.shape[:3], strict=True)
-        summed = tuple(axis for axis, (size, wanted) in enumerate(sizes) if size != wanted)
-        gradient = gradient.sum(summed, keepdims=True)[..., None]
-    return gradient.astype(operand.dtype)
 
 
-def _kernel(refs: Inputs, residuals: Residuals, bitmap_ref, out_ref, *, cut: Cut, which: int, shape: tuple[int, ...]):
+def _kernel(
+    refs: Inputs,
+    residuals: Residuals,
+    bitmap_ref,
+    out_ref,
+    *,
+    cut: Cut,
+    at: int,
+    which: int,
+    shape: tuple[int, ...],
+    width: int | None = None,
+):
+    """The gradient of array ``which`` of score ``at``: an operand's of that shape, or a table's of that width."""
     rows, heads, queries, keys = shape
     first, second, third = (pl.program_id(axis) for axis in range(3))
     # How many batch rows, query heads and query blocks share a tile of the operand.
@@ -117,31 +153,53 @@ def _kernel(refs: Inputs, residuals: Residuals, bitmap_ref, out_ref, *, cut: Cut
 
         mask = jax.tree.map(operand, refs.mask)
         allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :] & counts[:, None]
-        operands, structure = jax.tree.flatten(jax.tree.map(operand, refs.scores))
-        logits = jnp.where(allowed, cut.dot(q, k, (1, 1)) * cut.scale, 0.0)
+        scores = score_algebra.map_operands(operand, refs.scores)
+        raw = jnp.where(allowed, cut.dot(q, k, (1, 1)) * cut.scale, 0.0)
+        where = (q_positions[:, None], kv_positions[None, :], n)
 
-        def score(x: Array) -> Array:
-            scores = jax.tree.unflatten(structure, [*operands[:which], x, *operands[which + 1 :]])
-            scores = tiles.where_live(scores, allowed)
-            return score_algebra.apply(scores, logits, q_positions[:, None], kv_positions[None, :], n)
+        ready = look_up(tiles.where_live(scores, allowed), raw, *where)
+        changed = ready[at]
+        if isinstance(changed, LookedUp):
+            lookups = changed.lookups[which]
+            inputs = [lookup.entries for lookup in lookups]
 
-        logits, derivative = jax.vjp(score, operands[which].astype(jnp.float32))
+            def with_inputs(x: Any) -> Score:
+                return changed.with_entries(which, x)
+
+        else:
+            leaves, structure = jax.tree.flatten(scores[at])
+            lookups, inputs = [], leaves[which].astype(jnp.float32)
+
+            def with_inputs(x: Any) -> Score:
+                whole = jax.tree.unflatten(structure, [*leaves[:which], x, *leaves[which + 1 :]])
+                return tiles.where_live((whole,), allowed)[0]
+
+        def score(x: Any) -> Array:
+            return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
+
+        logits, derivative = jax.vjp(score, inputs)
         p = jnp.where(allowed, cut.exp2(logits * LOG2_E - lse), 0.0)
-        return derivative(p * (cut.dot(do, v, (1, 1)) - delta))[0]
+        (gradient,) = derivative(p * (cut.dot(do, v, (1, 1)) - delta))
+        if width is None:
+            return gradient
+        pairs = zip(lookups, gradient, strict=True)
+        return sum((place_sums(lookup, x, width) for lookup, x in pairs), jnp.zeros(width, jnp.float32))
 
     tile = (cut.q_block if queries > 1 else 1, cut.kv_block if keys > 1 else 1)
-    acc = lax.fori_loop(0, visits, visit_block, jnp.zeros(tile, jnp.float32))
-    at_q, at_k = pl.Slice(first * cut.q_block, cut.q_block), pl.Slice(first * cut.kv_block, cut.kv_block)
-    if keys == 1:
+    acc = lax.fori_loop(0, visits, visit_block, jnp.zeros(tile if width is None else width, jnp.float32))
+    if width is not None:
+        plgpu.store(out_ref.at[third, second, first, :], acc)
+    elif keys == 1:
         exists = first * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
-        at, mask = (at_q, exists) if queries > 1 else (pl.Slice(first, 1), None)
-        plgpu.store(out_ref.at[third, second, at], acc.reshape(tile[0]), mask=mask)
+        rows_at = pl.Slice(first * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(first, 1)
+        plgpu.store(out_ref.at[third, second, rows_at], acc.reshape(tile[0]), mask=exists if queries > 1 else None)
     else:
-        at_q = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(0, 1)
         row_exists = second * cut.q_block + jnp.arange(cut.q_block) < cut.q_len if queries > 1 else None
         key_exists = first * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(0, 1)
+        keys_at = pl.Slice(first * cut.kv_block, cut.kv_block)
         mask = tiles.outer(row_exists, key_exists, tile)
-        plgpu.store(out_ref.at[third // heads, third % heads, at_q, at_k], acc, mask=mask)
+        plgpu.store(out_ref.at[third // heads, third % heads, rows_at, keys_at], acc, mask=mask)
 
 
 def _shared(ref, b: Array, n: Array, cut: Cut) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import tiles
+from pallas_attn.kernels.triton.tables import with_tables
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
@@ -172,13 +173,16 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, query: Array, key: Array, value: Array, block_mask: BlockMask, scores: Scores) -> "Inputs":
         positions = block_mask.q_positions, block_mask.kv_positions
-        return cls(query, key, value, *positions, block_mask.lists, block_mask.mask, scores)
+        return cls(query, key, value, *positions, block_mask.lists, block_mask.mask, with_tables(scores))
 
     def specs(self, cut: Cut, part: Part) -> "Inputs":
         """The same structure, of BlockSpecs."""
 
         def operand(x: Array) -> pl.BlockSpec:
             return part.per_head(x, cut.q_rows if x.shape[2] > 1 else 1, cut.kv_rows if x.shape[3] > 1 else 1)
+
+        def flat(x: Array) -> pl.BlockSpec:
+            return pl.BlockSpec(x.shape, lambda *_: (0,))
 
         return Inputs(
             part.queries(cut.head_dim),
@@ -188,7 +192,7 @@ class Inputs(NamedTuple):
             part.per_head(self.kv_positions, cut.kv_rows),
             jax.tree.map(lambda x: part.per_head(x, *x.shape[2:]), self.lists),
             jax.tree.map(operand, self.mask),
-            jax.tree.map(operand, self.scores),
+            tuple(jax.tree.map(operand if score.aligned else flat, score) for score in self.scores),
         )
 
 
