@@ -167,7 +167,7 @@ def _mask_of(build: Callable[[Size], Attention]) -> Callable[[Size], MaskBuild]:
 
 def _generation(size: Size) -> Generation:
     toy = size.kv_len <= 256
-    return Generation(size, layers=2 if toy else 8, vocab_size=256 if toy else 16384, longest_prompt=size.kv_len // 16)
+    return Generation(size, layers=2 if toy else 10, vocab_size=256 if toy else 20480, longest_prompt=size.kv_len // 16)
 
 
 _DECODE = "one token for each of 8 rows, 512-1024 live keys in buffers of {S}"
@@ -283,14 +283,14 @@ CASES = (
         "derivative of attention in a sliding window of a thirty-second of the tokens",
         "backward",
         _window_backward,
-        {"cpu": _cpu(1, 4096), "gpu": _gpu(1, 8192)},
+        {"cpu": _cpu(1, 4096), "gpu": _gpu(4, 4096)},
     ),
     Case(
         "documents-backward",
         "derivative of attention over 12 packed documents, causal",
         "backward",
         _documents_backward,
-        {"cpu": _cpu(1, 4096), "gpu": _gpu(1, 8192)},
+        {"cpu": _cpu(1, 4096), "gpu": _gpu(4, 4096)},
     ),
     Case(
         "mask-documents",
@@ -311,7 +311,7 @@ CASES = (
         "one new token for each row of a cache, each at its own slot",
         "append",
         Append,
-        {"cpu": Size(8, 1, 16384, 16, 4, 64), "gpu": Size(32, 1, 16384, 32, 8, 128, "bfloat16")},
+        {"cpu": Size(8, 1, 16384, 16, 4, 64), "gpu": Size(32, 1, 4096, 32, 8, 128, "bfloat16")},
         capacity=True,
     ),
     Case(
@@ -319,7 +319,7 @@ CASES = (
         "a chunk of 128 new tokens for each row of a cache",
         "append",
         Append,
-        {"cpu": Size(8, 128, 16384, 16, 4, 64, new=128), "gpu": Size(32, 128, 16384, 32, 8, 128, "bfloat16", 128)},
+        {"cpu": Size(8, 128, 16384, 16, 4, 64, new=128), "gpu": Size(32, 128, 4096, 32, 8, 128, "bfloat16", 128)},
         capacity=True,
     ),
     Case("causal-16k", "plain causal, 16384 tokens", "forward", _causal, {"gpu": _gpu(1, 16384)}),

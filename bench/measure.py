@@ -15,7 +15,7 @@ from bench import generation, machine
 from bench.cases import BUFFER_OF_2048, Case
 from bench.check import Oracle, Verdict
 from bench.peers import Peer
-from bench.timing import Contender, median_ratio, prepare, summary, take_turns
+from bench.timing import Contender, Prepared, median_ratio, prepare, summary, take_turns
 from bench.workloads import Append, Attention, Generation, MaskBuild, Size, Workload
 
 OURS = "pallas_attn"
@@ -29,11 +29,11 @@ class Effort:
     Attributes:
       rounds: of turns, at most.
       seconds: for the rounds; no further one starts after them.
-      prepare_seconds: for compiling and checking; a peer whose turn comes later is skipped.
+      prepare_seconds: for compiling and checking peers; one whose turn comes later is skipped.
     """
 
     rounds: int = 15
-    seconds: float = 10.0
+    seconds: float = 7.0
     prepare_seconds: float = math.inf
 
 
@@ -54,7 +54,6 @@ class Setting:
 
 def measure(case: Case, setting: Setting) -> dict[str, Any]:
     """The case's entry in the result file."""
-    start = time.perf_counter()
     size = case.size(setting.suite, setting.toy)
     workload = case.build(size)
     result = _description(case, size, workload, setting)
@@ -66,24 +65,15 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
             raise NotImplementedError(reason)
         ours = prepare(_our_contender(workload, sets, setting), by_device=setting.by_device)
     except NotImplementedError as error:
-        result["skipped"][OURS] = str(error)
+        result["skipped"][OURS] = _reason(error)
         return result
-    judge, verdict = _first_verdict(workload, ours.returned, setting)
+    judge, ready = _known_result(workload)
+    verdict = judge(ours.returned)
     result |= {"correct": verdict.correct, "error": verdict.error, "allowed_error": verdict.allowed}
     if not verdict.correct:
         result["contenders"][OURS] = {"wrong": verdict.error}
         return result
-    turns = {OURS: ours.turn}
-
-    for name, peer in setting.peers.items():
-        if not peer.serves(workload):
-            continue
-        if (reason := peer.unavailable()) is not None:
-            result["skipped"][name] = reason
-        elif time.perf_counter() - start > setting.effort.prepare_seconds:
-            result["skipped"][name] = "no time left for it"
-        else:
-            _prepare(name, peer, workload, sets, judge, turns, result, setting)
+    turns = {OURS: ours.turn} | _peers_turns(result, workload, sets, judge, ready, setting)
 
     if case.smaller is not None and not setting.by_device:
         # Our two buffers take turns with each other alone: a peer's hundreds of MB in between would empty the caches.
@@ -96,10 +86,35 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
     return result
 
 
+def _peers_turns(result, workload, sets, judge, ready: dict[str, Prepared], setting) -> dict[str, Callable[[], float]]:
+    """Compiles and checks the peers. What has no turn, the result says why."""
+    turns, start = {}, time.perf_counter()
+    for name, peer in setting.peers.items():
+        if not peer.serves(workload):
+            continue
+        if (reason := peer.unavailable()) is not None:
+            result["skipped"][name] = reason
+            continue
+        if time.perf_counter() - start > setting.effort.prepare_seconds:
+            result["skipped"][name] = "no time left for it"
+            continue
+        try:
+            prepared = ready.get(name) or prepare(peer.contender(workload, sets), by_device=setting.by_device)
+            verdict = judge(prepared.returned).of_peer()
+        except Exception as error:  # whatever happens inside a peer, the others are measured
+            result["skipped"][name] = _reason(error)
+            continue
+        if verdict.correct:
+            turns[name] = prepared.turn
+        else:
+            result["contenders"][name] = {"wrong": verdict.error}
+    return turns
+
+
 def failed(case: Case, setting: Setting, error: Exception) -> dict[str, Any]:
     """The entry of a case that broke off with an error that nobody expected."""
     size = case.size(setting.suite, setting.toy)
-    return _entry(case, size, setting) | {"correct": False, "skipped": {OURS: f"failed: {_one_line(error)}"}}
+    return _entry(case, size, setting) | {"correct": False, "skipped": {OURS: _reason(error)}}
 
 
 def _entry(case: Case, size: Size, setting: Setting) -> dict[str, Any]:
@@ -120,7 +135,7 @@ def _entry(case: Case, size: Size, setting: Setting) -> dict[str, Any]:
         "allowed_error": None,
         "contenders": {},
         "ratios": {},
-        "claims": {} if setting.suite != "cpu" else dict(case.claims),
+        "claims": dict(case.claims) if setting.suite == "cpu" and not setting.toy else {},
         "skipped": {},
     }
 
@@ -162,39 +177,24 @@ def _our_contender(workload: Workload, sets: int, setting: Setting) -> Contender
     return workload.ours(sets=sets, interpret=setting.toy)
 
 
-def _first_verdict(workload: Workload, returned: Any, setting: Setting) -> tuple[Callable[[Any], Verdict], Verdict]:
-    """What judges every contender's result, and its verdict on ours."""
+def _known_result(workload: Workload) -> tuple[Callable[[Any], Verdict], dict[str, Prepared]]:
+    """What judges every contender's result, and by name what had to be run for it."""
     if not isinstance(workload, Generation):
-        oracle = Oracle(workload)
-        return oracle.judge, oracle.judge(returned)
+        return Oracle(workload).judge, {}
     # Nobody but the peer knows the right tokens.
-    judge = _same_tokens(generation.transformers_contender(workload).function())
-    return judge, judge(returned)
+    peer = prepare(generation.transformers_contender(workload), by_device=False)
+    return _same_tokens(peer.returned), {"transformers": peer}
 
 
 def _same_tokens(expected: np.ndarray) -> Callable[[Any], Verdict]:
     return lambda got: Verdict(float((np.asarray(got) != expected).sum()), 0.0)
 
 
-def _prepare(name, peer: Peer, workload, sets, judge, turns, result, setting) -> None:
-    """Compiles and checks a peer; it gets a turn, or the result says why not."""
-    try:
-        prepared = prepare(peer.contender(workload, sets), by_device=setting.by_device)
-        verdict = judge(prepared.returned).of_peer()
-        if not verdict.correct:
-            result["contenders"][name] = {"wrong": verdict.error}
-            return
-        turns[name] = prepared.turn
-    except NotImplementedError as error:
-        result["skipped"][name] = _one_line(error)
-    except Exception as error:  # whatever happens inside a peer, the others are measured
-        result["skipped"][name] = f"failed: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """In one line: what an implementation says that it cannot do, or with what it broke off."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 200 else text[:197] + "..."
-    return text if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, NotImplementedError) else f"failed: {type(error).__name__}: {text}"
 
 
 def _report(result: dict[str, Any], workload: Workload, times: dict[str, list[float]], ours: list[float]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,13 +61,12 @@ class Peer:
 
 
 def all_peers(*, interpret: bool = False) -> dict[str, Peer]:
-    """Every peer by name. ``interpret``: JAX's Pallas kernels run in Pallas' interpreter."""
+    """Every peer by name, those that compile quickly first. ``interpret``: JAX's Pallas kernels are interpreted."""
     tokamax = ("triton", "mosaic", "cudnn", "xla_chunked", "xla")
     peers = [
         Peer("jax.nn", lambda: None, functools.partial(_jax_nn, implementation="xla")),
-        Peer("torch.flex", lambda: _missing("torch"), torch_peers.flex_attention, torch_peers.flex_mask),
-        Peer("torch.sdpa", lambda: _missing("torch"), torch_peers.sdpa),
         Peer("jax.nn.cudnn", _no_gpu, functools.partial(_jax_nn, implementation="cudnn")),
+        Peer("torch.sdpa", lambda: _missing("torch"), torch_peers.sdpa),
         *(
             Peer(f"tokamax.{name}", functools.partial(_no_tokamax, name), functools.partial(_tokamax, name))
             for name in tokamax
@@ -74,6 +74,7 @@ def all_peers(*, interpret: bool = False) -> dict[str, Peer]:
         Peer(
             "jax.pallas", lambda: None if interpret else _no_gpu(), functools.partial(_jax_pallas, interpret=interpret)
         ),
+        Peer("torch.flex", lambda: _missing("torch"), torch_peers.flex_attention, torch_peers.flex_mask),
         Peer("transformers", lambda: _missing("torch") or _missing("transformers"), generation=transformers_contender),
     ]
     return {peer.name: peer for peer in peers}
@@ -179,6 +180,8 @@ def _jax_pallas(workload: Attention, sets: int, *, interpret: bool) -> Contender
 def _pallas_op(name: str):
     module = f"jax.experimental.pallas.ops.gpu.{name}"
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it is, upstream
+            return importlib.import_module(module)
     except ImportError:
         raise NotImplementedError(f"this JAX has no {module}") from None

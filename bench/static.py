@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     baseline = _read_baseline(options.baseline or BASELINE, required=options.baseline is not None)
     if options.out:
         _check_writable(options.out)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     if options.sweep:
         return _sweep(options, console)
 
@@ -247,7 +247,7 @@ def _loop_cells(loop: dict) -> list[str]:
         count("barrier"),
         str(loop["cycles"]),
         loop["bound"],
-        f"{matrix_share(loop):.0%}",
+        f"{matrix_share(loop):.0%}" if loop["multiply_adds"]["done"] else "none",
     ]
 
 

@@ -2,11 +2,16 @@
 
 A mask is described as data (``causal() & ~sliding_window(3, 0)``): it is evaluated here, on positions, and
 :meth:`Mask.build` makes the library's mask of the same name. Attention is a loop over queries that takes the visible
-keys out of the arrays, so that nothing else in them is ever touched.
+keys out of the arrays, so that nothing else in them is ever touched. Gradients are the formulas of the chain rule over
+whole [T, S] matrices; finite differences of that loop check them.
+
+A score is data too (``softcap(3.0)``): a function of the logit, and of one element of its array for each pair of a
+query and a key.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,49 +133,306 @@ def visible(mask: Mask, q_positions: np.ndarray, kv_positions: np.ndarray, batch
     return mask.allowed(q, k) & (q >= 0) & (k >= 0)
 
 
+class Pairs(NamedTuple):
+    """Pairs of a query and a key: their indices along [B, N, T, S], and their positions. All of one shape."""
+
+    b: np.ndarray
+    n: np.ndarray
+    t: np.ndarray
+    s: np.ndarray
+    q: np.ndarray
+    k: np.ndarray
+
+    @staticmethod
+    def of(batch: int, heads: int, q_positions: np.ndarray, kv_positions: np.ndarray) -> "Pairs":
+        """All pairs, ``[B, N, T, S]``; positions are as in :func:`visible`."""
+        if kv_positions.ndim == 2:
+            kv_positions = kv_positions[:, None]
+        shape = (batch, heads, q_positions.shape[-1], kv_positions.shape[-1])
+        kv_positions = np.repeat(kv_positions, heads // kv_positions.shape[1], 1)[:, :, None, :]
+        q, k = (np.broadcast_to(x.astype(np.int64), shape) for x in (q_positions[:, None, :, None], kv_positions))
+        return Pairs(*np.indices(shape), q, k)
+
+    def at(self, index: Any) -> "Pairs":
+        return Pairs(*(x[index] for x in self))
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Score:
+    """The name of a score, and a number (``softcap``) or the array that has a gradient (all others)."""
+
+    kind: str
+    argument: Any
+
+    def __repr__(self) -> str:
+        is_array = isinstance(self.argument, np.ndarray)
+        return f"{self.kind}({f'array{list(self.argument.shape)}' if is_array else self.argument})"
+
+    @property
+    def has_array(self) -> bool:
+        return self.kind != "softcap"
+
+    @property
+    def is_custom(self) -> bool:
+        return self.kind in _CUSTOM
+
+    def build(self, scores: Any, array: Any = None) -> Any:
+        """The library's own; ``scores`` is ``pallas_attn.scores``. ``array`` may take the argument's place."""
+        argument = self.argument if array is None else array
+        if self.is_custom:
+            return scores.custom(_CUSTOM[self.kind], {"array": argument})
+        return getattr(scores, self.kind)(argument)
+
+    def element(self, pairs: Pairs) -> np.ndarray:
+        """Which element of the flat array each pair reads."""
+        match self.kind:
+            case "bias":
+                at = [pairs.b, pairs.n, pairs.t, pairs.s]
+            case "buckets":
+                at = [pairs.n, np.minimum(np.abs(pairs.q - pairs.k), self.argument.shape[1] - 1)]
+            case "saturated":
+                return np.zeros_like(pairs.n)
+            case _:
+                at = [pairs.n]
+        at = tuple(i * (size > 1) for i, size in zip(at, self.argument.shape, strict=True))
+        return np.ravel_multi_index(at, self.argument.shape)
+
+    def _read(self, x: np.ndarray, pairs: Pairs) -> np.ndarray:
+        return self.argument.reshape(-1)[self.element(pairs)].astype(x.dtype)
+
+    def apply(self, x: np.ndarray, pairs: Pairs) -> np.ndarray:
+        """The changed logits, in the dtype of ``x``."""
+        if self.kind == "softcap":
+            return self.argument * np.tanh(x / x.dtype.type(self.argument))
+        element = self._read(x, pairs)
+        match self.kind:
+            case "alibi":
+                return x - element * np.abs(pairs.q - pairs.k).astype(x.dtype)
+            case "bias" | "buckets":
+                return x + element
+            case "factor":
+                return x * element
+            case "saturated":
+                return element * x / (1 + np.abs(x))
+        raise ValueError(f"no such score: {self}")
+
+    def slope(self, x: np.ndarray, pairs: Pairs) -> np.ndarray:
+        """The derivative by the logit."""
+        match self.kind:
+            case "softcap":
+                return 1 - np.tanh(x / x.dtype.type(self.argument)) ** 2
+            case "factor":
+                return self._read(x, pairs)
+            case "saturated":
+                return self._read(x, pairs) / (1 + np.abs(x)) ** 2
+        return np.ones_like(x)
+
+    def slope_of_element(self, x: np.ndarray, pairs: Pairs) -> np.ndarray:
+        """The derivative by the element that the pair reads."""
+        match self.kind:
+            case "alibi":
+                return -np.abs(pairs.q - pairs.k).astype(x.dtype)
+            case "factor":
+                return x
+            case "saturated":
+                return x / (1 + np.abs(x))
+        return np.ones_like(x)
+
+
+def softcap(cap: float) -> Score:
+    return Score("softcap", cap)
+
+
+def alibi(slopes: np.ndarray) -> Score:
+    return Score("alibi", np.asarray(slopes))
+
+
+def bias(array: np.ndarray) -> Score:
+    return Score("bias", np.asarray(array))
+
+
+def factor(array: np.ndarray) -> Score:
+    """``logit * array[head]``: a number per head."""
+    return Score("factor", np.asarray(array))
+
+
+def buckets(array: np.ndarray) -> Score:
+    """``logit + array[head, distance]``, the last column for all larger distances: a table such as T5's."""
+    return Score("buckets", np.asarray(array))
+
+
+def saturated(array: np.ndarray) -> Score:
+    """``array * logit / (1 + |logit|)``: one number."""
+    return Score("saturated", np.asarray(array))
+
+
+# What a user writes: with operators alone, so that it needs no library.
+_CUSTOM = {
+    "factor": lambda logit, q, k, head, params: logit * params["array"][head],
+    "buckets": lambda logit, q, k, head, params: (
+        logit + params["array"][head, abs(q - k).clip(0, params["array"].shape[1] - 1)]
+    ),
+    "saturated": lambda logit, q, k, head, params: params["array"] * logit / (1 + abs(logit)),
+}
+
+
+class Gradients(NamedTuple):
+    """Of everything that has one; ``scores`` holds an array for every score that has an array."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    scores: list[np.ndarray]
+    sinks: np.ndarray | None
+
+
 def attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, visible: np.ndarray, scale: float
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    visible: np.ndarray,
+    scale: float,
+    scores: Sequence[Score] = (),
+    sinks: np.ndarray | None = None,
+    pairs: Pairs | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``out [B, T, N, Dv]`` and ``lse [B, N, T]`` in float64; a query that sees nothing gets 0 and -inf."""
+    """``out [B, T, N, Dv]`` and ``lse [B, N, T]`` in float64; a query that sees nothing gets 0 and -inf.
+
+    With sinks ``[N]``, a real query sees at least its head's sink, which has no value; ``pairs`` says which are real.
+    """
     batch, q_len, q_heads, _ = query.shape
     group = q_heads // key.shape[2]
     out = np.zeros((batch, q_len, q_heads, value.shape[-1]))
     lse = np.full((batch, q_heads, q_len), -np.inf)
     for b, n, t in np.ndindex(batch, q_heads, q_len):
         seen = visible[b, n, t]
-        if not seen.any():
+        has_sink = sinks is not None and pairs.q[b, n, t, 0] >= 0
+        if not seen.any() and not has_sink:
             continue
         logits = scale * key[b, seen, n // group].astype(np.float64) @ query[b, t, n].astype(np.float64)
-        weights = np.exp(logits - logits.max())
-        out[b, t, n] = weights @ value[b, seen, n // group].astype(np.float64) / weights.sum()
-        lse[b, n, t] = logits.max() + np.log(weights.sum())
+        for score in scores:
+            logits = score.apply(logits, pairs.at((b, n, t, seen)))
+        sink = [float(sinks[n])] if has_sink else []
+        peak = max([*logits, *sink])
+        weights = np.exp(logits - peak)
+        total = weights.sum() + sum(np.exp(x - peak) for x in sink)
+        out[b, t, n] = weights @ value[b, seen, n // group].astype(np.float64) / total
+        lse[b, n, t] = peak + np.log(total)
     return out, lse
 
 
+class _Forward(NamedTuple):
+    """Whole matrices: arrays by query head, ``[B, N, T|S, D]`` and ``[B, N, T, S]``; 0 for what nobody sees."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    logits: list[np.ndarray]  # before each score, and after the last
+    peak: np.ndarray
+    total: np.ndarray
+    weights: np.ndarray
+    sink_weights: np.ndarray
+
+
+def _forward(query, key, value, visible, scale, scores, sinks, pairs, dtype) -> _Forward:
+    group = query.shape[2] // key.shape[2]
+    zero = dtype(0)
+    query = np.where(visible.any(3)[..., None], query.swapaxes(1, 2).astype(dtype), zero)
+    key, value = (
+        np.where(visible.any(2)[..., None], np.repeat(x.swapaxes(1, 2).astype(dtype), group, 1), zero)
+        for x in (key, value)
+    )
+    logits = [np.matmul(query, key.swapaxes(2, 3)) * dtype(scale)]
+    for score in scores:
+        # An array of a score may hold NaN where nobody looks.
+        logits.append(np.where(visible, score.apply(logits[-1], pairs), zero).astype(dtype))
+    real = np.zeros(query.shape[:3], bool) if pairs is None else pairs.q[..., 0] >= 0
+    none = dtype(-1e30)
+    sink = np.where(real, none if sinks is None else sinks.astype(dtype)[None, :, None], none)[..., None]
+    peak = np.maximum(np.where(visible, logits[-1], none).max(-1, keepdims=True), sink)
+    weights = np.where(visible, np.exp(np.where(visible, logits[-1], none) - peak), zero)
+    sink_weights = np.where(sink == none, zero, np.exp(sink - peak))
+    total = weights.sum(-1, keepdims=True) + sink_weights
+    return _Forward(query, key, value, logits, peak, total, weights, sink_weights)
+
+
 def plain_attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, visible: np.ndarray, scale: float
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    visible: np.ndarray,
+    scale: float,
+    scores: Sequence[Score] = (),
+    sinks: np.ndarray | None = None,
+    pairs: Pairs | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention as one writes it in the inputs' own dtype: the yardstick of rounding errors.
 
     Products of that dtype are summed in float32, the softmax is float32, and its probabilities are rounded to the dtype
     before they meet the values.
     """
-    dtype, group = query.dtype, query.shape[2] // key.shape[2]
-    zero = np.float32(0)  # for what nobody sees, which may be NaN
-    query = np.where(visible.any(3).swapaxes(1, 2)[..., None], query.astype(np.float32), zero)
-    used = visible.any(2).swapaxes(1, 2)[..., None]
-    key, value = (np.where(used, np.repeat(x.astype(np.float32), group, 2), zero) for x in (key, value))
-    logits = np.matmul(query.transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1)) * np.float32(scale)
-    logits = np.where(visible, logits, np.float32(-1e30))
-    peak = logits.max(-1, keepdims=True)
-    weights = np.where(visible, np.exp(logits - peak), np.float32(0))
-    total = weights.sum(-1, keepdims=True)
-    seen = total > 0
-    probabilities = (weights / np.where(seen, total, 1)).astype(dtype).astype(np.float32)
-    out = np.matmul(probabilities, value.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3).astype(dtype)
+    dtype = query.dtype
+    f = _forward(query, key, value, visible, scale, scores, sinks, pairs, np.float32)
+    seen = f.total > 0
+    probabilities = (f.weights / np.where(seen, f.total, 1)).astype(dtype).astype(np.float32)
+    out = np.matmul(probabilities, f.value).swapaxes(1, 2).astype(dtype)
     with np.errstate(divide="ignore"):
-        lse = np.where(seen, peak + np.log(total), -np.inf)[..., 0]
+        lse = np.where(seen, f.peak + np.log(f.total), -np.inf)[..., 0]
     return out.astype(np.float64), lse.astype(np.float64)
+
+
+def gradients(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    visible: np.ndarray,
+    scale: float,
+    d_out: np.ndarray,
+    d_lse: np.ndarray,
+    scores: Sequence[Score] = (),
+    sinks: np.ndarray | None = None,
+    pairs: Pairs | None = None,
+    *,
+    plain: bool = False,
+) -> Gradients:
+    """Of ``sum(out * d_out) + sum(lse * d_lse)``, float64; with ``plain`` as one computes them in the inputs' dtype.
+
+    Softmax: ``dp = d_out v'``, ``ds = p (dp - sum_j p_j dp_j + d_lse)``, where a sink is a key without a value. What
+    comes through the scores is the chain rule, one after the other from the last.
+    """
+    dtype = np.float32 if plain else np.float64
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(query.dtype).astype(dtype) if plain else x
+
+    f = _forward(query, key, value, visible, scale, scores, sinks, pairs, dtype)
+    seen = f.total > 0
+    total = np.where(seen, f.total, 1)
+    p, p_sink = f.weights / total, f.sink_weights / total
+    d_out = np.where(seen, rounded(d_out.astype(dtype)).swapaxes(1, 2), dtype(0))
+    d_lse = np.where(seen, d_lse.astype(dtype)[..., None], dtype(0))
+    d_p = rounded(np.matmul(d_out, f.value.swapaxes(2, 3)))
+    mean = (p * d_p).sum(-1, keepdims=True)
+    d_logits = p * (d_p - mean + d_lse)
+    d_sinks = None if sinks is None else (p_sink * (d_lse - mean)).sum((0, 2, 3))
+    d_arrays = []
+    for score, before in zip(reversed(scores), reversed(f.logits[:-1]), strict=True):
+        if score.has_array:
+            d_array = np.zeros(score.argument.size, dtype)
+            each = d_logits * score.slope_of_element(before, pairs)
+            np.add.at(d_array, score.element(pairs)[visible], each[visible])
+            d_arrays.insert(0, d_array.reshape(score.argument.shape))
+        d_logits = np.where(visible, d_logits * score.slope(before, pairs), dtype(0))
+    d_logits = rounded(d_logits)
+    kv_heads = key.shape[2]
+
+    def of_group(x: np.ndarray) -> np.ndarray:
+        return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:]).sum(2).swapaxes(1, 2)
+
+    d_query = np.matmul(d_logits, f.key).swapaxes(1, 2) * dtype(scale)
+    d_key = of_group(np.matmul(d_logits.swapaxes(2, 3), f.query)) * dtype(scale)
+    d_value = of_group(np.matmul(rounded(p).swapaxes(2, 3), d_out))
+    return Gradients(*(rounded(x) for x in (d_query, d_key, d_value)), d_arrays, d_sinks)
 
 
 def block_classes(

@@ -1,12 +1,13 @@
-"""Random masks and positions for hypothesis, as the oracle describes them."""
+"""Random masks, positions, scores and whole calls for hypothesis, as the oracle describes them."""
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from tests import oracle
+from tests import gradient_check, oracle
 
 # The same examples in every run, however slow the machine.
 repeatable = functools.partial(
@@ -92,4 +93,51 @@ def masks(draw, batch: int, q_heads: int, kv_heads: int, q_len: int, kv_len: int
             ),
             max_leaves=max_leaves,
         )
+    )
+
+
+@st.composite
+def scores(draw, batch: int, q_heads: int, q_len: int, kv_len: int, with_parameters: bool = True):
+    """Up to three scores; biases of every broadcast pattern, in float32 or bfloat16."""
+
+    def array(rng, *shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    def bias(rng, *shared, dtype):
+        shape = (1 if is_shared else size for is_shared, size in zip(shared, extents, strict=True))
+        return oracle.bias(array(rng, *shape).astype(dtype))
+
+    extents = (batch, q_heads, q_len, kv_len)
+    kinds = [
+        st.sampled_from([0.5, 3, 50.0]).map(oracle.softcap),
+        generators.map(lambda rng: oracle.alibi(array(rng, q_heads) / 8)),
+        st.builds(bias, generators, *[st.booleans()] * 4, dtype=st.sampled_from([jnp.float32, jnp.bfloat16])),
+    ]
+    if with_parameters:
+        kinds += [
+            generators.map(lambda rng: oracle.factor(array(rng, q_heads))),
+            generators.map(lambda rng: oracle.buckets(array(rng, q_heads, rng.integers(1, 9)))),
+            generators.map(lambda rng: oracle.saturated(array(rng))),
+        ]
+    return tuple(draw(st.lists(st.one_of(kinds), max_size=3)))
+
+
+@st.composite
+def programs(draw, with_parameters: bool = True):
+    """A whole call: :class:`tests.gradient_check.Case`."""
+    batch, kv_heads, group = (draw(st.integers(1, 3)) for _ in range(3))
+    q_len, kv_len = draw(st.integers(1, 40)), draw(st.integers(1, 50))
+    q_heads = kv_heads * group
+    return gradient_check.Case(
+        draw(masks(batch, q_heads, kv_heads, q_len, kv_len)),
+        draw(q_positions(batch, q_len)),
+        draw(kv_positions(batch, kv_heads, kv_len)),
+        **{"batch": batch, "q_len": q_len, "kv_len": kv_len, "q_heads": q_heads, "kv_heads": kv_heads},
+        head_dim=draw(st.sampled_from([1, 16, 20, 32])),
+        value_dim=draw(st.sampled_from([None, 8, 24])),
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        scale=draw(st.sampled_from([None, -0.3])),
+        block_sizes=draw(st.sampled_from([(16, 16), (16, 32), (32, 16)])),
+        scores=draw(scores(batch, q_heads, q_len, kv_len, with_parameters)),
+        sinks=draw(st.none() | generators.map(lambda rng: rng.standard_normal(q_heads).astype(np.float32))),
     )

@@ -1,11 +1,13 @@
 """Counted work against brute force, and what follows from it by arithmetic."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pallas_attn as pa
-from bench import physics
+from bench import machine, physics
 from bench.cases import CASES, document_ids
 from bench.workloads import Attention, Size
 from tests import oracle
@@ -86,3 +88,25 @@ def test_no_toy_case_has_a_query_batch_without_work():
             workload = case.build(case.size(suite, toy=True))
             if isinstance(workload, Attention):
                 assert 0 < workload.active_fraction <= 1, case.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "peaks"),
+    [
+        ("NVIDIA H200", (989.4, 4800)),
+        ("NVIDIA H100 80GB HBM3", (989.4, 3350)),
+        ("NVIDIA H100 PCIe", (756.0, 2000)),
+        ("NVIDIA A100-SXM4-80GB", (312.0, 2039)),
+        ("NVIDIA A100-SXM4-40GB", (312.0, 1555)),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_peaks_by_the_name_of_the_device(kind, peaks, monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", device_kind=kind)
+    monkeypatch.setattr(machine.jax, "devices", lambda: [device])
+    assert machine.peaks() == (peaks and physics.Peaks(*peaks))
+
+
+def test_a_cpu_has_no_known_peaks(monkeypatch):
+    monkeypatch.setattr(machine.jax, "devices", lambda: [types.SimpleNamespace(platform="cpu", device_kind="cpu")])
+    assert machine.peaks() is None

@@ -44,7 +44,11 @@ def assert_well_formed(bm: pa.BlockMask, lists: pa.BlockLists | None = None) -> 
         lists, nk = bm.lists, bm.grid[1]
         assert classes.shape == (*bm.num_full.shape, nk)
     else:
-        classes = classes.swapaxes(-1, -2)
+        # Seen from the keys, a block is full only if every slot of its queries holds one.
+        queries = np.asarray(bm.q_positions)[:, None, :, None]
+        exists = np.pad(queries >= 0, [(0, 0), (0, 0), (0, -queries.shape[2] % bm.q_block), (0, 0)])
+        exists = exists.reshape(len(queries), 1, -1, bm.q_block, 1).all(3)
+        classes = np.where(exists, classes, np.minimum(classes, PARTIAL)).swapaxes(-1, -2)
     num_full, num_active, rows = oracle.lists(classes)
     np.testing.assert_array_equal(lists.num_full, num_full)
     np.testing.assert_array_equal(lists.num_active, num_active)

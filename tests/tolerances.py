@@ -21,6 +21,11 @@ def gradient_limit(plain_error: float, largest: float, dtype) -> float:
 
 # Relative to the largest derivative: float32 against float64 differences.
 ATTENTION_GRADIENT = 1e-5
+# Relative and absolute: float32 against float32 differences with a step of 1e-2, whose own error is about 1e-3.
+CHECK_GRADS = 1e-2
+CHECK_GRADS_STEP = 1e-2
+# Relative to the largest gradient: float64 against central float64 differences with a step of 1e-5.
+ORACLE_GRADIENT = 1e-7
 
 # --- models ---
 

@@ -215,7 +215,8 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
         return tiles.walk(refs.lists, j, full, partial, state, g)
 
     zeros = tuple(jnp.zeros((cut.kv_block, x.shape[1]), jnp.float32) for x in (k, v))
-    d_key, d_value = lax.fori_loop(0, cut.group, head, zeros) if cut.group > 1 else head(0, zeros)
+    # A plain 0 fails in the interpreter.
+    d_key, d_value = lax.fori_loop(0, cut.group, head, zeros) if cut.group > 1 else head(np.int32(0), zeros)
     for ref, x, width in ((d_key_ref, d_key * cut.scale, head_columns), (d_value_ref, d_value, value_columns)):
         out = jnp.where(real[:, None], x, 0.0).astype(ref.dtype)
         plgpu.store(ref.at[keys, :], out, mask=tiles.outer(key_exists, width, out.shape))

@@ -60,7 +60,7 @@ def backward(
         program = Program(cut, block_mask, scores, at)
         row_lse = program.queries(lse)
         # A query that saw nothing, or that is another program's too, has no part in any sum, whatever it holds.
-        counts = program.is_own & (row_lse > -jnp.inf)
+        counts = program.is_own & (row_lse != -jnp.inf)  # not >: what is not a number shows
         row_lse = jnp.where(counts, row_lse, jnp.inf)
         row_delta = jnp.where(counts, program.queries(delta), 0.0)
 
