@@ -203,6 +203,9 @@ def _check_operands(mask: Mask, q_positions: Array, kv_positions: Array) -> int:
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _build_lists(mask, q_positions, kv_positions, heads, q_block, kv_block, width) -> BlockLists:
+    # A mask that the caller's jit knows as a constant is reduced when the program runs: XLA would take minutes to do it
+    # while it compiles.
+    mask = jax.lax.optimization_barrier(mask)
     return _lists_from_classes(_classify(mask, q_positions, kv_positions, heads, q_block, kv_block), width)
 
 
