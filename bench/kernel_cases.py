@@ -10,6 +10,7 @@ import pallas_attn as pa
 from bench.machine_code import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.scores import Scores
 
 # Two rows of 2048 tokens, eight query heads on two KV heads: their values leave no trace in the loops.
 _BATCH, _LENGTH, _Q_HEADS, _KV_HEADS = 2, 2048, 8, 2
@@ -27,15 +28,16 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class KernelCase:
-    """A kernel under one mask.
+    """A kernel under one mask, with or without scores.
 
     Attributes:
       name: of the case.
-      kernel: its name in Pallas; cases of one kernel differ in their mask.
-      about: the mask, in words.
+      kernel: its name in Pallas; cases of one kernel differ in their mask and scores.
+      about: the mask and the scores, in words.
       loops: names of the kernel's loops with matrix products, in their order; one named "full" must hold no mask.
       lower: a setting -> the lowered function.
       default_sizes: (head_dim, dtype, capability) -> the entry of the tuning table.
+      has_scores: whether logits are changed; then there may be spills, compares in full blocks, and plain loads.
     """
 
     name: str
@@ -44,47 +46,80 @@ class KernelCase:
     loops: tuple[str, ...]
     lower: Callable[[Setting], object]
     default_sizes: Callable[[int, str, int], pa.BlockSizes]
+    has_scores: bool = False
 
 
-def _forward(mask: pa.masks.Mask) -> Callable[[Setting], object]:
-    def lower(setting: Setting):
-        def forward(query, key, value, q_positions, kv_positions, mask):
-            block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, setting.sizes)
-            return kernels.forward(query, key, value, block_mask, scale=setting.head_dim**-0.5)
+def _forward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
+    def forward(query, key, value, q_positions, kv_positions, mask, scores):
+        block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, setting.sizes)
+        return kernels.forward(query, key, value, block_mask, scores, scale=setting.head_dim**-0.5)
 
-        def tensor(heads):
-            return jax.ShapeDtypeStruct((_BATCH, _LENGTH, heads, setting.head_dim), setting.dtype)
-
-        positions = jax.ShapeDtypeStruct((_BATCH, _LENGTH), jnp.int32)
-        arguments = (tensor(_Q_HEADS), tensor(_KV_HEADS), tensor(_KV_HEADS), positions, positions, mask)
-        return lower_for_cuda(forward, *arguments, capability=setting.capability)
-
-    return lower
+    return lower_for_cuda(forward, *_tensors(setting), mask, scores, capability=setting.capability)
 
 
-def _forward_sizes(head_dim: int, dtype: str, capability: int) -> pa.BlockSizes:
-    return tuning.default_block_sizes(
-        *(_LENGTH, _LENGTH),
-        implementation="triton",
-        head_dim=head_dim,
-        dtype=jnp.dtype(dtype),
-        compute_capability=capability / 10,
+def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
+    def backward(query, key, value, q_positions, kv_positions, mask, scores, lse, delta, d_out):
+        sizes = setting.sizes
+        block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes)
+        inputs = query, key, value, block_mask, scores, lse, delta, d_out
+        return kernels.backward(*inputs, scale=setting.head_dim**-0.5, block_sizes=sizes)
+
+    tensors = _tensors(setting)
+    per_query = jax.ShapeDtypeStruct((_BATCH, _Q_HEADS, _LENGTH), jnp.float32)
+    arguments = *tensors, mask, scores, per_query, per_query, tensors[0]
+    return lower_for_cuda(backward, *arguments, capability=setting.capability)
+
+
+def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Query, key, value, and the positions of queries and keys."""
+    heads = (_Q_HEADS, _KV_HEADS, _KV_HEADS)
+    tensors = (jax.ShapeDtypeStruct((_BATCH, _LENGTH, n, setting.head_dim), setting.dtype) for n in heads)
+    positions = jax.ShapeDtypeStruct((_BATCH, _LENGTH), jnp.int32)
+    return *tensors, positions, positions
+
+
+def _default_sizes(kernel: tuning.Kernel) -> Callable[[int, str, int], pa.BlockSizes]:
+    def default_sizes(head_dim: int, dtype: str, capability: int) -> pa.BlockSizes:
+        return tuning.default_block_sizes(
+            *(_LENGTH, _LENGTH),
+            implementation="triton",
+            kernel=kernel,
+            head_dim=head_dim,
+            dtype=jnp.dtype(dtype),
+            compute_capability=capability / 10,
+        )
+
+    return default_sizes
+
+
+def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: pa.masks.Mask, scores: Scores = ()) -> KernelCase:
+    lower = _forward if kernel == "forward" else _backward
+    return KernelCase(
+        kernel.replace("_", "-") + suffix,
+        f"pallas_attn_{kernel}",
+        about,
+        ("full", "partial"),
+        lambda setting: lower(setting, mask, scores),
+        _default_sizes(kernel),
+        has_scores=bool(scores),
     )
 
 
-def _forward_case(name: str, about: str, mask: pa.masks.Mask) -> KernelCase:
-    return KernelCase(name, "pallas_attn_forward", about, ("full", "partial"), _forward(mask), _forward_sizes)
-
-
+_KERNELS: tuple[tuning.Kernel, ...] = ("forward", "d_query", "d_key_value")
 _CAUSAL = pa.masks.causal()
-_ARRAY = pa.masks.dense(jnp.ones((1, 1, _LENGTH, _LENGTH), jnp.bool_))
+_COMPOSED = _CAUSAL & pa.masks.sliding_window(300) | pa.masks.sink(4)
+_ARRAY = _CAUSAL & pa.masks.dense(jnp.ones((1, 1, _LENGTH, _LENGTH), jnp.bool_))
+_ALIBI = pa.scores.alibi(jnp.ones(_Q_HEADS)), pa.scores.softcap(30.0)
+_BIAS = (pa.scores.bias(jnp.zeros((1, _Q_HEADS, _LENGTH, _LENGTH), jnp.bfloat16)),)
 
 CASES = [
-    _forward_case("forward", "causal", _CAUSAL),
-    _forward_case(
-        "forward-composed",
-        "causal & sliding_window(300) | sink(4)",
-        _CAUSAL & pa.masks.sliding_window(300) | pa.masks.sink(4),
-    ),
-    _forward_case("forward-array", "causal & dense(array)", _CAUSAL & _ARRAY),
+    case
+    for kernel in _KERNELS
+    for case in (
+        _case(kernel, "", "causal", _CAUSAL),
+        _case(kernel, "-composed", "causal & sliding_window(300) | sink(4)", _COMPOSED),
+        _case(kernel, "-array", "causal & dense(array)", _ARRAY),
+        _case(kernel, "-alibi", "causal; alibi, softcap", _CAUSAL, _ALIBI),
+        _case(kernel, "-bias", "causal; a bias [1, N, T, S] in bfloat16", _CAUSAL, _BIAS),
+    )
 ]

@@ -32,6 +32,7 @@ BASELINE = Path(__file__).parent / "results" / "static.json"
 _CAPABILITIES = (80, 90)
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = ("bfloat16", "float16", "float32")
+_DEFAULT_DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in the names of its instructions alone
 _CASES = {case.name: case for case in CASES}
 
 
@@ -54,8 +55,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add = functools.partial(parser.add_argument, action="append")
     add("--capability", type=int, choices=_CAPABILITIES, help="ten times the compute capability; may be repeated")
     add("--head-dim", type=int, choices=_HEAD_DIMS, help="only this head size; may be repeated")
-    add("--dtype", choices=_DTYPES, help="only this dtype; may be repeated")
-    add("--kernel", choices=list(_CASES), help="only this kernel and mask; may be repeated")
+    add("--dtype", choices=_DTYPES, help="only this dtype; may be repeated (default: not float16)")
+    add("--kernel", choices=list(_CASES), help="only this case; may be repeated")
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
     parser.add_argument("--baseline", type=Path, help=f"report to compare with (default {BASELINE.name} in results/)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
@@ -84,6 +85,9 @@ def _run(options: argparse.Namespace) -> int:
     for line in differences(baseline, report) if baseline else [f"no baseline at {BASELINE}"]:
         console.print(line, highlight=False)
     found = [f"{label(entry)}: {problem}" for entry in entries for problem in static_report.problems(entry)]
+    for entry in entries:
+        for line in static_report.spills(entry) if entry["has_scores"] else []:
+            console.print(f"[yellow]{label(entry)}: {line}[/yellow]", highlight=False)
     for line in found:
         console.print(f"[red]{line}[/red]", highlight=False)
     if options.out:
@@ -96,7 +100,7 @@ def _settings(options: argparse.Namespace) -> Iterable[tuple[KernelCase, int, in
         [_CASES[name] for name in options.kernel or _CASES],
         options.capability or _CAPABILITIES,
         options.head_dim or _HEAD_DIMS,
-        options.dtype or _DTYPES,
+        options.dtype or _DEFAULT_DTYPES,
     )
 
 
@@ -112,7 +116,7 @@ def _default_entry(name: str, setting: Setting) -> dict:
 
 
 def _candidate(names: tuple[str, ...], setting: Setting) -> Candidate:
-    """A candidate under the masks of some cases; out as soon as one of them has a problem."""
+    """A candidate in some cases; out as soon as one of them has a problem."""
     entries = []
     for name in names:
         try:
@@ -156,11 +160,12 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         key = (case.kernel, capability, head_dim, itemsize)
         if key in rankings:
             continue
-        settings = [Setting(capability, head_dim, dtype, x) for x in static_sweep.candidates(head_dim, itemsize)]
+        choices = static_sweep.candidates(case.kernel, head_dim, itemsize)
+        settings = [Setting(capability, head_dim, dtype, x) for x in choices]
         tried = _compiled([((case.name,), x) for x in settings], _candidate, options.jobs)
         leaders = [x.setting for x in static_sweep.ranked(tried)[: static_sweep.FINALISTS]]
-        masks = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel)
-        finalists = _compiled([(masks, x) for x in leaders], _candidate, options.jobs)
+        cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel)
+        finalists = _compiled([(cases, x) for x in leaders], _candidate, options.jobs)
         order = static_sweep.ranked(finalists)
         current = case.default_sizes(head_dim, dtype, capability)
         title = f"{case.kernel}, sm_{capability}, D {head_dim}, {itemsize} bytes: {len(settings)} tried"
@@ -177,7 +182,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
 
 def _ranking_table(title: str, order: list[Candidate], current: BlockSizes) -> Table:
-    table = Table("q x kv, warps, stages", "full", "partial", "registers", "warps on SM", "bound", "", title=title)
+    table = Table("q x kv, warps, stages", "full", "partial", "registers", "stack", "warps on SM", "bound", title=title)
+    table.add_column("")
     for candidate in order:
         sizes = candidate.setting.sizes
         table.add_row(
@@ -185,11 +191,12 @@ def _ranking_table(title: str, order: list[Candidate], current: BlockSizes) -> T
             f"{candidate.cycles_per_tile('full'):.0f}",
             f"{candidate.cycles_per_tile('partial'):.0f}",
             str(candidate.registers),
+            str(max(entry["stack_bytes"] for entry in candidate.entries)),
             str(candidate.warps),
             candidate.entries[0]["loops"]["full"]["bound"],
             "in the table" if sizes == current else "",
         )
-    table.caption = "clocks per 64 x 64 pairs"
+    table.caption = "clocks per 64 x 64 pairs; bytes of stack, with scores alone"
     if not any(x.setting.sizes == current for x in order):
         table.caption += f"; in the table, but not among the best: {current}"
     return table

@@ -26,6 +26,7 @@ def describe(code: MachineCode, case: KernelCase, setting: Setting) -> dict:
     machine_loops = sass.natural_loops(sass.parse(code.sass))
     return {
         "case": case.name,
+        "has_scores": case.has_scores,
         "capability": setting.capability,
         "head_dim": setting.head_dim,
         "dtype": setting.dtype,
@@ -84,22 +85,31 @@ def _belongs_to_mask(instruction: sass.Instruction, masks: triton_ir.MaskLines) 
     return instruction.line in masks.logic or (compares and instruction.line in masks.loads)
 
 
+def spills(entry: dict) -> list[str]:
+    """What is spilled, in words."""
+    stores, loads = entry["spill_stores"], entry["spill_loads"]
+    if entry["stack_bytes"] or stores or loads:
+        return [f"spills: {entry['stack_bytes']} bytes of stack, {stores} stores and {loads} loads"]
+    return []
+
+
 def problems(entry: dict) -> list[str]:
-    """What must not be in a default entry, in words."""
-    found = []
-    if entry["stack_bytes"] or entry["spill_stores"] or entry["spill_loads"]:
-        stores, loads = entry["spill_stores"], entry["spill_loads"]
-        found.append(f"spills: {entry['stack_bytes']} bytes of stack, {stores} stores and {loads} loads")
+    """What must not be in a default entry, in words.
+
+    Scores may take compares in full blocks, plain loads of their operands, and registers that one entry of the table
+    does not have for all of them.
+    """
+    found = [] if entry["has_scores"] else spills(entry)
     if entry["occupancy"]["blocks"] == 0:
         found.append(f"does not fit on a multiprocessor: too much of {entry['occupancy']['limit']}")
     for name, loop in entry["loops"].items():
         if not loop["instructions"]:
             found.append(f"no loop over {name} blocks in the machine code")
             continue
-        if name == "full" and loop["mask"]:
+        if name == "full" and loop["mask"] and not entry["has_scores"]:
             found.append(f"{loop['mask']} mask instructions in the loop over full blocks")
         copied, products = loop["copied_bytes"], loop["multiply_adds"]
-        if copied["done"] < copied["asked"]:
+        if copied["done"] < copied["asked"] and not entry["has_scores"]:
             missing = f"{copied['done']} of {copied['asked']} bytes"
             found.append(f"{name} blocks: only {missing} are copied asynchronously")
         if products["done"] < products["asked"]:

@@ -7,26 +7,33 @@ from bench.kernel_cases import Setting
 from pallas_attn import BlockSizes
 
 # Larger blocks than 128 would skip less of a sparse mask.
-_ROWS = {2: ((64, 128), (32, 64, 128)), 4: ((16, 32, 64), (16, 32, 64))}
+_SIZES = {2: (32, 64, 128), 4: (16, 32, 64)}
+# What a program holds in float32 at a time: sums as wide as a head, and tiles of queries by keys.
+_HELD = {"pallas_attn_forward": (1, 1), "pallas_attn_d_query": (1, 2), "pallas_attn_d_key_value": (2, 2)}
 _WARPS = (4, 8)
 _STAGES = (2, 3)
-# How many of the best under one mask are compiled under the others too.
+# How many of the best in one case are compiled in the others too.
 FINALISTS = 6
 _MOST_REGISTERS = 248  # of 255; the next smaller unit of allocation
 # Estimates closer than this are alike: they leave out more than that.
 _ALIKE = 0.03
 
 
-def candidates(head_dim: int, itemsize: int) -> list[BlockSizes]:
-    """Block sizes to try, without those whose accumulators alone overflow the 255 registers of a thread."""
-    q_sizes, kv_sizes = _ROWS[itemsize]
-    tried = itertools.starmap(BlockSizes, itertools.product(q_sizes, kv_sizes, _WARPS, _STAGES))
-    return [x for x in tried if x.q * (head_dim + x.kv) / (32 * x.num_warps) < 255]
+def candidates(kernel: str, head_dim: int, itemsize: int) -> list[BlockSizes]:
+    """Block sizes to try, without those whose sums and tiles alone overflow the 255 registers of a thread."""
+    sums, tiles = _HELD[kernel]
+
+    def registers(sizes: BlockSizes) -> float:
+        rows = sizes.kv if kernel == "pallas_attn_d_key_value" else sizes.q
+        return (rows * sums * head_dim + sizes.q * sizes.kv * tiles) / (32 * sizes.num_warps)
+
+    choices = itertools.product(_SIZES[itemsize], _SIZES[itemsize], _WARPS, _STAGES)
+    return [x for x in itertools.starmap(BlockSizes, choices) if registers(x) < 255]
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A setting with the report's entries, one per mask, or with the reason why it is out."""
+    """A setting with the report's entries, one per case, or with the reason why it is out."""
 
     setting: Setting
     entries: tuple[dict, ...]
@@ -34,18 +41,19 @@ class Candidate:
 
     @property
     def registers(self) -> int:
-        """Of the mask that needs most."""
+        """Of the case that needs most."""
         return max(entry["registers"] for entry in self.entries)
 
     @property
     def warps(self) -> int:
-        """Resident on a multiprocessor, with the mask that leaves fewest."""
+        """Resident on a multiprocessor, with the case that leaves fewest."""
         return min(entry["occupancy"]["warps"] for entry in self.entries)
 
     def cycles_per_tile(self, loop: str) -> float:
-        """Estimated clocks of a multiprocessor per 64 x 64 query-key pairs, with the slowest mask."""
+        """Estimated clocks of a multiprocessor per 64 x 64 query-key pairs, with the slowest mask and no scores."""
         sizes = self.setting.sizes
-        return max(entry["loops"][loop]["cycles"] for entry in self.entries) * 64 * 64 / (sizes.q * sizes.kv)
+        cycles = (entry["loops"][loop]["cycles"] for entry in self.entries if not entry["has_scores"])
+        return max(cycles) * 64 * 64 / (sizes.q * sizes.kv)
 
 
 def ranked(tried: list[Candidate]) -> list[Candidate]:

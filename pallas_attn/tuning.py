@@ -47,28 +47,33 @@ _TRITON = {
     (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
 }
 
-# The same for dQ.
+# The same for dQ. At D 128 on compute capability 9.0, 128 x 64 with 8 warps estimates 3 % better, but leaves room for one
+# program on a multiprocessor instead of two. At D 256, GPUs from 8.6 on have too little shared memory for 64 x 64.
 _TRITON_D_QUERY = {
     (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
     (2, 9.0, 128): BlockSizes(64, 64, num_warps=4, num_stages=2),
-    (2, 9.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
-    (2, 8.0, 64): BlockSizes(64, 64, num_warps=8, num_stages=2),
-    (2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
-    (2, 8.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=2),
+    (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 128): BlockSizes(128, 32, num_warps=8, num_stages=2),
+    (2, 8.6, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (2, 8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
+    (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
     (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
     (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
     (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
 }
 
-# The same for dK and dV, whose kernel holds two accumulators.
+# The same for dK and dV, whose kernel holds two sums with a row per key. Many keys and few queries estimate best: a row
+# of queries is read from shared memory by every warp. At D 256 the sums leave registers for 16 keys.
 _TRITON_D_KEY_VALUE = {
     (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
-    (2, 9.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
-    (2, 9.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
-    (2, 8.0, 64): BlockSizes(64, 64, num_warps=8, num_stages=2),
-    (2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
-    (2, 8.0, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (2, 9.0, 128): BlockSizes(32, 128, num_warps=8, num_stages=2),
+    (2, 8.0, 64): BlockSizes(32, 128, num_warps=8, num_stages=2),
+    (2, 8.0, 128): BlockSizes(16, 128, num_warps=8, num_stages=2),
+    (2, 8.0, 256): BlockSizes(32, 16, num_warps=4, num_stages=2),
     (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
+    (4, 9.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
     (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
     (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
 }

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+BUCKETS = 6
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -189,7 +190,7 @@ class Score:
             case "bias":
                 at = [pairs.b, pairs.n, pairs.t, pairs.s]
             case "buckets":
-                at = [pairs.n, np.minimum(np.abs(pairs.q - pairs.k), self.argument.shape[1] - 1)]
+                at = [pairs.n, np.minimum(np.abs(pairs.q - pairs.k), BUCKETS - 1)]
             case "saturated":
                 return np.zeros_like(pairs.n)
             case _:
@@ -257,7 +258,7 @@ def factor(array: np.ndarray) -> Score:
 
 
 def buckets(array: np.ndarray) -> Score:
-    """``logit + array[head, distance]``, the last column for all larger distances: a table such as T5's."""
+    """``logit + array[head, distance]``, the last of the ``BUCKETS`` for all that is farther: such as T5's table."""
     return Score("buckets", np.asarray(array))
 
 
@@ -269,9 +270,7 @@ def saturated(array: np.ndarray) -> Score:
 # What a user writes: with operators alone, so that it needs no library.
 _CUSTOM = {
     "factor": lambda logit, q, k, head, params: logit * params["array"][head],
-    "buckets": lambda logit, q, k, head, params: (
-        logit + params["array"][head, abs(q - k).clip(0, params["array"].shape[1] - 1)]
-    ),
+    "buckets": lambda logit, q, k, head, params: logit + params["array"][head, abs(q - k).clip(0, BUCKETS - 1)],
     "saturated": lambda logit, q, k, head, params: params["array"] * logit / (1 + abs(logit)),
 }
 

@@ -97,7 +97,7 @@ def masks(draw, batch: int, q_heads: int, kv_heads: int, q_len: int, kv_len: int
 
 
 @st.composite
-def scores(draw, batch: int, q_heads: int, q_len: int, kv_len: int, with_parameters: bool = True):
+def scores(draw, batch: int, q_heads: int, q_len: int, kv_len: int):
     """Up to three scores; biases of every broadcast pattern, in float32 or bfloat16."""
 
     def array(rng, *shape):
@@ -108,22 +108,19 @@ def scores(draw, batch: int, q_heads: int, q_len: int, kv_len: int, with_paramet
         return oracle.bias(array(rng, *shape).astype(dtype))
 
     extents = (batch, q_heads, q_len, kv_len)
-    kinds = [
+    kinds = st.one_of(
         st.sampled_from([0.5, 3, 50.0]).map(oracle.softcap),
         generators.map(lambda rng: oracle.alibi(array(rng, q_heads) / 8)),
         st.builds(bias, generators, *[st.booleans()] * 4, dtype=st.sampled_from([jnp.float32, jnp.bfloat16])),
-    ]
-    if with_parameters:
-        kinds += [
-            generators.map(lambda rng: oracle.factor(array(rng, q_heads))),
-            generators.map(lambda rng: oracle.buckets(array(rng, q_heads, rng.integers(1, 9)))),
-            generators.map(lambda rng: oracle.saturated(array(rng))),
-        ]
-    return tuple(draw(st.lists(st.one_of(kinds), max_size=3)))
+        generators.map(lambda rng: oracle.factor(array(rng, q_heads))),
+        generators.map(lambda rng: oracle.buckets(array(rng, q_heads, oracle.BUCKETS))),
+        generators.map(lambda rng: oracle.saturated(array(rng))),
+    )
+    return tuple(draw(st.lists(kinds, max_size=3)))
 
 
 @st.composite
-def programs(draw, with_parameters: bool = True):
+def programs(draw):
     """A whole call: :class:`tests.gradient_check.Case`."""
     batch, kv_heads, group = (draw(st.integers(1, 3)) for _ in range(3))
     q_len, kv_len = draw(st.integers(1, 40)), draw(st.integers(1, 50))
@@ -138,6 +135,6 @@ def programs(draw, with_parameters: bool = True):
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         scale=draw(st.sampled_from([None, -0.3])),
         block_sizes=draw(st.sampled_from([(16, 16), (16, 32), (32, 16)])),
-        scores=draw(scores(batch, q_heads, q_len, kv_len, with_parameters)),
+        scores=draw(scores(batch, q_heads, q_len, kv_len)),
         sinks=draw(st.none() | generators.map(lambda rng: rng.standard_normal(q_heads).astype(np.float32))),
     )

@@ -235,6 +235,8 @@ def decode(step, state, x, **options):
     return jnp.concatenate(outs, axis=1)
 
 
+# Where only positions are in question.
+REFERENCE = {"implementation": "reference"}
 WINDOW = pa.masks.sliding_window(3) | pa.masks.sink(1)
 
 
@@ -259,10 +261,10 @@ def test_nnx_decodes_as_it_trains(mask, seen):
 def test_is_causal_while_decoding_sees_all_filled_slots():
     query, key, value = normal(B, 1, N, 8), normal(B, S, N, 8), normal(B, S, N, 8)
     filled = jnp.broadcast_to(jnp.arange(S) <= 5, (B, 1, 1, S)).astype(jnp.float32)
-    ours = pa.flax.attention_fn()
+    ours = pa.flax.attention_fn(**REFERENCE)
     with_flag, without = (ours(query, key, value, mask=filled, is_causal=flag) for flag in (True, False))
     np.testing.assert_array_equal(with_flag, without)
-    check_close(without, pa.attention(query, key[:, :6], value[:, :6]))
+    check_close(without, pa.attention(query, key[:, :6], value[:, :6], **REFERENCE))
 
 
 def test_decodes_left_padded_rows():
@@ -280,16 +282,17 @@ def test_a_row_that_hides_its_newest_slot_is_at_the_place_of_the_others():
     query, key, value = normal(B, 1, N, 8), normal(B, S, N, 8), normal(B, S, N, 8)
     filled = np.arange(S) <= np.array([[5], [4]])
     seen = filled & (np.arange(S) > 5 - 3)
-    ours = pa.flax.attention_fn(pa.masks.sliding_window(3))(query, key, value, mask=filled[:, None, None])
-    check_close(ours, pa.attention(query, key, value, jnp.asarray(seen)[:, None, None]))
+    ours = pa.flax.attention_fn(pa.masks.sliding_window(3), **REFERENCE)
+    out = ours(query, key, value, mask=filled[:, None, None])
+    check_close(out, pa.attention(query, key, value, jnp.asarray(seen)[:, None, None], **REFERENCE))
 
 
 def test_scores_know_the_position_of_the_token_that_is_decoded():
     query, key, value = normal(B, T, N, 8), normal(B, T, N, 8), normal(B, T, N, 8)
-    options = {"scores": pa.scores.alibi(jnp.arange(1.0, N + 1)), "sinks": normal(N)}
+    options = {"scores": pa.scores.alibi(jnp.arange(1.0, N + 1)), "sinks": normal(N)} | REFERENCE
     ours = pa.flax.attention_fn(**options)
     whole = pa.attention(query, key, value, pa.masks.causal(), **options)
-    for t in range(T):
+    for t in (0, 4, T - 1):
         filled = jnp.broadcast_to(jnp.arange(T) <= t, (B, 1, 1, T))
         check_close(ours(query[:, t : t + 1], key, value, mask=filled), whole[:, t : t + 1])
 
@@ -307,20 +310,23 @@ def test_decodes_in_bfloat16():
 def test_linen_decodes_as_flax_itself():
     x = normal(B, T, E)
 
-    def run(**attention):
-        layer = nn.MultiHeadDotProductAttention(num_heads=N, precision="highest", decode=True, **attention)
-        variables = layer.init(jax.random.key(1), x)
-        step = jax.jit(lambda variables, token: layer.apply(variables, token, mutable=["cache"]))
+    def layer(**attention):
+        return nn.MultiHeadDotProductAttention(num_heads=N, precision="highest", decode=True, **attention)
+
+    def run(variables, **attention):
+        step = jax.jit(lambda variables, token: layer(**attention).apply(variables, token, mutable=["cache"]))
         outs = []
         for t in range(T):
             out, cache = step(variables, x[:, t : t + 1])
-            variables |= cache
+            variables = variables | cache
             outs.append(out)
         return jnp.concatenate(outs, axis=1)
 
-    check_close(run(attention_fn=pa.flax.attention_fn()), run())
-    window = run(attention_fn=pa.flax.attention_fn(pa.masks.sliding_window(2)))
-    assert distance([window], [run()]) > tolerances.CACHED_LOGITS
+    variables = layer().init(jax.random.key(1), x)
+    flax = run(variables)
+    check_close(run(variables, attention_fn=pa.flax.attention_fn()), flax)
+    window = run(variables, attention_fn=pa.flax.attention_fn(pa.masks.sliding_window(2)))
+    assert distance([window], [flax]) > tolerances.CACHED_LOGITS
 
 
 def test_no_step_compiles_anything_but_the_first(compilations):
@@ -383,7 +389,7 @@ def test_every_option_of_this_flax_is_named_in_its_place(flax):
         {"precision": p}
         for p in ("F16_F16_F16", jax.lax.DotAlgorithmPreset.TF32_TF32_F32, ("highest", "BF16_BF16_F32"))
     ],
-    ids=lambda option: " ".join(map(str, option.items())),
+    ids=lambda option: next(iter(option)),
 )
 def test_what_cannot_be_honoured_is_refused_by_name(option):
     with pytest.raises(NotImplementedError, match=f"attention_fn: {next(iter(option))}: "):

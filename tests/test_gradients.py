@@ -166,7 +166,7 @@ TINY_SCORES = {
     "softcap and alibi": (oracle.softcap(2.0), oracle.alibi(np.array([0.2, 0.4], np.float32))),
     "alibi and softcap": (oracle.alibi(np.array([0.2, 0.4], np.float32)), oracle.softcap(2.0)),
     "bias": (oracle.bias(normal(1, 2, 1, 4)), oracle.softcap(2.0), oracle.bias(normal(2, 1, 3, 4))),
-    "custom": (oracle.factor(normal(2)), oracle.saturated(np.float32(1.5)), oracle.buckets(normal(2, 3))),
+    "custom": (oracle.factor(normal(2)), oracle.saturated(np.float32(1.5)), oracle.buckets(normal(2, oracle.BUCKETS))),
 }
 
 
@@ -213,8 +213,7 @@ def test_the_gradients_of_the_oracle_are_those_of_its_outputs(name, has_sinks):
         ("softcap and alibi", "xla"),
         ("custom", "xla"),
         ("bias", "xla"),
-        *(("bias", *parameter.values) for parameter in implementations("interpreted") if not parameter.marks),
-        pytest.param("bias", "interpreted"),
+        ("bias", "interpreted"),
     ],
 )
 def test_gradients_are_those_of_differences(name, implementation):
@@ -428,7 +427,7 @@ def test_no_array_of_queries_times_keys():
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(token, token, token).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 16 * token.size * 4, "a few arrays of the tokens' size and a few tiles"
+    assert temporary < 8 * token.size * 4, "a few arrays of the tokens' size and a few tiles"
     assert temporary < heads * length**2 * 4 / 20
 
 
@@ -559,7 +558,7 @@ def test_gradients_without_jit_are_those_with_it(implementation):
 )
 def test_random_programs_equal_the_oracle(implementation, examples):
     @strategies.repeatable(max_examples=examples, phases=[Phase.generate])
-    @given(strategies.programs(with_parameters=implementation == "xla"))
+    @given(strategies.programs())
     def check_one(case):
         check(case, implementation)
 

@@ -19,7 +19,8 @@ from bench import issue_rates, sass, static, static_report, static_sweep
 from bench.kernel_cases import CASES, KernelCase, Setting
 from bench.machine_code import compile_kernels, lower_for_cuda
 
-FORWARD = CASES[0]
+CASE = {case.name: case for case in CASES}
+FORWARD = CASE["forward"]
 SIZES = pa.BlockSizes(64, 64, num_warps=4, num_stages=2)
 SETTING = Setting(90, 64, "bfloat16", SIZES)
 
@@ -86,10 +87,41 @@ def test_the_mask_is_in_the_loop_over_partial_blocks_alone(entry):
 
 
 def test_loops_are_told_apart_whatever_the_mask(entry):
-    everything = dataclasses.replace(FORWARD, lower=CASES[1].lower)
+    everything = dataclasses.replace(FORWARD, lower=CASE["forward-composed"].lower)
     other = static_report.entry(everything, SETTING)
     assert other["loops"]["full"]["kinds"] == entry["loops"]["full"]["kinds"]
     assert other["loops"]["partial"]["mask"] > entry["loops"]["partial"]["mask"]
+
+
+@pytest.mark.parametrize(("name", "products"), [("d-query", 3), ("d-key-value", 4)])
+def test_both_loops_of_the_backward_kernels_are_found(name, products):
+    found = static_report.entry(CASE[name], SETTING)
+    assert static_report.problems(found) == []
+    for loop in found["loops"].values():
+        # The logits, the derivative of the probabilities, and one product for each sum.
+        assert loop["multiply_adds"] == {"asked": products * 64 * 64 * 64, "done": products * 64 * 64 * 64}
+        assert loop["copied_bytes"]["asked"] == 2 * 64 * 64 * 2 <= loop["copied_bytes"]["done"]
+        assert loop["kinds"]["ex2"] == 64 * 64 // 128
+    assert found["loops"]["partial"]["mask"] >= 2 * 64 * 64 // 128 > found["loops"]["full"]["mask"] == 0
+
+
+def test_what_scores_excuse_is_reported_without_them(entry):
+    full = entry["loops"]["full"] | {"mask": 3, "copied_bytes": {"asked": 2, "done": 1}}
+    changed = entry | {"loops": entry["loops"] | {"full": full}, "spill_stores": 1}
+    assert len(static_report.problems(changed)) == 3
+    assert static_report.problems(changed | {"has_scores": True}) == []
+    assert static_report.spills(changed | {"has_scores": True}) == ["spills: 0 bytes of stack, 1 stores and 0 loads"]
+    full["multiply_adds"] = {"asked": 2, "done": 1}
+    assert len(static_report.problems(changed | {"has_scores": True})) == 1
+
+
+@pytest.mark.parametrize("kernel", ["forward", "d_query", "d_key_value"])
+def test_every_kernel_is_reported_with_masks_and_with_scores(kernel):
+    cases = [case for case in CASES if case.kernel == f"pallas_attn_{kernel}"]
+    assert {case.has_scores for case in cases} == {False, True}
+    call = {"kernel": kernel, "head_dim": 256, "dtype": "float32", "compute_capability": 8.0}
+    entry_of_table = pa.tuning.default_block_sizes(2048, 2048, implementation="triton", **call)
+    assert {case.default_sizes(256, "float32", 80) for case in cases} == {entry_of_table}
 
 
 def test_a_mask_in_the_loop_over_full_blocks_is_reported():
@@ -239,7 +271,7 @@ def test_the_sweep_ranks_by_full_blocks_and_leaves_registers_free():
     def candidate(cycles, partial, registers, stages, reason=None):
         loops = {"full": {"cycles": cycles}, "partial": {"cycles": partial}}
         setting = Setting(90, 64, "bfloat16", pa.BlockSizes(64, 64, num_stages=stages))
-        entry = {"registers": registers, "loops": loops, "occupancy": {"warps": 8}}
+        entry = {"registers": registers, "loops": loops, "occupancy": {"warps": 8}, "has_scores": False}
         return static_sweep.Candidate(setting, (entry,), reason)
 
     best, alike, slow = candidate(100, 200, 200, 3), candidate(101, 201, 200, 2), candidate(150, 200, 100, 3)
@@ -250,9 +282,12 @@ def test_the_sweep_ranks_by_full_blocks_and_leaves_registers_free():
 
 
 def test_the_sweep_tries_no_accumulators_larger_than_the_registers():
-    tried = static_sweep.candidates(256, 2)
-    assert pa.BlockSizes(128, 128, num_warps=4, num_stages=2) not in tried
-    assert pa.BlockSizes(64, 64, num_warps=8, num_stages=2) in tried
+    wide = pa.BlockSizes(32, 128, num_warps=8, num_stages=2)
+    for kernel, holds_wide in {"forward": True, "d_query": True, "d_key_value": False}.items():
+        tried = static_sweep.candidates(f"pallas_attn_{kernel}", 256, 2)
+        assert pa.BlockSizes(128, 128, num_warps=4, num_stages=2) not in tried
+        assert pa.BlockSizes(64, 64, num_warps=8, num_stages=2) in tried
+        assert (wide in tried) == holds_wide  # dK and dV are two sums, with a row per key
 
 
 # The command.

@@ -56,7 +56,8 @@ def forward(
     logits = scale * jnp.einsum("btnd,bsnd->bnts", query_f32, key, precision=jax.lax.Precision.HIGHEST)
     if scores:
         # Twice, so that derivatives of what is not allowed are those of constants.
-        operands = score_algebra.map_operands(lambda x: jnp.where(allowed, x.astype(jnp.float32), 0.0), scores)
+        scores = jax.tree.map(lambda x: x.astype(jnp.float32), scores)
+        operands = score_algebra.map_operands(lambda x: jnp.where(allowed, x, 0.0), scores)
         heads = jnp.arange(q_heads, dtype=jnp.int32)[None, :, None, None]
         kv_positions = repeat_heads(kv_positions, q_heads)
         logits = score_algebra.apply(operands, jnp.where(allowed, logits, 0.0), q_positions, kv_positions, heads)

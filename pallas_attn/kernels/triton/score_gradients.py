@@ -111,7 +111,9 @@ def _kernel(
         """``(batch row, query head, query block, KV block)``."""
         if keys == 1:
             return third, second, first, visit
-        b, n, i = visit // (free[1] * free[2]), visit // free[2] % free[1], visit % free[2]
+        b = visit // (free[1] * free[2])
+        # Not %, which does not lower within a loop.
+        n, i = lax.rem(visit // free[2], np.int32(free[1])), lax.rem(visit, np.int32(free[2]))
         return (
             third // heads if rows > 1 else b,
             third % heads if heads > 1 else n,

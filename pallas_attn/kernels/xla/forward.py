@@ -82,7 +82,8 @@ def forward(
         )
         state = lax.fori_loop(0, program.num_full, full_block, state)
         state = lax.fori_loop(program.num_full, program.num_active, partial_block, state)
-        return _finish(state, program.is_token, None if sinks is None else program.heads(sinks)[..., None])
+        sink = None if sinks is None else program.heads(sinks.astype(jnp.float32))[..., None]
+        return _finish(state, program.is_token, sink)
 
     out, lse = lax.map(run, cut.programs())
     return cut.join_queries(out.astype(query.dtype)), cut.join_queries(lse).swapaxes(1, 2)
