@@ -47,8 +47,8 @@ _TRITON = {
     (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
 }
 
-# The same for dQ. At D 128 on compute capability 9.0, 128 x 64 with 8 warps estimates 3 % better, but leaves room for one
-# program on a multiprocessor instead of two. At D 256, GPUs from 8.6 on have too little shared memory for 64 x 64.
+# The same for dQ. At D 128 on compute capability 9.0, 128 x 64 with 8 warps estimates 3 % better, but leaves room for
+# one program on a multiprocessor, not two. At D 256, 64 x 64 needs more shared memory than 8.6 and 8.9 have.
 _TRITON_D_QUERY = {
     (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
     (2, 9.0, 128): BlockSizes(64, 64, num_warps=4, num_stages=2),
