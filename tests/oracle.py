@@ -393,11 +393,13 @@ def gradients(
     pairs: Pairs | None = None,
     *,
     plain: bool = False,
+    from_output: bool = False,
 ) -> Gradients:
     """Of ``sum(out * d_out) + sum(lse * d_lse)``, float64; with ``plain`` as one computes them in the inputs' dtype.
 
     Softmax: ``dp = d_out v'``, ``ds = p (dp - sum_j p_j dp_j + d_lse)``, where a sink is a key without a value. What
-    comes through the scores is the chain rule, one after the other from the last.
+    comes through the scores is the chain rule, one after the other from the last. With ``from_output`` the sum is
+    ``d_out . out``, which is the same but for the rounding of ``out``.
     """
     dtype = np.float32 if plain else np.float64
 
@@ -411,7 +413,8 @@ def gradients(
     d_out = np.where(seen, rounded(d_out.astype(dtype)).swapaxes(1, 2), dtype(0))
     d_lse = np.where(seen, d_lse.astype(dtype)[..., None], dtype(0))
     d_p = rounded(np.matmul(d_out, f.value.swapaxes(2, 3)))
-    mean = (p * d_p).sum(-1, keepdims=True)
+    summands = d_out * rounded(np.matmul(rounded(p), f.value)) if from_output else p * d_p
+    mean = summands.sum(-1, keepdims=True)
     d_logits = p * (d_p - mean + d_lse)
     d_sinks = None if sinks is None else (p_sink * (d_lse - mean)).sum((0, 2, 3))
     d_arrays = []

@@ -78,7 +78,7 @@ def test_a_sink_is_a_key_without_a_value(implementation):
         np.testing.assert_allclose(x, like, rtol=0, atol=limit)
 
 
-@EVERY_IMPLEMENTATION
+@pytest.mark.parametrize("implementation", implementations("reference", "xla", slow=("interpreted",)))
 def test_sinks_that_vanish_are_no_sinks(implementation):
     """-inf is a sink without probability, and without a gradient."""
     case = Case(oracle.causal(), LAST, LEFT)

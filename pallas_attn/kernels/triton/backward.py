@@ -9,6 +9,7 @@ per KV block, which sums over the query heads of its group itself. Nothing is ad
 same call gives the same bits. As in the forward pass, the loop over full blocks holds no mask code.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -55,8 +56,8 @@ def backward(
         sizes = block_sizes or tuning.default_block_sizes(
             query.shape[1], key.shape[1], implementation="triton", kernel=kernel, head_dim=head_dim, dtype=query.dtype
         )
-        if sizes == block_mask.block_sizes:
-            return block_mask
+        if (sizes.q, sizes.kv) == (block_mask.q_block, block_mask.kv_block):
+            return dataclasses.replace(block_mask, block_sizes=sizes)
         return BlockMask.from_mask(block_mask.mask, block_mask.q_positions, block_mask.kv_positions, sizes)
 
     residuals = Residuals(lse, delta, d_out.astype(query.dtype))
@@ -196,6 +197,8 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
             rows = pl.Slice(block * cut.q_block, cut.q_block)
             q_positions = plgpu.load(refs.q_positions.at[rows]) if refs.scores else None
             lse = plgpu.load(residuals.lse.at[g, rows]) * LOG2_E
+            if refs.scores:  # which may take every key from a query
+                lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
             return visit(state, rows, None, None, q_positions, lse, None)
 
         def partial(block, state):
