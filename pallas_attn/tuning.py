@@ -33,13 +33,16 @@ class BlockSizes:
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. They
 # are chosen by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its
 # cases, those of the best estimate, or a few percent more where only those leave shared memory for tiles of a bias.
-# Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are small.
+# Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are small. The entries from 8.6 on fit
+# into the 99 KiB of shared memory that a block has there, with a bias too.
 _TRITON = {
     (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=2),
     (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
     (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=3),
     (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=3),
+    (2, 8.6, 128): BlockSizes(128, 32, num_warps=8, num_stages=3),
     (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
+    (2, 8.6, 256): BlockSizes(64, 32, num_warps=8, num_stages=2),
     (2, 8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
     (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
     (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
@@ -110,6 +113,8 @@ def default_block_sizes(
         keys = _XLA_KEYS_DECODE if q_len <= 16 else _XLA_KEYS
         return BlockSizes(min(q_len, _XLA_QUERIES), min(kv_len, keys))
     capability = _compute_capability() if compute_capability is None else compute_capability
+    # From 12.0 on (GeForce, RTX PRO) there are neither the matrix instructions nor the shared memory of 9.0 and 10.0.
+    capability = 8.9 if capability >= 12.0 else capability
     itemsize = jnp.dtype(dtype).itemsize
     table = _TABLES[kernel]
     fitting = (

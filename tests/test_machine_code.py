@@ -1,4 +1,4 @@
-"""The Triton forward kernel as machine code, for GPUs that are not there."""
+"""The Triton kernels as machine code, for GPUs that are not there."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ from pallas_attn.kernels import triton as kernels
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
 
+from bench.kernel_cases import CASES, Setting
 from bench.machine_code import compile_kernels, lower_for_cuda
 
 CAUSAL = pa.masks.causal()
+SECOND_KERNELS = ("d_query", "d_key_value")
 COMPOSED = pa.masks.causal() & pa.masks.sliding_window(300) | pa.masks.sink(4)
 
 
@@ -65,3 +67,26 @@ def test_masks_with_arrays_and_odd_head_sizes_compile():
     mask = pa.masks.dense(jnp.ones((2, 8, 2048, 2048), jnp.bool_)) & pa.masks.prefix(jnp.array([3, 900]))
     kernel = compiled(mask, 80, jnp.bfloat16, 90, value_dim=48)
     assert kernel.spill_stores == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kernel", ["forward", *(pytest.param(k, marks=pytest.mark.slow) for k in SECOND_KERNELS)])
+def test_entries_from_8_6_on_fit_into_99_kib_with_a_bias(kernel, head_dim):
+    sizes = tuning.default_block_sizes(
+        2048, 2048, implementation="triton", kernel=kernel, head_dim=head_dim, compute_capability=8.6
+    )
+    (case,) = [case for case in CASES if case.name == f"{kernel.replace('_', '-')}-bias"]
+    compiled = compile_kernels(case.lower(Setting(80, head_dim, "bfloat16", sizes)), 80)
+    (code,) = [code for code in compiled if code.name == case.kernel]
+    assert code.shared_bytes <= 99 * 1024
+
+
+def test_geforce_has_the_entries_of_its_shared_memory():
+    for kernel in ("forward", *SECOND_KERNELS):
+        for head_dim in (64, 128, 256):
+            options = {"implementation": "triton", "kernel": kernel, "head_dim": head_dim}
+            ada, blackwell = (
+                tuning.default_block_sizes(2048, 2048, compute_capability=capability, **options)
+                for capability in (8.9, 12.0)
+            )
+            assert ada == blackwell
