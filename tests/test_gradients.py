@@ -132,7 +132,7 @@ def test_equals_the_oracle(name, implementation):
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", implementations("reference", "xla", "interpreted"))
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (63, 63), (113, 203)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 203), (63, 63), (113, 203)])
 def test_equals_the_oracle_at_every_length_and_head_size(q_len, kv_len, head_dim, implementation):
     """Dtypes, value sizes, heads and block sizes take turns."""
     turn = [1, 63, 113].index(q_len) + [32, 64, 80, 96, 128].index(head_dim)

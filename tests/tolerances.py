@@ -19,6 +19,14 @@ def gradient_limit(plain_error: float, largest: float, dtype) -> float:
     return max(3 * plain_error, float(jnp.finfo(dtype).eps) * largest) + 2.0**-20 * largest
 
 
+def recomputed_limit(largest_logit: float) -> float:
+    """Relative to the largest gradient, where a kernel recomputes float32 probabilities from logits and lse.
+
+    Both are rounded to 24 bits: the difference of two of size 1e4 is off by 1e-3, and so is its exponential.
+    """
+    return 2.0**-21 * largest_logit
+
+
 # Relative to the largest derivative: float32 against float64 differences.
 ATTENTION_GRADIENT = 1e-5
 # Relative and absolute: float32 against float32 differences with a step of 1e-2, whose own error is about 1e-3.

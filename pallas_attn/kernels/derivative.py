@@ -21,6 +21,7 @@ def differentiable(implementation: ModuleType, name: str, **options):
       **options: keywords of both passes.
     """
     forward = batched_forward(functools.partial(implementation.forward, **options))
+    forward_once = _once_only(forward, name)  # a second derivative would begin here
     backward = _once_only(batched_backward(functools.partial(implementation.backward, **options)), name)
 
     @jax.custom_vjp
@@ -28,7 +29,7 @@ def differentiable(implementation: ModuleType, name: str, **options):
         return forward(query, key, value, block_mask, scores, sinks)
 
     def attend_forward(query, key, value, block_mask, scores, sinks):
-        out, lse = forward(query, key, value, block_mask, scores, sinks)
+        out, lse = forward_once(query, key, value, block_mask, scores, sinks)
         out, lse = (checkpoint_name(x, "pallas_attn") for x in (out, lse))
         return (out, lse), (query, key, value, block_mask, scores, sinks, out, lse)
 
@@ -46,14 +47,14 @@ def differentiable(implementation: ModuleType, name: str, **options):
 
 def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Array, delta: Array) -> Array:
     """A sink is a key without a value, so its ``dp`` is 0: ``d_sink = sum(p_sink * (0 - delta))``."""
-    real = (block_mask.q_positions >= 0)[:, None] & (lse > -jnp.inf)
+    real = (block_mask.q_positions >= 0)[:, None] & (lse != -jnp.inf)  # not >: what is not a number shows
     probability = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse, jnp.inf))
     return -jnp.sum(probability * jnp.where(real, delta, 0.0), axis=(0, 2)).astype(sinks.dtype)
 
 
-def _once_only(backward, name: str):
+def _once_only(function, name: str):
     """A second derivative would have to differentiate kernels: it says what to do instead of failing inside."""
-    kernel = jax.custom_vjp(backward)
+    kernel = jax.custom_vjp(function)
 
     def refuse(*_):
         raise NotImplementedError(
