@@ -40,7 +40,8 @@ def forward(
       out ``[B, T, N, Dv]`` in query's dtype; lse float32 ``[B, N, T]``. A query that sees no key gets 0, and -inf (with
       a sink: the sink); one that is padding gets 0 and -inf.
     """
-    q_heads, kv_heads = query.shape[2], key.shape[2]
+    (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
+    grouped = (batch, kv_heads, q_heads // kv_heads, q_len, -1)
     q_positions = block_mask.q_positions[:, None, :, None]  # [B|1, 1, T, 1]
     kv_positions = block_mask.kv_positions[:, :, None, :]  # [B|1, 1|K, 1, S]
     # What is not there may hold anything, NaN included, and 0 * NaN is NaN.
@@ -48,12 +49,13 @@ def forward(
     key, value = (jnp.where(real_key, x.astype(jnp.float32), 0.0) for x in (key, value))
     real_query = q_positions >= 0
     query_f32 = jnp.where(real_query.swapaxes(1, 2), query.astype(jnp.float32), 0.0)
-    key, value = (jnp.repeat(x, q_heads // kv_heads, axis=2) for x in (key, value))
+    query_f32 = query_f32.reshape(batch, q_len, *grouped[1:3], -1)
 
     allowed = block_mask.mask.dense_array(block_mask.q_positions, block_mask.kv_positions)
     allowed = repeat_heads(allowed, q_heads)  # [B|1, N|1, T, S]
 
-    logits = scale * jnp.einsum("btnd,bsnd->bnts", query_f32, key, precision=jax.lax.Precision.HIGHEST)
+    logits = scale * jnp.einsum("btkgd,bskd->bkgts", query_f32, key, precision=jax.lax.Precision.HIGHEST)
+    logits = logits.reshape(batch, q_heads, q_len, -1)
     if scores:
         # Twice, so that derivatives of what is not allowed are those of constants.
         scores = jax.tree.map(lambda x: x.astype(jnp.float32), scores)
@@ -71,7 +73,9 @@ def forward(
     total = weights.sum(-1, keepdims=True) + jnp.exp(sink - peak)
     seen = total != 0  # not > 0: what is not a number shows
     total = jnp.where(seen, total, 1.0)
-    out = jnp.einsum("bnts,bsnd->btnd", weights / total, value, precision=jax.lax.Precision.HIGHEST)
+    probabilities = (weights / total).reshape(grouped)
+    out = jnp.einsum("bkgts,bskd->btkgd", probabilities, value, precision=jax.lax.Precision.HIGHEST)
+    out = out.reshape(batch, q_len, q_heads, -1)
     out = jnp.where(seen.swapaxes(1, 2), out, 0.0)  # for the gradient, where that of the output may be NaN
     lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
     return out.astype(query.dtype), lse[..., 0]
