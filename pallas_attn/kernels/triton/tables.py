@@ -35,17 +35,17 @@ class _Table:
 
     def __init__(self, ref: Any, shape: tuple[int, ...]):
         self.lookups: list[Lookup] = []
-        self._ref, self._shape = ref, shape
+        self._ref, self.shape = ref, shape
 
     def __getitem__(self, index: Any) -> Array:
         index = index if isinstance(index, tuple) else (index,)
-        if len(index) != len(self._shape):
+        if len(index) != len(self.shape):
             raise TypeError(
-                f"custom: params: expected an index down to a number of shape {self._shape}, got {len(index)} axes"
+                f"custom: params: expected an index down to a number of shape {self.shape}, got {len(index)} axes"
             )
         # Leading numbers (the head, most often) say where the entries begin; what follows differs from entry to entry.
         start, offsets, reach = np.int32(0), np.int32(0), 1
-        for i, size in zip(index, self._shape, strict=True):
+        for i, size in zip(index, self.shape, strict=True):
             i = np.int32(i) if isinstance(i, int) else i.astype(jnp.int32)
             i = jnp.clip(jnp.where(i < 0, i + size, i), 0, size - 1)
             start = start * size
@@ -61,8 +61,8 @@ class _Table:
 class _Replayed:
     """Gives the entries that were looked up before, in the same order."""
 
-    def __init__(self, entries: Iterator[Array]):
-        self._entries = entries
+    def __init__(self, entries: Iterator[Array], shape: tuple[int, ...]):
+        self._entries, self.shape = entries, shape
 
     def __getitem__(self, index: Any) -> Array:
         return next(self._entries)
@@ -114,7 +114,8 @@ class LookedUp(Score):
     aligned = False
 
     def apply(self, logits, q_positions, kv_positions, head):
-        tables = [_Replayed(iter([lookup.entries for lookup in lookups])) for lookups in self.lookups]
+        pairs = zip(self.lookups, self.function.shapes, strict=True)
+        tables = [_Replayed(iter([lookup.entries for lookup in lookups]), shape) for lookups, shape in pairs]
         return self.function(tables, logits, q_positions, kv_positions, head)
 
     def with_entries(self, which: int, entries: list[Array]) -> "LookedUp":
