@@ -130,7 +130,8 @@ def custom(function: Callable[..., Array], params: Any = None) -> Score:
       function: written in JAX. It gets arrays that broadcast against each other (the logit float32, positions and head
         int32), and must treat every element alone. To compile once, pass the same function object in every call.
       params: a pytree of floating-point arrays of any shape; gradients reach them. An array of rank 1 or more can only
-        be asked for its ``shape`` and indexed, down to a number: ``params["slope"][head]``, ``params["table"][head, bucket]``.
+        be asked for its ``shape`` and indexed, down to a number: ``params["slope"][head]``,
+        ``params["table"][head, bucket]``.
     """
     if not callable(function):
         raise TypeError(f"custom: function: expected a callable, got {type(function).__name__}")
