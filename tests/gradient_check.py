@@ -51,7 +51,8 @@ class Case(test_attention.Case):
     def largest_logit(self) -> float:
         query, key, *_ = self.complete()[0]
         key = np.repeat(key.astype(np.float64), self.q_heads // self.kv_heads, 2)
-        return abs(self.factor) * np.abs(np.einsum("btnd,bsnd->bnts", query.astype(np.float64), key)).max()
+        logits = np.abs(np.einsum("btnd,bsnd->bnts", query.astype(np.float64), key))
+        return abs(self.factor) * logits[self.visible].max(initial=0.0)  # what is not there may be NaN
 
     @property
     def missing_queries(self) -> np.ndarray:
