@@ -94,7 +94,12 @@ class Attention:
         """Share of the blocks that the lists name."""
         size = self.size
         sizes = tuning.default_block_sizes(
-            size.q_len, size.kv_len, implementation=implementation, head_dim=size.head_dim, dtype=size.dtype
+            size.q_len,
+            size.kv_len,
+            implementation=implementation,
+            head_dim=size.head_dim,
+            dtype=size.dtype,
+            fine=self.mask.is_fine(),
         )
         return float(pa.BlockMask.from_mask(self.mask, self.q_positions, self.kv_positions, sizes).density())
 

@@ -22,6 +22,7 @@ from pallas_attn.scores import Score, Scores
 # (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
 _DTYPES = ("float32", "bfloat16", "float16")
+_LONGEST_AXIS = 2**30  # positions, and the places of tokens in whole blocks, have 32 bits
 
 
 class AttentionOutput(NamedTuple):
@@ -199,10 +200,14 @@ def _choose(implementation, interpret, query, key, value, mask, scores, block_si
     for name in names:
         module = _IMPLEMENTATIONS[name]
         sizes = block_sizes or tuning.default_block_sizes(
-            query.shape[1], key.shape[1], implementation=name, head_dim=max(head_dim, value_dim), dtype=query.dtype
+            query.shape[1],
+            key.shape[1],
+            implementation=name,
+            head_dim=max(head_dim, value_dim),
+            dtype=query.dtype,
+            fine=mask.is_fine(),
         )
-        largest = max((x.size for x in jax.tree.leaves((mask, scores))), default=0)
-        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, largest, scores)
+        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, mask, scores)
         reasons[name] = (None if interpret else module.unavailable()) or module.unsupported(spec)
         if reasons[name] is None:
             return name, sizes
@@ -231,8 +236,10 @@ def _check_arrays(query, key, value) -> tuple[Array, Array, Array]:
             raise ValueError(f"{name}: expected rank 4 (batch, tokens, heads, head size), got shape {tuple(x.shape)}")
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
+        if max(x.shape) > _LONGEST_AXIS:
+            raise ValueError(f"{name}: expected no axis longer than 2^30, got shape {tuple(x.shape)}")
         if str(x.dtype) not in _DTYPES:
-            raise ValueError(f"{name}: expected dtype {', '.join(_DTYPES)}, got {x.dtype}")
+            raise ValueError(f"{name}: expected dtype {', '.join(_DTYPES)} (cast it by astype), got {x.dtype}")
         if x.dtype != query.dtype:
             raise ValueError(f"{name}: expected query's dtype {query.dtype}, got {x.dtype}")
     batch, _, q_heads, head_dim = query.shape

@@ -89,7 +89,9 @@ class BlockMask:
             kv_positions = kv_positions[:, None]
         mask = masks.with_keys(mask, kv_positions.shape[-1])
         heads = _check_operands(mask, q_positions, kv_positions)
-        sizes = block_sizes or tuning.default_block_sizes(q_positions.shape[-1], kv_positions.shape[-1])
+        sizes = block_sizes or tuning.default_block_sizes(
+            q_positions.shape[-1], kv_positions.shape[-1], fine=mask.is_fine()
+        )
         span = mask.span() if consecutive else None
         # A query block sees q_block + span - 1 consecutive keys, which touch at most this many KV blocks.
         width = None if span is None else (sizes.q + span - 3) // sizes.kv + 2
@@ -221,8 +223,7 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
             real = real & q_real
         if x.shape[3] > 1:
             real = real & _repeat_to(kv_real, x)
-        lowest, highest = _limits(x.dtype)
-        return _extremes(jnp.where(real, x, highest), jnp.where(real, x, lowest), q_block, kv_block)
+        return _interval(x, real, q_block, kv_block)
 
     intervals, q_span, kv_span = jax.tree.map(
         lambda x: Interval(*(repeat_heads(bound, heads) for bound in interval(x))), (mask, q, kv)
@@ -230,8 +231,9 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
     some, every = intervals.bounds(q_span, kv_span)
     # A block with any missing key is never full, so that the loop over full blocks needs no mask at all. Missing
     # *queries* do not matter there: a kernel clears their rows at the end.
-    some_q = _extremes(q_real, q_real, q_block, kv_block).max
-    every_kv, some_kv = (repeat_heads(x, heads) for x in _extremes(kv_real, kv_real, q_block, kv_block))
+    everywhere = jnp.ones((1, 1, 1, 1), jnp.bool_)
+    some_q = _interval(q_real, everywhere, q_block, kv_block).max
+    every_kv, some_kv = (repeat_heads(x, heads) for x in _interval(kv_real, everywhere, q_block, kv_block))
     if kv_real.shape[-1] % kv_block:
         every_kv = every_kv.at[..., -1].set(False)  # the end of the last block is beyond the last key
     active = some & some_q & some_kv
@@ -249,27 +251,37 @@ def _repeat_to(kv_real: Array, x: Array) -> Array:
     return repeat_heads(kv_real, x.shape[1])
 
 
-def _limits(dtype: jnp.dtype) -> tuple[Array, Array]:
-    """The lowest and the highest value of a dtype."""
-    if dtype == jnp.bool_:
-        return jnp.array(False), jnp.array(True)
-    return jnp.array(jnp.iinfo(dtype).min, dtype), jnp.array(jnp.iinfo(dtype).max, dtype)
+def _interval(x: Array, real: Array, q_block: int, kv_block: int) -> Interval:
+    """The smallest and the largest real value in every block.
 
-
-def _extremes(low: Array, high: Array, q_block: int, kv_block: int) -> Interval:
-    """The minimum of ``low`` and the maximum of ``high`` in every block.
-
-    From ``[B, M, T|1, S|1]`` to ``[B, M, nq|1, nk|1]``; an axis of size 1 is one that is shared. A ragged last
-    block is completed with what changes neither.
+    From ``[B, M, T|1, S|1]`` to ``[B, M, nq|1, nk|1]``; an axis of size 1 is one that is shared. Where nothing is real,
+    the smallest is above the largest.
     """
-    lowest, highest = _limits(low.dtype)
-    if low.shape[2] > 1:
-        low, high = _blocks(low, 2, q_block, highest).min(3), _blocks(high, 2, q_block, lowest).max(3)
-    if low.shape[3] > 1:
+    if x.dtype == jnp.bool_:
+        return _interval_of_bools(x, real, q_block, kv_block)
+    limits = jnp.iinfo(x.dtype)
+    lowest, highest = jnp.array(limits.min, x.dtype), jnp.array(limits.max, x.dtype)
+    low, high = jnp.where(real, x, highest), jnp.where(real, x, lowest)
+    for axis, block in _cut_axes(x, q_block, kv_block):
         # One pass for both: on a CPU, XLA takes several to reduce the last axis in the plain way.
-        blocks = [_blocks(low, 3, kv_block, highest), _blocks(high, 3, kv_block, lowest)]
-        low, high = jax.lax.reduce(blocks, [highest, lowest], _wider, (4,))
+        blocks = [_blocks(low, axis, block, highest), _blocks(high, axis, block, lowest)]
+        low, high = jax.lax.reduce(blocks, [highest, lowest], _wider, (axis + 1,))
     return Interval(low, high)
+
+
+def _interval_of_bools(x: Array, real: Array, q_block: int, kv_block: int) -> Interval:
+    """The same, by what occurs in a block: on a CPU, XLA reads an explicit mask seven times as fast in this way."""
+    true, false, nothing = jnp.uint8(1), jnp.uint8(2), jnp.uint8(0)
+    occurring = jnp.where(real, jnp.where(x, true, false), nothing)
+    for axis, block in _cut_axes(x, q_block, kv_block):
+        blocks = _blocks(occurring, axis, block, nothing)
+        occurring = jax.lax.reduce(blocks, nothing, jax.lax.bitwise_or, (axis + 1,))
+    return Interval(occurring & false == 0, occurring & true != 0)
+
+
+def _cut_axes(x: Array, q_block: int, kv_block: int) -> list[tuple[int, int]]:
+    """The axes that are not shared, with their blocks."""
+    return [(axis, block) for axis, block in ((2, q_block), (3, kv_block)) if x.shape[axis] > 1]
 
 
 def _wider(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -48,6 +48,10 @@ class Mask:
         """How many consecutive positions one query can see at most, or None where there is no such bound."""
         return None
 
+    def is_fine(self) -> bool:
+        """Whether what a query sees may begin and end anywhere, so that small blocks skip more than large ones."""
+        return True
+
     def dense_array(self, q_positions: Array, kv_positions: Array) -> Array:
         """The mask with padding, written out: bool ``[B, M, T, S]``. For tests, pictures and the reference.
 
@@ -123,6 +127,9 @@ class Full(Mask):
     def bounds(self, q, kv):
         return jnp.ones_like(kv.min, jnp.bool_), jnp.ones_like(kv.min, jnp.bool_)
 
+    def is_fine(self):
+        return False
+
 
 @_mask()
 class Causal(Mask):
@@ -131,6 +138,9 @@ class Causal(Mask):
 
     def bounds(self, q, kv):
         return kv.min <= q.max, kv.max <= q.min
+
+    def is_fine(self):
+        return False
 
 
 @_mask(static=("left", "right"))
@@ -163,6 +173,9 @@ class Prefix(Mask):
     def bounds(self, q, kv):
         return kv.min < self.lengths.max, kv.max < self.lengths.min
 
+    def is_fine(self):
+        return False
+
 
 @_mask(static=("n",))
 class Sink(Mask):
@@ -173,6 +186,9 @@ class Sink(Mask):
 
     def bounds(self, q, kv):
         return kv.min < self.n, kv.max < self.n
+
+    def is_fine(self):
+        return False
 
 
 @_mask(static=("size",))
@@ -252,6 +268,9 @@ class And(Mask):
     def span(self):
         return min((s for s in (self.left.span(), self.right.span()) if s is not None), default=None)
 
+    def is_fine(self):
+        return self.left.is_fine() or self.right.is_fine()
+
 
 @_mask(data=("left", "right"))
 class Or(Mask):
@@ -265,6 +284,9 @@ class Or(Mask):
         left, right = self.left.bounds(q, kv), self.right.bounds(q, kv)
         return left[0] | right[0], left[1] | right[1]
 
+    def is_fine(self):
+        return self.left.is_fine() or self.right.is_fine()
+
 
 @_mask(data=("mask",))
 class Not(Mask):
@@ -276,6 +298,9 @@ class Not(Mask):
     def bounds(self, q, kv):
         some, every = self.mask.bounds(q, kv)
         return ~every, ~some
+
+    def is_fine(self):
+        return self.mask.is_fine()
 
 
 def _may_be_equal(a: Interval, b: Interval) -> Array:

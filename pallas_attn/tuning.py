@@ -82,10 +82,11 @@ _TRITON_D_KEY_VALUE = {
 }
 _TABLES = {"forward": _TRITON, "d_query": _TRITON_D_QUERY, "d_key_value": _TRITON_D_KEY_VALUE}
 
-# XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache.
-_XLA_QUERIES = 256
-_XLA_KEYS = 256
-_XLA_KEYS_DECODE = 64
+# XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache, and,
+# where a mask has edges in many places, that little is computed beyond them.
+_XLA_BLOCK = 256
+_XLA_BLOCK_FINE = 128
+_DECODE_QUERIES = 16
 
 
 def default_block_sizes(
@@ -97,6 +98,7 @@ def default_block_sizes(
     head_dim: int = 128,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     compute_capability: float | None = None,
+    fine: bool = False,
 ) -> BlockSizes:
     """The entry of the table for a call.
 
@@ -106,12 +108,13 @@ def default_block_sizes(
       kernel: which of the Triton kernels: the forward pass, dQ, or dK and dV.
       head_dim, dtype: of the call, where known.
       compute_capability: of the GPU; default: this machine's, or 9.0 where there is none.
+      fine: ``mask.is_fine()`` of the call's mask, where known. Only XLA's entries depend on it.
     """
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     if implementation != "triton":
-        keys = _XLA_KEYS_DECODE if q_len <= 16 else _XLA_KEYS
-        return BlockSizes(min(q_len, _XLA_QUERIES), min(kv_len, keys))
+        block = _XLA_BLOCK_FINE if fine and q_len > _DECODE_QUERIES else _XLA_BLOCK
+        return BlockSizes(min(q_len, block), min(kv_len, block))
     capability = _compute_capability() if compute_capability is None else compute_capability
     # From 12.0 on (GeForce, RTX PRO) there are neither the matrix instructions nor the shared memory of 9.0 and 10.0.
     capability = 8.9 if capability >= 12.0 else capability

@@ -1,6 +1,8 @@
 """``jax.vmap`` of the kernels: what a loop over the axis gives, gradients included."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,93 @@ def test_equals_a_loop(implementation, shared):
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             scale = float(jnp.abs(b).max())
             np.testing.assert_allclose(a[index], b, rtol=0, atol=scale * tolerances.ATTENTION_GRADIENT)
+
+
+# Keys and values that the whole axis shares, longer than all queries. What has the axis beside the query:
+LONG = 151
+WITH_THE_QUERY = {
+    "nothing": (),
+    "positions": ("q_positions",),
+    "positions of every row": ("q_positions of rows",),
+    "a mask and a bias": ("mask", "bias"),
+    "all": ("q_positions of rows", "mask", "bias"),
+}
+MAPPED = {
+    "query": array(SIZE, B, T, N, D),
+    "q_positions": jnp.asarray(rng.integers(-1, LONG, (SIZE, 1, T)), jnp.int32),
+    "q_positions of rows": jnp.asarray(rng.integers(-1, LONG, (SIZE, B, T)), jnp.int32),
+    "mask": jnp.asarray(rng.random((SIZE, B, K, T, LONG)) < 0.8),
+    "bias": array(SIZE, 1, N, T, LONG),
+}
+LONG_KEY, LONG_VALUE, SLOPES, SINKS = array(B, LONG, K, D), array(B, LONG, K, D), array(N), array(N)
+
+
+def attend_to_long_keys(mapped: dict, key, value, options: dict) -> pa.AttentionOutput:
+    mapped = {name.removesuffix(" of rows"): x for name, x in mapped.items()}
+    # Beside what is mapped: operands for every query and for all, and a window whose lists are short.
+    window = pa.masks.sliding_window(60) & pa.masks.segments(jnp.arange(T)[None] % 5, jnp.arange(LONG)[None] % 4)
+    mask = ~pa.masks.prefix(jnp.array([3, 9])) & pa.masks.causal() & ~window
+    mask &= pa.masks.dense(mapped.get("mask", MAPPED["mask"][0]))
+    bias = mapped.get("bias", MAPPED["bias"][0])
+    return pa.attention(
+        mapped["query"],
+        key,
+        value,
+        mask,
+        q_positions=mapped.get("q_positions", jnp.arange(LONG - T, LONG, dtype=jnp.int32)[None]),
+        kv_positions=jnp.where(jnp.arange(LONG) % 7 == 0, -1, jnp.arange(LONG, dtype=jnp.int32))[None],
+        scores=[pa.scores.alibi(SLOPES), pa.scores.bias(bias)],
+        sinks=SINKS,
+        return_lse=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("implementation", "beside"), [*(("xla", name) for name in WITH_THE_QUERY), ("interpreted", "all")]
+)
+def test_shared_keys_and_values_are_not_copied(implementation, beside):
+    mapped = {name: MAPPED[name] for name in ("query", *WITH_THE_QUERY[beside])}
+
+    def attend(mapped, implementation):
+        return attend_to_long_keys(mapped, LONG_KEY, LONG_VALUE, OPTIONS[implementation])[:2]
+
+    together = jax.vmap(functools.partial(attend, implementation=implementation))
+    actual = jax.jit(together)(mapped)
+    alone = jax.jit(functools.partial(attend, implementation="xla"))
+    for index in range(SIZE):
+        expected = alone(jax.tree.map(lambda x: x[index], mapped))  # noqa: B023
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a[index], b, rtol=0, atol=tolerances.ATTENTION_GRADIENT)
+    program = str(jax.make_jaxpr(together)(mapped))
+    keys = LONG_KEY.size // B * SIZE * B
+    copies = [
+        shape for shape in re.findall(r"f32\[([\d,]+)\]", program) if math.prod(map(int, shape.split(","))) == keys
+    ]
+    assert not copies
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("interpreted", marks=pytest.mark.slow)])
+def test_gradients_of_shared_keys_and_values_are_summed(implementation):
+    options = OPTIONS[implementation]
+    mapped = {"query": MAPPED["query"]}
+
+    def loss(mapped, key, value):
+        out = attend_to_long_keys(mapped, key, value, options)
+        return jnp.sin(out.out).sum() + jnp.where(out.lse > -jnp.inf, out.lse, 0.0).sum()
+
+    def mapped_loss(key, value):
+        return jax.vmap(loss, (0, None, None))(mapped, key, value).sum()
+
+    step = jax.jit(jax.grad(loss, (1, 2)))
+    single = [step(jax.tree.map(lambda x: x[index], mapped), LONG_KEY, LONG_VALUE) for index in range(SIZE)]  # noqa: B023
+    each = jax.jit(jax.vmap(jax.grad(loss, (1, 2)), (0, None, None)))(mapped, LONG_KEY, LONG_VALUE)
+    total = jax.jit(jax.grad(mapped_loss, (0, 1)))(LONG_KEY, LONG_VALUE)
+    for a, b, *c in zip(total, each, *single, strict=True):
+        expected = jnp.stack(c)
+        limit = float(jnp.abs(expected).max()) * tolerances.ATTENTION_GRADIENT
+        np.testing.assert_allclose(b, expected, rtol=0, atol=limit)
+        np.testing.assert_allclose(a, expected.sum(0), rtol=0, atol=SIZE * limit)
 
 
 def test_an_axis_that_is_not_the_first():

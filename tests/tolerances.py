@@ -54,6 +54,9 @@ ROTATION = 2e-4
 # Share of held-out prompts of each task that the shipped checkpoint answers exactly.
 EXACT_ANSWERS = 0.95
 
+# Absolute, nats: the loss of every training step, with the kernels and with the reference.
+TRAINING_LOSS = 1e-3
+
 # --- sampling ---
 
 # A right sampler fails a chi-square test at this level once in a thousand seeds; the seeds of the tests are fixed.

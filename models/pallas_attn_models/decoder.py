@@ -159,6 +159,7 @@ class Decoder(nnx.Module):
             implementation=self.implementation,
             head_dim=self.config.head_dim,
             dtype=self.dtype,
+            fine=mask.is_fine(),
         )
         block_mask = pa.BlockMask.from_mask(mask, positions, kv_positions, block_sizes)
 

@@ -1,5 +1,10 @@
-"""``jax.vmap`` of a kernel: the new axis joins the batch, since a grid has no room for another one."""
+"""``jax.vmap`` of a kernel: the new axis joins the batch, since a grid has no room for another one.
 
+Keys and values that are the same for the whole axis would have to be copied for that. So in the forward pass, where
+queries are the smaller part, the axis joins theirs: the queries of one element after those of another.
+"""
+
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -22,6 +27,8 @@ def batched_forward(forward: Callable) -> Callable:
         arguments = (query, key, value, block_mask, scores, sinks)
         if any(jax.tree.leaves(batched[5])) or not _can_fold(scores):
             return _one_by_one(call, batched, arguments), (True, True)
+        if _shares_keys(batched, query, key, block_mask, scores):
+            return _in_a_row(call, size, batched, *arguments), (True, True)
         batch = query.shape[0 + batched[0]]
         tensors = [_join(x, b, size, batch) for x, b in zip(arguments[:3], batched[:3], strict=True)]
         block_mask, scores = _join_shared((block_mask, scores), (batched[3], batched[4]), size, batch)
@@ -84,6 +91,50 @@ def _split(x: Array, size: int) -> Array:
 def _sum_rows(x: Array, rows: int) -> Array:
     """``[size, B, ...]`` to ``[size, rows, ...]``, where an operand has one row for all."""
     return x if x.shape[1] == rows else x.sum(1, keepdims=True)
+
+
+def _shares_keys(batched: tuple, query: Array, key: Array, block_mask: BlockMask, scores: Scores) -> bool:
+    """Only queries, and what has an axis for them, have the new axis; in whole blocks they are no more than keys."""
+    if not batched[0] or batched[1] or batched[2] or batched[3].kv_positions:
+        return False
+    flags = jax.tree.leaves((batched[3].mask, batched[4]))
+    operands = zip(jax.tree.leaves((block_mask.mask, scores)), flags, strict=True)
+    per_query = all(x.shape[3] == query.shape[2] for x, is_batched in operands if is_batched)
+    return per_query and block_mask.grid[0] * block_mask.q_block * query.shape[3] <= key.shape[1] * key.shape[2]
+
+
+def _in_a_row(function: Callable, size: int, batched, query, key, value, block_mask, scores, sinks):
+    """The forward pass over the queries of all elements, each element's filled up to whole blocks."""
+    q_len, q_blocks = query.shape[2], block_mask.grid[0]
+    rows = q_blocks * block_mask.q_block
+
+    def join(x: Array, is_batched: bool, axis: int) -> Array:
+        """``[size, .., n, ..]``, or ``[.., n, ..]`` for all, to ``[.., size * n, ..]``, with n at ``axis``."""
+        x = jnp.moveaxis(x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape)), 0, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    def join_tokens(x: Array, is_batched: bool, axis: int, fill: int) -> Array:
+        padding = [(0, rows - q_len if i == axis + is_batched else 0, 0) for i in range(x.ndim)]
+        return join(lax.pad(x, jnp.asarray(fill, x.dtype), padding), is_batched, axis)
+
+    def split(x: Array, axis: int) -> Array:
+        x = x.reshape(*x.shape[:axis], size, rows, *x.shape[axis + 1 :])
+        return jnp.moveaxis(lax.slice_in_dim(x, 0, q_len, axis=axis + 1), axis, 0)
+
+    def operand(x: Array, is_batched: bool) -> Array:
+        return join_tokens(x, is_batched, 2, 0) if is_batched or x.shape[2] > 1 else x
+
+    lists = jax.tree.map(lambda x, is_batched: join(x, is_batched, 2), block_mask.lists, batched[3].lists)
+    first_block = jnp.arange(size * q_blocks, dtype=jnp.int32) // q_blocks * q_blocks
+    block_mask = dataclasses.replace(
+        block_mask,
+        mask=jax.tree.map(operand, block_mask.mask, batched[3].mask),
+        q_positions=join_tokens(block_mask.q_positions, batched[3].q_positions, 1, -1),
+        lists=dataclasses.replace(lists, order=lists.order + first_block[None, None]),
+    )
+    scores = jax.tree.map(operand, scores, batched[4])
+    out, lse = function(join_tokens(query, True, 1, 0), key, value, block_mask, scores, sinks)
+    return split(out, 1), split(lse, 2)
 
 
 def _one_by_one(function: Callable, batched: tuple, arguments: tuple):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from pallas_attn.masks import Mask
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
@@ -16,5 +17,5 @@ class CallSpec:
     value_dim: int
     dtype: jnp.dtype
     block_sizes: BlockSizes
-    largest_operand: int  # elements of the largest array of mask and scores
+    mask: Mask
     scores: Scores = ()

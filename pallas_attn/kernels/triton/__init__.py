@@ -36,8 +36,14 @@ def unsupported(spec: CallSpec) -> str | None:
             return f"needs block sizes that are powers of two and at least 16, got {name}={size}"
     if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
         return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
-    if spec.largest_operand >= 2**31:
-        return f"needs masks and biases of fewer than 2^31 elements (offsets have 32 bits), got {spec.largest_operand}"
+    # Offsets are signed, and have 32 bits for arrays of up to 2^32 bytes, else 64. That is too few where an element is
+    # one byte. And places in the parameters of a custom score always have 32 bits.
+    narrow = [x for x in jax.tree.leaves((spec.mask, spec.scores)) if x.dtype.itemsize == 1]
+    narrow += jax.tree.leaves([score for score in spec.scores if not score.aligned])
+    largest = max((x.size for x in narrow), default=0)
+    if largest >= 2**31:
+        what = "arrays of bytes (bool masks) and parameters of fewer than 2^31 elements"
+        return f"needs {what}, whose offsets have 32 bits, got {largest}"
     return None
 
 

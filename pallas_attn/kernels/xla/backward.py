@@ -72,7 +72,7 @@ def backward(
 
         def attend(carry, start: Array, k: Array, v: Array, kv_positions, allowed):
             dq, sums = carry
-            logits = dot("hrd,khd->hrk", q, k).reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
+            logits = dot("hrd,hkd->hrk", q, k).reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
             live = counts[..., None] if allowed is None else counts[..., None] & allowed
 
             def scored(logits: Array, operands: Scores) -> Array:
@@ -88,16 +88,16 @@ def backward(
             p = jnp.exp(logits - row_lse[..., None])
             if allowed is not None:
                 p = jnp.where(allowed, p, 0.0)
-            dp = dot("hrd,khd->hrk", do, v).reshape(p.shape)
+            dp = dot("hrd,hkd->hrk", do, v).reshape(p.shape)
             ds = p * (dp - row_delta[..., None])
             d_scores = sums.scores
             if derivative is not None:
                 ds, d_tiles = derivative(ds)
                 d_scores = _add_scores(program, d_scores, d_tiles, start)
             p, ds = (x.reshape(cut.heads, -1, cut.kv_block) for x in (p, ds))
-            d_value = program.add_to_keys(sums.value, start, dot("hrk,hrd->khd", p, do))
-            d_key = program.add_to_keys(sums.key, start, dot("hrk,hrd->khd", ds, q))
-            return dq + dot("hrk,khd->hrd", ds, k), _Gradients(d_key, d_value, d_scores)
+            d_value = program.add_to_keys(sums.value, start, dot("hrk,hrd->hkd", p, do))
+            d_key = program.add_to_keys(sums.key, start, dot("hrk,hrd->hkd", ds, q))
+            return dq + dot("hrk,hkd->hrd", ds, k), _Gradients(d_key, d_value, d_scores)
 
         def full_block(slot: Array, carry):
             start = program.first_key(slot)
@@ -107,7 +107,7 @@ def backward(
         def partial_block(slot: Array, carry):
             start, kv_positions, real = program.keys_at(program.first_key(slot))
             allowed = program.allowed(start, kv_positions, real)
-            k, v = (jnp.where(real[:, None, None], program.keys(x, start), 0.0) for x in (key, value))
+            k, v = (jnp.where(real[:, None], program.keys(x, start), 0.0) for x in (key, value))
             return attend(carry, start, k, v, kv_positions, allowed)
 
         carry = (jnp.zeros_like(q), sums)

@@ -50,7 +50,7 @@ def forward(
         q = q.reshape(cut.heads, cut.group * cut.q_block, -1)
 
         def attend(state: _Softmax, start: Array, k: Array, v: Array, kv_positions, allowed) -> _Softmax:
-            logits = jnp.einsum("hrd,khd->hrk", q, k, precision=precision).reshape(*tile_shape, cut.kv_block)
+            logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=precision).reshape(*tile_shape, cut.kv_block)
             if scores:
                 logits = program.score(logits, kv_positions, program.score_operands(start))
             if allowed is not None:
@@ -59,7 +59,7 @@ def forward(
             decay = jnp.exp(state.peak - peak)
             weights = jnp.exp(logits - peak[..., None])
             total = state.total * decay + weights.sum(-1)
-            update = jnp.einsum("hrk,khd->hrd", weights.reshape(cut.heads, -1, cut.kv_block), v, precision=precision)
+            update = jnp.einsum("hrk,hkd->hrd", weights.reshape(cut.heads, -1, cut.kv_block), v, precision=precision)
             acc = state.acc * decay[..., None] + update.reshape(*tile_shape, value_dim)
             return _Softmax(peak, total, acc)
 
@@ -72,7 +72,7 @@ def forward(
             start, kv_positions, real = program.keys_at(program.first_key(slot))
             allowed = program.allowed(start, kv_positions, real)
             # An empty slot may hold anything, NaN included, and 0 * NaN is NaN.
-            v = jnp.where(real[:, None, None], program.keys(value, start), 0.0)
+            v = jnp.where(real[:, None], program.keys(value, start), 0.0)
             return attend(state, start, program.keys(key, start), v, kv_positions, allowed)
 
         state = _Softmax(

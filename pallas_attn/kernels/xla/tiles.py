@@ -120,13 +120,18 @@ class Program:
         return self._b, start, self._kv_head, 0
 
     def keys(self, x: Array, start: Array) -> Array:
-        """The float32 tile ``[kv_block, heads, D]`` of ``[B, S, K, D]``."""
-        size = (1, self._cut.kv_block, self._cut.heads, x.shape[-1])
-        return lax.dynamic_slice(x, self._at_keys(start), size)[0].astype(jnp.float32)
+        """The float32 tile ``[heads, kv_block, D]`` of ``[B, S, K, D]``."""
+        tile = self._slice_of_keys(x, start)[0].astype(jnp.float32).swapaxes(0, 1)
+        # Else XLA on a CPU copies a right operand as [heads, D, kv_block], which takes longer than its product.
+        return lax.optimization_barrier(tile)
 
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
-        """Adds a tile ``[kv_block, heads, D]`` to its place in float32 ``[B, S, K, D]``."""
-        return lax.dynamic_update_slice(x, (self.keys(x, start) + tile)[None], self._at_keys(start))
+        """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""
+        tile = self._slice_of_keys(x, start) + tile.swapaxes(0, 1)[None]
+        return lax.dynamic_update_slice(x, tile, self._at_keys(start))
+
+    def _slice_of_keys(self, x: Array, start: Array) -> Array:
+        return lax.dynamic_slice(x, self._at_keys(start), (1, self._cut.kv_block, self._cut.heads, x.shape[-1]))
 
     def allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
         """bool ``[1, 1, q_block, kv_block]``: who sees whom in a partial block."""
