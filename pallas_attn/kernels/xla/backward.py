@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.xla.tiles import Cut, Program
+from pallas_attn.kernels.xla.tiles import Cut, Program, as_it_is
 from pallas_attn.scores import Scores
 
 
@@ -72,7 +72,7 @@ def backward(
 
         def attend(carry, start: Array, k: Array, v: Array, kv_positions, allowed):
             dq, sums = carry
-            logits = dot("hrd,hkd->hrk", q, k).reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
+            logits = dot("hrd,hkd->hrk", q, as_it_is(k)).reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
             live = counts[..., None] if allowed is None else counts[..., None] & allowed
 
             def scored(logits: Array, operands: Scores) -> Array:
@@ -88,7 +88,7 @@ def backward(
             p = jnp.exp(logits - row_lse[..., None])
             if allowed is not None:
                 p = jnp.where(allowed, p, 0.0)
-            dp = dot("hrd,hkd->hrk", do, v).reshape(p.shape)
+            dp = dot("hrd,hkd->hrk", do, as_it_is(v)).reshape(p.shape)
             ds = p * (dp - row_delta[..., None])
             d_scores = sums.scores
             if derivative is not None:

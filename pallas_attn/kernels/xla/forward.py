@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.xla.tiles import Cut, Program
+from pallas_attn.kernels.xla.tiles import Cut, Program, as_it_is
 from pallas_attn.scores import Scores
 
 _LOWEST = jnp.finfo(jnp.float32).min
@@ -50,7 +50,7 @@ def forward(
         q = q.reshape(cut.heads, cut.group * cut.q_block, -1)
 
         def attend(state: _Softmax, start: Array, k: Array, v: Array, kv_positions, allowed) -> _Softmax:
-            logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=precision).reshape(*tile_shape, cut.kv_block)
+            logits = jnp.einsum("hrd,hkd->hrk", q, as_it_is(k), precision=precision).reshape(*tile_shape, cut.kv_block)
             if scores:
                 logits = program.score(logits, kv_positions, program.score_operands(start))
             if allowed is not None:

@@ -71,6 +71,14 @@ class Cut:
         return tiles.reshape(self.batch, self.q_len, self.q_heads, *rest)
 
 
+def as_it_is(keys: Array) -> Array:
+    """Key tiles ``[..., kv_block, D]`` for a product over D: else XLA on a CPU copies them as ``[..., D, kv_block]``.
+
+    That copy takes longer than the product.
+    """
+    return lax.optimization_barrier(keys)
+
+
 class Program:
     """What one program knows: its coordinates, its lists, and how to read its tiles."""
 
@@ -121,9 +129,7 @@ class Program:
 
     def keys(self, x: Array, start: Array) -> Array:
         """The float32 tile ``[heads, kv_block, D]`` of ``[B, S, K, D]``."""
-        tile = self._slice_of_keys(x, start)[0].astype(jnp.float32).swapaxes(0, 1)
-        # Else XLA on a CPU copies a right operand as [heads, D, kv_block], which takes longer than its product.
-        return lax.optimization_barrier(tile)
+        return self._slice_of_keys(x, start)[0].astype(jnp.float32).swapaxes(0, 1)
 
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
         """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""
