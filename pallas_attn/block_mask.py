@@ -14,6 +14,7 @@ from jax import Array
 
 from pallas_attn import masks, tuning
 from pallas_attn.masks import Interval, Mask, operands, repeat_heads
+from pallas_attn.schedule import Schedule
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -49,6 +50,7 @@ class BlockMask:
       q_positions: int32 ``[B|1, T]``; -1 is padding.
       kv_positions: int32 ``[B|1, 1|K, S]``; -1 is an empty slot.
       lists: :class:`BlockLists` of KV blocks for each query block.
+      schedule: how decode shares the work; None where there are more than a few queries.
       block_sizes: the blocks that the lists count in, static.
     """
 
@@ -56,6 +58,7 @@ class BlockMask:
     q_positions: Array
     kv_positions: Array
     lists: BlockLists
+    schedule: Schedule | None
     block_sizes: tuning.BlockSizes = dataclasses.field(metadata={"static": True})
 
     @staticmethod
@@ -96,7 +99,7 @@ class BlockMask:
         # A query block sees q_block + span - 1 consecutive keys, which touch at most this many KV blocks.
         width = None if span is None else (sizes.q + span - 3) // sizes.kv + 2
         lists = _build_lists(mask, q_positions, kv_positions, heads, sizes.q, sizes.kv, width)
-        return BlockMask(mask, q_positions, kv_positions, lists, sizes)
+        return BlockMask(mask, q_positions, kv_positions, lists, _schedule(lists, q_positions, sizes), sizes)
 
     @property
     def q_block(self) -> int:
@@ -167,6 +170,16 @@ class BlockMask:
         from pallas_attn import picture  # only text: no plotting library is imported
 
         return picture.as_text(self)
+
+
+def _schedule(lists: BlockLists, q_positions: Array, sizes: tuning.BlockSizes) -> Schedule | None:
+    q_len = q_positions.shape[-1]
+    if q_len > min(sizes.q, tuning.DECODE_QUERIES):
+        return None
+    num_active, width = lists.num_active.reshape(-1), lists.indices.shape[-1]
+    if sizes.chunk is not None:
+        return Schedule.fixed(num_active, width, sizes.chunk)
+    return Schedule.balanced(num_active, width, sizes.shares)
 
 
 def _as_positions(name: str, value: Array | int, ranks: tuple[int, ...]) -> Array:

@@ -14,16 +14,23 @@ class BlockSizes:
     """How many queries and keys one step of a kernel works on.
 
     ``num_warps`` and ``num_stages`` speak to the Triton compiler alone, whose blocks are powers of two, at least 16.
+    ``chunk`` and ``shares`` say how its decode kernel shares work (:mod:`pallas_attn.schedule`): ``chunk`` KV blocks
+    per program, so that a row's bits do not depend on the rest of the batch, or, by default, the live blocks of the
+    whole batch in ``shares`` equal parts.
     """
 
     q: int
     kv: int
     num_warps: int = 4
     num_stages: int = 2
+    chunk: int | None = None
+    shares: int = 128
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "chunk" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"BlockSizes.{field.name}: expected an int, got {value!r}")
             if value < 1:
@@ -86,7 +93,9 @@ _TABLES = {"forward": _TRITON, "d_query": _TRITON_D_QUERY, "d_key_value": _TRITO
 # where a mask has edges in many places, that little is computed beyond them.
 _XLA_BLOCK = 256
 _XLA_BLOCK_FINE = 128
-_DECODE_QUERIES = 16
+
+# Up to so many queries a call is decode: the rows of a group make one tile, and the live blocks are shared out.
+DECODE_QUERIES = 16
 
 
 def default_block_sizes(
@@ -113,7 +122,7 @@ def default_block_sizes(
     if implementation is None:
         implementation = "triton" if jax.default_backend() == "gpu" else "xla"
     if implementation != "triton":
-        block = _XLA_BLOCK_FINE if fine and q_len > _DECODE_QUERIES else _XLA_BLOCK
+        block = _XLA_BLOCK_FINE if fine and q_len > DECODE_QUERIES else _XLA_BLOCK
         return BlockSizes(min(q_len, block), min(kv_len, block))
     capability = _compute_capability() if compute_capability is None else compute_capability
     # From 12.0 on (GeForce, RTX PRO) there are neither the matrix instructions nor the shared memory of 9.0 and 10.0.

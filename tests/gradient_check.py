@@ -13,8 +13,8 @@ import pytest
 import pallas_attn as pa
 from pallas_attn import tuning
 from pallas_attn.kernels import triton
-from tests import oracle, test_attention, tolerances
-from tests.test_attention import assert_error, options
+from tests import attention_check, oracle, tolerances
+from tests.attention_check import assert_error, options
 
 
 class Arrays(NamedTuple):
@@ -28,7 +28,7 @@ class Arrays(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Case(test_attention.Case):
+class Case(attention_check.Case):
     """A call with scores and sinks. Missing queries and keys hold NaN, and so do the gradients of missing outputs."""
 
     scores: tuple[oracle.Score, ...] = ()
@@ -202,7 +202,7 @@ def implementations(*names: str, slow: tuple[str, ...] = ()) -> list:
     for name in (*names, *slow):
         marks = [pytest.mark.slow] if name in slow else []
         if name == "interpreted":
-            marks.append(pytest.mark.skipif(test_attention.NO_GPU is None, reason="the compiled kernels are tested"))
+            marks.append(pytest.mark.skipif(attention_check.NO_GPU is None, reason="the compiled kernels are tested"))
             marked.append(pytest.param("triton", marks=[pytest.mark.gpu]))
         marked.append(pytest.param(name, marks=marks))
     return marked

@@ -367,13 +367,13 @@ EVERYTHING = Case(
 )
 
 
-@pytest.mark.parametrize(("implementation", "repeats"), [("xla", 100), ("interpreted", 10)])
-def test_the_same_call_gives_the_same_bits(implementation, repeats):
+@KERNELS
+def test_the_same_call_gives_the_same_bits(implementation):
     with backward_blocks((16, 16)):
         program = EVERYTHING.both_passes(implementation)
         inputs = EVERYTHING.complete()
         expected = program(*inputs)
-        for _ in range(repeats):
+        for _ in range(100):
             assert_same_bits(program(*inputs), expected)
 
 

@@ -12,10 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "pallas_attn"
 LAYERS = {
     "pallas_attn.masks": 0,
     "pallas_attn.scores": 0,
+    "pallas_attn.quantized": 0,
+    "pallas_attn.schedule": 0,
     "pallas_attn.tuning": 0,
     "pallas_attn.picture": 0,
     "pallas_attn.block_mask": 1,
-    "pallas_attn.schedule": 2,
     "pallas_attn.caches": 3,
     "pallas_attn.kernels": 3,
     "pallas_attn.attention": 4,

@@ -5,33 +5,24 @@ without any mask code, then the partial ones. Blocks that are in no list are nev
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.xla.softmax import Softmax
+from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Program, as_it_is
 from pallas_attn.scores import Scores
-
-_LOWEST = jnp.finfo(jnp.float32).min
-
-
-class _Softmax(NamedTuple):
-    """The online softmax of one query tile: running maximum, sum of weights, and weighted sum of values, float32."""
-
-    peak: Array  # [heads, group, queries]
-    total: Array  # [heads, group, queries]
-    acc: Array  # [heads, group, queries, Dv]
 
 
 # jit: outside of jit, too, a call with known shapes compiles nothing.
 @functools.partial(jax.jit, static_argnames=("scale",))
 def forward(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Stored,
+    value: Stored,
     block_mask: BlockMask,
     scores: Scores = (),
     sinks: Array | None = None,
@@ -49,53 +40,35 @@ def forward(
         q = program.queries(query).astype(jnp.float32) * scale
         q = q.reshape(cut.heads, cut.group * cut.q_block, -1)
 
-        def attend(state: _Softmax, start: Array, k: Array, v: Array, kv_positions, allowed) -> _Softmax:
+        def attend(state: Softmax, start: Array, k: Array, v: Array, kv_positions, allowed) -> Softmax:
             logits = jnp.einsum("hrd,hkd->hrk", q, as_it_is(k), precision=precision).reshape(*tile_shape, cut.kv_block)
             if scores:
                 logits = program.score(logits, kv_positions, program.score_operands(start))
             if allowed is not None:
                 logits = jnp.where(allowed, logits, -jnp.inf)
-            peak = jnp.maximum(state.peak, logits.max(-1))
-            decay = jnp.exp(state.peak - peak)
-            weights = jnp.exp(logits - peak[..., None])
+            peak, decay, weights = state.weigh(logits)
             total = state.total * decay + weights.sum(-1)
             update = jnp.einsum("hrk,hkd->hrd", weights.reshape(cut.heads, -1, cut.kv_block), v, precision=precision)
             acc = state.acc * decay[..., None] + update.reshape(*tile_shape, value_dim)
-            return _Softmax(peak, total, acc)
+            return Softmax(peak, total, acc)
 
-        def full_block(slot: Array, state: _Softmax) -> _Softmax:
+        def full_block(slot: Array, state: Softmax) -> Softmax:
             start = program.first_key(slot)
             kv_positions = program.key_positions(start) if scores else None
             return attend(state, start, program.keys(key, start), program.keys(value, start), kv_positions, None)
 
-        def partial_block(slot: Array, state: _Softmax) -> _Softmax:
+        def partial_block(slot: Array, state: Softmax) -> Softmax:
             start, kv_positions, real = program.keys_at(program.first_key(slot))
             allowed = program.allowed(start, kv_positions, real)
             # An empty slot may hold anything, NaN included, and 0 * NaN is NaN.
             v = jnp.where(real[:, None], program.keys(value, start), 0.0)
             return attend(state, start, program.keys(key, start), v, kv_positions, allowed)
 
-        state = _Softmax(
-            jnp.full(tile_shape, _LOWEST),
-            jnp.zeros(tile_shape, jnp.float32),
-            jnp.zeros((*tile_shape, value_dim), jnp.float32),
-        )
+        state = Softmax.empty(tile_shape, value_dim)
         state = lax.fori_loop(0, program.num_full, full_block, state)
         state = lax.fori_loop(program.num_full, program.num_active, partial_block, state)
         sink = None if sinks is None else program.heads(sinks.astype(jnp.float32))[..., None]
-        return _finish(state, program.is_token, sink)
+        return state.finish(program.is_token, sink)
 
     out, lse = lax.map(run, cut.programs())
     return cut.join_queries(out.astype(query.dtype)), cut.join_queries(lse).swapaxes(1, 2)
-
-
-def _finish(state: _Softmax, is_token: Array, sink: Array | None) -> tuple[Array, Array]:
-    """Normalises once, at the end. A query that is padding, or that sees nothing, gets 0 and -inf."""
-    if sink is not None:
-        peak = jnp.maximum(state.peak, sink)
-        decay = jnp.exp(state.peak - peak)
-        state = _Softmax(peak, state.total * decay + jnp.exp(sink - peak), state.acc * decay[..., None])
-    seen = (state.total != 0) & is_token  # not > 0: what is not a number shows
-    total = jnp.where(seen, state.total, 1.0)
-    out = jnp.where(seen[..., None], state.acc / total[..., None], 0.0)
-    return out, jnp.where(seen, state.peak + jnp.log(total), -jnp.inf)

@@ -16,6 +16,8 @@ from jax import Array, lax
 
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.xla import storage
+from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.scores import Scores
 
 
@@ -34,7 +36,7 @@ class Cut:
     q_blocks: int
 
     @classmethod
-    def of(cls, query: Array, key: Array, block_mask: BlockMask) -> "Cut":
+    def of(cls, query: Array, key: Stored, block_mask: BlockMask) -> "Cut":
         (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
         _, list_heads, q_blocks = block_mask.num_full.shape
         q_block, kv_block = min(block_mask.q_block, q_len), min(block_mask.kv_block, kv_len)
@@ -124,20 +126,14 @@ class Program:
         """int32 ``[1, kv_block]``."""
         return self._tile(self._block_mask.kv_positions[:, :, None, :], start)
 
-    def _at_keys(self, start: Array) -> tuple[Array, Array, Array, int]:
-        return self._b, start, self._kv_head, 0
-
-    def keys(self, x: Array, start: Array) -> Array:
+    def keys(self, x: Stored, start: Array) -> Array:
         """The float32 tile ``[heads, kv_block, D]`` of ``[B, S, K, D]``."""
-        return self._slice_of_keys(x, start)[0].astype(jnp.float32).swapaxes(0, 1)
+        return storage.read(x, self._b, start, self._kv_head, self._cut.kv_block, self._cut.heads).swapaxes(0, 1)
 
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
         """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""
-        tile = self._slice_of_keys(x, start) + tile.swapaxes(0, 1)[None]
-        return lax.dynamic_update_slice(x, tile, self._at_keys(start))
-
-    def _slice_of_keys(self, x: Array, start: Array) -> Array:
-        return lax.dynamic_slice(x, self._at_keys(start), (1, self._cut.kv_block, self._cut.heads, x.shape[-1]))
+        tile = (self.keys(x, start) + tile).swapaxes(0, 1)[None]
+        return lax.dynamic_update_slice(x, tile, (self._b, start, self._kv_head, 0))
 
     def allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
         """bool ``[1, 1, q_block, kv_block]``: who sees whom in a partial block."""

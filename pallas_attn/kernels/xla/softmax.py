@@ -1,0 +1,64 @@
+"""The online softmax (Milakov and Gimelshein, arXiv:1805.02867): a sum over keys that can be taken in parts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_LOWEST = jnp.finfo(jnp.float32).min
+
+
+class Softmax(NamedTuple):
+    """What some keys give to queries ``[...]``: largest logit, sum of weights, weighted sum of values; float32."""
+
+    peak: Array  # [...]
+    total: Array  # [...]
+    acc: Array  # [..., Dv]
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], value_dim: int) -> "Softmax":
+        """What no key gives."""
+        return Softmax(jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
+
+    def at(self, index: Array | int) -> "Softmax":
+        """That of one entry of the first axis."""
+        return jax.tree.map(lambda x: x[index], self)
+
+    def where(self, kept: Array) -> "Softmax":
+        """What no key gives, except where ``kept``, bool ``[...]``."""
+        nothing = Softmax.empty(self.peak.shape, self.acc.shape[-1])
+        return Softmax(
+            jnp.where(kept, self.peak, nothing.peak),
+            jnp.where(kept, self.total, nothing.total),
+            jnp.where(kept[..., None], self.acc, nothing.acc),
+        )
+
+    def weigh(self, logits: Array) -> tuple[Array, Array, Array]:
+        """``(peak, decay, weights)`` when keys of ``logits`` ``[..., keys]`` come in; what came before decays."""
+        peak = jnp.maximum(self.peak, logits.max(-1))
+        return peak, jnp.exp(self.peak - peak), jnp.exp(logits - peak[..., None])
+
+    def merge(self, other: "Softmax") -> "Softmax":
+        """What the keys of both give."""
+        peak = jnp.maximum(self.peak, other.peak)
+        mine, theirs = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
+        total = self.total * mine + other.total * theirs
+        return Softmax(peak, total, self.acc * mine[..., None] + other.acc * theirs[..., None])
+
+    def finish(self, is_token: Array, sink: Array | None) -> tuple[Array, Array]:
+        """``(out, lse)``, normalised. A query that is padding, or that sees nothing, gets 0 and -inf.
+
+        Args:
+          is_token: bool; False: padding.
+          sink: a logit that takes weight and gives no value, or None.
+        """
+        peak, total, acc = self
+        if sink is not None:
+            peak = jnp.maximum(self.peak, sink)
+            decay = jnp.exp(self.peak - peak)
+            total, acc = total * decay + jnp.exp(sink - peak), acc * decay[..., None]
+        seen = (total != 0) & is_token  # not > 0: what is not a number shows
+        total = jnp.where(seen, total, 1.0)
+        out = jnp.where(seen[..., None], acc / total[..., None], 0.0)
+        return out, jnp.where(seen, peak + jnp.log(total), -jnp.inf)
