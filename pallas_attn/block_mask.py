@@ -99,7 +99,19 @@ class BlockMask:
         # A query block sees q_block + span - 1 consecutive keys, which touch at most this many KV blocks.
         width = None if span is None else (sizes.q + span - 3) // sizes.kv + 2
         lists = _build_lists(mask, q_positions, kv_positions, heads, sizes.q, sizes.kv, width)
-        return BlockMask(mask, q_positions, kv_positions, lists, _schedule(lists, q_positions, sizes), sizes)
+        return BlockMask(mask, q_positions, kv_positions, lists, None, sizes).with_schedule()
+
+    def with_schedule(self) -> "BlockMask":
+        """The same, with the schedule of its lists, if there are few queries."""
+        sizes = self.block_sizes
+        if self.q_positions.shape[-1] > min(sizes.q, tuning.DECODE_QUERIES):
+            return self
+        num_active, width = self.num_active.reshape(-1), self.indices.shape[-1]
+        if sizes.chunk is not None:
+            schedule = Schedule.fixed(num_active, width, sizes.chunk)
+        else:
+            schedule = Schedule.balanced(num_active, width, sizes.shares)
+        return dataclasses.replace(self, schedule=schedule)
 
     @property
     def q_block(self) -> int:
@@ -170,16 +182,6 @@ class BlockMask:
         from pallas_attn import picture  # only text: no plotting library is imported
 
         return picture.as_text(self)
-
-
-def _schedule(lists: BlockLists, q_positions: Array, sizes: tuning.BlockSizes) -> Schedule | None:
-    q_len = q_positions.shape[-1]
-    if q_len > min(sizes.q, tuning.DECODE_QUERIES):
-        return None
-    num_active, width = lists.num_active.reshape(-1), lists.indices.shape[-1]
-    if sizes.chunk is not None:
-        return Schedule.fixed(num_active, width, sizes.chunk)
-    return Schedule.balanced(num_active, width, sizes.shares)
 
 
 def _as_positions(name: str, value: Array | int, ranks: tuple[int, ...]) -> Array:

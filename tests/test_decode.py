@@ -173,6 +173,31 @@ def test_derivatives_pass_through_decode():
         assert_error(np.asarray(mine), np.asarray(other), np.asarray(other), "float32", "gradient")
 
 
+@pytest.mark.parametrize("keys_are_shared", [False, True])
+def test_vmap_equals_a_loop(keys_are_shared):
+    """The schedule counts the rows of the whole batch, so a new axis needs another one."""
+    size, axis = 4, None if keys_are_shared else 0
+    cases = [decode(q_len=2, lengths=lengths) for lengths in ((S, 1, 40), (2, 70, 0), (0, 0, 9), (30, 30, 30))]
+    query, key, value = (jnp.nan_to_num(jnp.stack(x)) for x in zip(*(case.arrays(0) for case in cases), strict=True))
+    kv_positions = jnp.stack([jnp.asarray(case.kv_positions) for case in cases])
+    q_positions = jnp.stack([jnp.asarray(case.q_positions) for case in cases])
+    if keys_are_shared:
+        key, value, kv_positions = key[0], value[0], kv_positions[0]
+
+    def attend(query, key, value, at, kv):
+        sizes = pa.BlockSizes(2, 16)
+        mask = pa.masks.causal()
+        return pa.attention(
+            query, key, value, mask, q_positions=at, kv_positions=kv, implementation="xla", block_sizes=sizes
+        )
+
+    actual = jax.jit(jax.vmap(attend, (0, axis, axis, 0, axis)))(query, key, value, q_positions, kv_positions)
+    for i in range(size):
+        k, v, kv = (x if axis is None else x[i] for x in (key, value, kv_positions))
+        expected = np.asarray(attend(query[i], k, v, q_positions[i], kv))
+        assert_error(np.asarray(actual[i]), expected, expected, "float32", "out")
+
+
 def test_lengths_compile_nothing_anew(compilations):
     call = jax.jit(
         lambda q, k, v, at, kv: pa.attention(

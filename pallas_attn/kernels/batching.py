@@ -31,7 +31,8 @@ def batched_forward(forward: Callable) -> Callable:
             return _in_a_row(call, size, batched, *arguments), (True, True)
         batch = query.shape[0 + batched[0]]
         tensors = [_join(x, b, size, batch) for x, b in zip(arguments[:3], batched[:3], strict=True)]
-        block_mask, scores = _join_shared((block_mask, scores), (batched[3], batched[4]), size, batch)
+        block_mask = _join_block_mask(block_mask, batched[3], size, batch)
+        scores = _join_shared(scores, batched[4], size, batch)
         out, lse = call(*tensors, block_mask, scores, sinks)
         return (_split(out, size), _split(lse, size)), (True, True)
 
@@ -53,7 +54,7 @@ def batched_backward(backward: Callable) -> Callable:
             return _one_by_one(call, batched, arguments), everything
         batch = query.shape[0 + batched[0]]
         tensors = [_join(x, b, size, batch) for x, b in zip(arguments, batched, strict=True) if isinstance(x, Array)]
-        block_mask = _join_shared(block_mask, batched[3], size, batch)
+        block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
         whole = jax.tree.map(lambda x, b: _join(x, b, size, batch), scores, batched[4])
@@ -82,6 +83,12 @@ def _join_shared(tree: BlockMask | tuple, batched, size: int, batch: int):
         return x if not is_batched and x.shape[0] == 1 else _join(x, is_batched, size, batch)
 
     return jax.tree.map(join, tree, batched)
+
+
+def _join_block_mask(block_mask: BlockMask, batched: BlockMask, size: int, batch: int) -> BlockMask:
+    """A schedule counts the rows of the whole batch, so it is made anew."""
+    bare, batched = (dataclasses.replace(x, schedule=None) for x in (block_mask, batched))
+    return _join_shared(bare, batched, size, batch).with_schedule()
 
 
 def _split(x: Array, size: int) -> Array:
@@ -131,6 +138,7 @@ def _in_a_row(function: Callable, size: int, batched, query, key, value, block_m
         mask=jax.tree.map(operand, block_mask.mask, batched[3].mask),
         q_positions=join_tokens(block_mask.q_positions, batched[3].q_positions, 1, -1),
         lists=dataclasses.replace(lists, order=lists.order + first_block[None, None]),
+        schedule=None,
     )
     scores = jax.tree.map(operand, scores, batched[4])
     out, lse = function(join_tokens(query, True, 1, 0), key, value, block_mask, scores, sinks)
