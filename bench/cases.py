@@ -6,6 +6,7 @@ suite as small as interpreted kernels need it. Cases stand in order of importanc
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from bench.workloads import Append, Attention, Generation, MaskBuild, Size, Work
 
 SUITES = ("cpu", "gpu")
 BUFFER_OF_2048 = "buffer of 2048"
+FLOAT32_KEYS = "float32 keys"
+CONTIGUOUS_KEYS = "contiguous keys"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Case:
       sizes: by suite; a suite that is not there does not have the case.
       claims: by peer, in suite ``cpu``.
       capacity: the size of a cache, where there is one: the case is part of a comparison of capacities.
-      smaller: in suite ``cpu``, the same live work in a buffer of 2048.
+      beside: in suite ``cpu``, our own time on other workloads, by the name under which its ratio is reported.
     """
 
     name: str
@@ -39,7 +42,7 @@ class Case:
     sizes: dict[str, Size]
     claims: dict[str, float] = dataclasses.field(default_factory=dict)
     capacity: bool = False
-    smaller: Size | None = None
+    beside: dict[str, Callable[[], Workload]] = dataclasses.field(default_factory=dict)
 
     def size(self, suite: str, toy: bool = False) -> Size:
         """Of the suite, or the toy made of it."""
@@ -148,6 +151,22 @@ def _decode(size: Size) -> Attention:
     return _decode_rows(np.linspace(longest // 2, longest, size.batch), size)
 
 
+def _decode_1024(size: Size) -> Attention:
+    return _decode_rows(np.full(size.batch, min(1024, size.kv_len)), size)
+
+
+def _decode_8192(size: Size) -> Attention:
+    return _decode_rows(np.full(size.batch, min(8192, size.kv_len)), size)
+
+
+def _quantized(build: Callable[[Size], Attention], kind: Literal["int8", "int4"]) -> Callable[[Size], Attention]:
+    return lambda size: dataclasses.replace(build(size), quantized=kind)
+
+
+def _paged(build: Callable[[Size], Attention], page: int) -> Callable[[Size], Attention]:
+    return lambda size: dataclasses.replace(build(size), page=page)
+
+
 def _decode_full(size: Size) -> Attention:
     return _decode_rows(np.full(size.batch, size.kv_len), size)
 
@@ -172,6 +191,7 @@ def _generation(size: Size) -> Generation:
 
 _DECODE = "one token for each of 8 rows, 512-1024 live keys in buffers of {S}"
 _DECODE_SIZE = Size(8, 1, 16384, 16, 4, 64)
+_LARGE_BUFFER = {"cpu": Size(4, 1, 32768, 16, 4, 64), "gpu": Size(32, 1, 32768, 32, 8, 128, "bfloat16")}
 
 
 def _decode_of(capacity: int) -> Case:
@@ -200,7 +220,7 @@ CASES = (
         {"cpu": _DECODE_SIZE},
         {"jax.nn": 40.0, BUFFER_OF_2048: 1 / 1.2},
         capacity=True,
-        smaller=dataclasses.replace(_DECODE_SIZE, kv_len=2048),
+        beside={BUFFER_OF_2048: lambda: _decode(dataclasses.replace(_DECODE_SIZE, kv_len=2048))},
     ),
     Case(
         "window",
@@ -259,6 +279,41 @@ CASES = (
         "decode",
         _decode_full,
         {"cpu": Size(1, 1, 4096, 32, 8, 128), "gpu": Size(16, 1, 4096, 32, 8, 128, "bfloat16")},
+    ),
+    Case(
+        "decode-32768",
+        "one token for each row of 1024 live keys in a buffer of 32768",
+        "decode",
+        _decode_1024,
+        _LARGE_BUFFER,
+        {BUFFER_OF_2048: 1 / 1.3},
+        beside={BUFFER_OF_2048: lambda: _decode_1024(dataclasses.replace(_LARGE_BUFFER["cpu"], kv_len=2048))},
+    ),
+    Case(
+        "decode-int8",
+        "one token for each row of 8192 live keys in a buffer of 32768, int8 with a scale per token and head",
+        "decode",
+        _quantized(_decode_8192, "int8"),
+        _LARGE_BUFFER,
+        {FLOAT32_KEYS: 1.0},
+        beside={FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
+    ),
+    Case(
+        "decode-int4",
+        "the same, int4 with a scale for every 32 columns",
+        "decode",
+        _quantized(_decode_8192, "int4"),
+        _LARGE_BUFFER,
+        beside={FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
+    ),
+    Case(
+        "decode-paged",
+        "one token for each row of 8192 live keys, in pages of 64 keys in random order",
+        "decode",
+        _paged(_decode_8192, 64),
+        _LARGE_BUFFER,
+        {CONTIGUOUS_KEYS: 1 / 1.25},
+        beside={CONTIGUOUS_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
     ),
     Case("dense", "every query sees every key", "forward", _dense, {"cpu": _cpu(1, 2048), "gpu": _gpu(4, 4096)}),
     Case(

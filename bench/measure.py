@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench import generation, machine
-from bench.cases import BUFFER_OF_2048, Case
+from bench.cases import Case
 from bench.check import Oracle, Verdict
 from bench.peers import Peer
 from bench.timing import Contender, Prepared, median_ratio, prepare, summary, take_turns
@@ -75,12 +75,13 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
         return result
     turns = {OURS: ours.turn} | _peers_turns(result, workload, sets, judge, ready, setting)
 
-    if case.smaller is not None and not setting.by_device:
-        # Our two buffers take turns with each other alone: a peer's hundreds of MB in between would empty the caches.
-        smaller = prepare(_our_contender(case.build(case.smaller), 1, setting), by_device=False)
-        pair, effort = {OURS: ours.turn, BUFFER_OF_2048: smaller.turn}, setting.effort
-        times = take_turns(pair, rounds=4 * effort.rounds, budget=effort.seconds / 4)
-        _report(result, workload, {BUFFER_OF_2048: times[BUFFER_OF_2048]}, times[OURS])
+    if not setting.by_device:
+        for name, build in case.beside.items():
+            # Ours takes turns with itself alone: a peer's hundreds of MB in between would empty the caches.
+            other = prepare(_our_contender(build(), 1, setting), by_device=False)
+            pair, effort = {OURS: ours.turn, name: other.turn}, setting.effort
+            times = take_turns(pair, rounds=4 * effort.rounds, budget=effort.seconds / 4)
+            _report(result, workload, {name: times[name]}, times[OURS])
     times = take_turns(turns, rounds=setting.effort.rounds, budget=setting.effort.seconds)
     _report(result, workload, times, times[OURS])
     return result

@@ -78,16 +78,25 @@ def _look(mask, q_positions, kv_positions) -> tuple[Array, Array]:
 
 
 def attention_work(
-    counts: Counts, *, q_heads: int, kv_heads: int, head_dim: int, itemsize: int, backward: bool = False
+    counts: Counts,
+    *,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    kv_itemsize: float | None = None,
+    backward: bool = False,
 ) -> Work:
     """The work of attention over ``counts``, whose keys and values have the same head size.
+
+    A number of keys and values has ``kv_itemsize`` bytes, if other than ``itemsize``, scales included.
 
     Forward reads q, k and v and writes out. Backward reads these four, the derivative of out and the logsumexp
     (float32), and writes the derivatives of q, k and v.
     """
     pairs = counts.pairs * q_heads
     q_bytes = counts.queries * q_heads * head_dim * itemsize
-    kv_bytes = counts.keys * kv_heads * head_dim * itemsize
+    kv_bytes = round(counts.keys * kv_heads * head_dim * (kv_itemsize or itemsize))
     if backward:
         lse_bytes = counts.queries * q_heads * 4
         return Work(pairs, _BACKWARD_FLOPS * head_dim * pairs, 4 * q_bytes + 4 * kv_bytes + lse_bytes)

@@ -6,7 +6,7 @@ B batch, T queries, S keys, N query heads, K KV heads, D head size, as in ``pa.a
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ class Attention:
       q_positions: int32 ``[B|1, T]``.
       kv_positions: int32 ``[B|1, S]``.
       backward: the derivative alone, from what the forward pass left behind.
+      quantized: the kind in which the library has keys and values; peers get the numbers that these stand for.
+      page: keys per page, where the library has them in a pool, in random order.
     """
 
     size: Size
@@ -70,6 +72,8 @@ class Attention:
     q_positions: Array
     kv_positions: Array
     backward: bool = False
+    quantized: Literal["int8", "float8_e4m3fn", "int4"] | None = None
+    page: int | None = None
 
     @functools.cached_property
     def work(self) -> physics.Work:
@@ -81,6 +85,7 @@ class Attention:
             kv_heads=size.kv_heads,
             head_dim=size.head_dim,
             itemsize=jnp.dtype(size.dtype).itemsize,
+            kv_itemsize=self._bytes_per_number,
             backward=self.backward,
         )
 
@@ -118,7 +123,38 @@ class Attention:
         q_shape = (size.batch, size.q_len, size.q_heads, size.head_dim)
         kv_shape = (size.batch, size.kv_len, size.kv_heads, size.head_dim)
         query, key, value, cotangent = _normal(seed, (q_shape, kv_shape, kv_shape, q_shape), size.dtype)
+        if self.quantized is not None:
+            key, value = (self._stored(x).dequantize().astype(x.dtype) for x in (key, value))
         return query, key, value, cotangent
+
+    def _stored(self, x: Array) -> Any:
+        """``[B, S, K, D]`` as the library has it. What is quantised already stays the same."""
+        stored: Any = x
+        if self.quantized is not None:
+            stored = pa.QuantizedArray.quantize(x.astype(jnp.float32), self.quantized, self._group)
+        if self.page is None:
+            return stored
+        _, order = self._page_table
+        return jax.tree.map(lambda part: part.reshape(-1, self.page, *part.shape[2:])[order], stored)
+
+    @property
+    def _group(self) -> int:
+        """Columns with one scale, int4."""
+        return min(32, self.size.head_dim // 2)
+
+    @property
+    def _bytes_per_number(self) -> float:
+        """Of keys and values as they are stored, scales included."""
+        head_dim = self.size.head_dim
+        each = {None: jnp.dtype(self.size.dtype).itemsize, "int4": 0.5 + 4 / self._group}
+        return each.get(self.quantized, 1 + 4 / head_dim)
+
+    @functools.cached_property
+    def _page_table(self) -> tuple[Array, np.ndarray]:
+        """int32 ``[B, S // page]``, and which page of the contiguous keys each page of the pool holds."""
+        count = self.size.batch * self.size.kv_len // (self.page or 1)
+        order = np.random.default_rng(0).permutation(count)
+        return jnp.asarray(np.argsort(order).reshape(self.size.batch, -1), jnp.int32), order
 
     @functools.cached_property
     def boolean_mask(self) -> Array:
@@ -160,12 +196,17 @@ class Attention:
     def ours(self, *, sets: int = 1, interpret: bool = False) -> Contender:
         """The library's own way. Lists are built inside: their time is ours."""
 
-        def attend(query, key, value, mask, q_positions, kv_positions):
-            return pa.attention(
-                query, key, value, mask, q_positions=q_positions, kv_positions=kv_positions, interpret=interpret
-            )
+        def attend(query, key, value, mask, q_positions, kv_positions, page_table=None):
+            positions = {"q_positions": q_positions, "kv_positions": kv_positions}
+            return pa.attention(query, key, value, mask, **positions, page_table=page_table, interpret=interpret)
 
-        return self.contender(attend, (self.mask, self.q_positions, self.kv_positions), sets)
+        extras = (self.mask, self.q_positions, self.kv_positions)
+        if self.page is not None:
+            extras = (*extras, self._page_table[0])
+        if self.page is None and self.quantized is None:
+            return self.contender(attend, extras, sets)
+        inputs = [self.arrays(seed) for seed in range(sets)]
+        return Contender(attend, [(q, self._stored(k), self._stored(v), *extras) for q, k, v, _ in inputs])
 
 
 @functools.partial(jax.jit, static_argnames=("shapes", "dtype"))

@@ -10,6 +10,7 @@ from pallas_attn.attention import implementations as implementations
 from pallas_attn.block_mask import BlockLists as BlockLists
 from pallas_attn.block_mask import BlockMask as BlockMask
 from pallas_attn.picture import save_picture as save_picture
+from pallas_attn.quantized import QuantizedArray as QuantizedArray
 from pallas_attn.tuning import BlockSizes as BlockSizes
 
 __version__ = "0.1.0"

@@ -2,9 +2,9 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,42 @@ from pallas_attn import masks, tuning
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels import reference, triton, xla
-from pallas_attn.kernels.derivative import differentiable
+from pallas_attn.kernels.derivative import differentiable, without_derivative
 from pallas_attn.kernels.spec import CallSpec
+from pallas_attn.quantized import Kind, QuantizedArray
 from pallas_attn.scores import Score, Scores
 
-# Best first. Each module has `forward`, `backward` (the reference needs none: JAX differentiates it), `unavailable()`
-# (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
+# Best first. Each module has `forward`, `backward` (the reference needs none: JAX differentiates it), `key_weights`,
+# `unavailable()` (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
 _DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_AXIS = 2**30  # positions, and the places of tokens in whole blocks, have 32 bits
+_PAGE = 16  # pages are whole numbers of the smallest tiles
+_NO_GRADIENT = (
+    "quantised or paged keys and values have no gradient: give plain ones (QuantizedArray.dequantize(), and"
+    " pool[page_table] with its pages joined), or stop the gradient by jax.lax.stop_gradient"
+)
+_NO_GRADIENT_OF_KEY_WEIGHTS = (
+    "key_weights have no gradient: stop it by jax.lax.stop_gradient, or compute them from query, key and lse"
+)
+
+Keys = Array | QuantizedArray
+
+
+class _Extents(NamedTuple):
+    """What an axis of a call holds, however keys are stored."""
+
+    batch: int
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+
+    @staticmethod
+    def of(query: Array, key: Keys, page_table: Array | None) -> "_Extents":
+        (batch, q_len, q_heads, _), (_, length, kv_heads, _) = query.shape, key.shape
+        pages = 1 if page_table is None else page_table.shape[1]
+        return _Extents(batch, q_len, pages * length, q_heads, kv_heads)
 
 
 class AttentionOutput(NamedTuple):
@@ -41,8 +68,8 @@ def implementations() -> dict[str, str | None]:
 @overload
 def attention(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Keys,
+    value: Keys,
     mask: masks.Mask | BlockMask | Array | None = ...,
     *,
     q_positions: Array | None = ...,
@@ -62,8 +89,8 @@ def attention(
 @overload
 def attention(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Keys,
+    value: Keys,
     mask: masks.Mask | BlockMask | Array | None = ...,
     *,
     q_positions: Array | None = ...,
@@ -83,8 +110,8 @@ def attention(
 @overload
 def attention(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Keys,
+    value: Keys,
     mask: masks.Mask | BlockMask | Array | None = ...,
     *,
     q_positions: Array | None = ...,
@@ -103,8 +130,8 @@ def attention(
 
 def attention(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Keys,
+    value: Keys,
     mask: masks.Mask | BlockMask | Array | None = None,
     *,
     q_positions: Array | None = None,
@@ -125,8 +152,10 @@ def attention(
 
     Args:
       query: ``[B, T, N, D]``, float32, bfloat16 or float16.
-      key: ``[B, S, K, D]``, of query's dtype.
-      value: ``[B, S, K, Dv]``, of query's dtype.
+      key: ``[B, S, K, D]``, of query's dtype or a :class:`QuantizedArray`; with a page table the pool
+        ``[P, page, K, D]``.
+      value: ``[B, S, K, Dv]``, of query's dtype or a :class:`QuantizedArray`, not always of key's kind; with a page
+        table the pool ``[P, page, K, Dv]``.
       mask: a mask, a :class:`BlockMask` (built once for many calls; it carries the positions), a bool array
         ``[B|1, N|K|1, T, S]``, or None for every real key.
       q_positions: int32 ``[B|1, T]``, -1 is padding; default ``arange(T)``.
@@ -141,7 +170,13 @@ def attention(
         arrays.
       sinks: floating-point ``[N]``: a logit more per head, which takes probability and gives no value (gpt-oss,
         arXiv:2508.10925). Gradients reach it.
-      page_table, return_key_weights: part of the contract, not available yet.
+      page_table: int32 ``[B, S // page]``: key ``s`` of row ``b`` lies in page ``page_table[b, s // page]`` of the
+        pools, at ``s % page`` (PagedAttention, arXiv:2309.06180). Rows may share pages; page is a multiple of 16. Where
+        the pool has no such page, as at -1, the keys count as empty slots; a BlockMask must have position -1 there
+        itself, and nothing outside of the pool is read if it has not.
+      return_key_weights: also return how much probability each key got, float32 ``[B, K, S]``: the sum over real
+        queries of the mean over the query heads of its group (what H2O, arXiv:2306.14048, ranks keys by). It costs a
+        second pass over the keys, and has no gradient.
 
     Returns:
       ``[B, T, N, Dv]`` in query's dtype, or :class:`AttentionOutput`. A padded query, and one that sees no key, gets
@@ -150,43 +185,76 @@ def attention(
     Raises:
       ValueError: an argument that does not fit the others, before anything is compiled.
       TypeError: the wrong kind of object.
-      NotImplementedError: the named implementation cannot serve the call, with the reason; an option that is not
-        available yet; or a second derivative of another implementation than "reference".
+      NotImplementedError: the named implementation cannot serve the call, with the reason; a derivative with
+        quantised or paged keys or values, or of key weights; or a second derivative of another implementation than
+        "reference".
     """
-    _refuse_unavailable(page_table=page_table, return_key_weights=return_key_weights or None)
-    query, key, value = _check_arrays(query, key, value)
+    query, key, value = _check_arrays(query, key, value, page_table)
+    page_table = _check_page_table(page_table, query, key)
+    extents = _Extents.of(query, key, page_table)
     scale = _check_scale(scale, query.shape[-1])
     if isinstance(mask, BlockMask):
         _refuse_beside_block_mask(q_positions=q_positions, kv_positions=kv_positions, block_sizes=block_sizes)
         relation, block_sizes = mask.mask, mask.block_sizes
         q_positions, kv_positions, of = mask.q_positions, mask.kv_positions, "mask."
     else:
-        relation, of = masks.with_keys(_as_mask(mask), key.shape[1]), ""
-    _check_mask(relation, query, key)
-    _check_positions(f"{of}q_positions", q_positions, query, heads=())
-    _check_positions(f"{of}kv_positions", kv_positions, key, heads=(1, key.shape[2]))
-    scores = _check_scores(score_algebra.as_scores(scores), query, key)
+        relation, of = masks.with_keys(_as_mask(mask), extents.kv_len), ""
+    _check_mask(relation, extents)
+    _check_positions(f"{of}q_positions", q_positions, extents.batch, extents.q_len, heads=())
+    _check_positions(f"{of}kv_positions", kv_positions, extents.batch, extents.kv_len, heads=(1, extents.kv_heads))
+    scores = _check_scores(score_algebra.as_scores(scores), extents)
     sinks = _check_sinks(sinks, query)
-    name, block_sizes = _choose(implementation, interpret, query, key, value, relation, scores, block_sizes)
+    page = None if page_table is None else key.shape[1]
+    name, block_sizes = _choose(
+        implementation, interpret, extents, query, key, value, relation, scores, page, return_key_weights, block_sizes
+    )
     if isinstance(mask, BlockMask):
         block_mask = mask
     else:
+        if page_table is not None:
+            kv_positions = _positions_in_pages(kv_positions, page_table, key)
         block_mask = BlockMask.from_mask(
             relation,
-            query.shape[1] if q_positions is None else q_positions,
-            key.shape[1] if kv_positions is None else kv_positions,
+            extents.q_len if q_positions is None else q_positions,
+            extents.kv_len if kv_positions is None else kv_positions,
             block_sizes,
         )
-    options = {"scale": scale, "interpret": True} if interpret else {"scale": scale}
-    if name == "reference":
+    module = _IMPLEMENTATIONS[name]
+    options: dict[str, Any] = {"scale": scale, "interpret": True} if interpret else {"scale": scale}
+    if page_table is not None or isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
+        attend = without_derivative(_paged(module.forward, **options), _NO_GRADIENT)
+        out, lse = attend(page_table, query, key, value, block_mask, scores, sinks)
+    elif name == "reference":
         out, lse = reference.forward(query, key, value, block_mask, scores, sinks, **options)
     else:
-        attend = differentiable(_IMPLEMENTATIONS[name], name, **options)
+        attend = differentiable(module, name, **options)
         out, lse = attend(query, key, value, block_mask, scores, sinks)
-    return AttentionOutput(out, lse) if return_lse else out
+    if not return_lse and not return_key_weights:
+        return out
+    key_weights = None
+    if return_key_weights:
+        weigh = without_derivative(_paged(module.key_weights, **options), _NO_GRADIENT_OF_KEY_WEIGHTS)
+        key_weights = weigh(page_table, query, key, block_mask, scores, lse)
+    return AttentionOutput(out, lse if return_lse else None, key_weights)
 
 
-def _choose(implementation, interpret, query, key, value, mask, scores, block_sizes) -> tuple[str, tuning.BlockSizes]:
+def _paged(function: Callable, **options) -> Callable:
+    """``function`` with its page table first, as an argument like the others."""
+    return lambda page_table, *arguments: function(*arguments, page_table=page_table, **options)
+
+
+def _positions_in_pages(positions: Array | None, page_table: Array, key: Keys) -> Array:
+    """Positions of keys: -1 where the pool has no such page."""
+    pages, page = key.shape[:2]
+    exists = jnp.repeat((page_table >= 0) & (page_table < pages), page, axis=1)  # [B, S]
+    if positions is None:
+        positions = jnp.arange(exists.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(exists if positions.ndim == 2 else exists[:, None], jnp.asarray(positions).astype(jnp.int32), -1)
+
+
+def _choose(
+    implementation, interpret, extents, query, key, value, mask, scores, page, key_weights, block_sizes
+) -> tuple[str, tuning.BlockSizes]:
     """The implementation that serves the call, and its block sizes. Explains itself when there is none."""
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {list(_IMPLEMENTATIONS)} or None, got {implementation!r}")
@@ -196,18 +264,19 @@ def _choose(implementation, interpret, query, key, value, mask, scores, block_si
         raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {type(block_sizes).__name__}")
     names = ["triton"] if interpret else [implementation] if implementation else list(_IMPLEMENTATIONS)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
+    key_kind, value_kind = _kind(key), _kind(value)
     reasons = {}
     for name in names:
         module = _IMPLEMENTATIONS[name]
         sizes = block_sizes or tuning.default_block_sizes(
-            query.shape[1],
-            key.shape[1],
+            extents.q_len,
+            extents.kv_len,
             implementation=name,
             head_dim=max(head_dim, value_dim),
             dtype=query.dtype,
             fine=mask.is_fine(),
         )
-        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, mask, scores)
+        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, mask, scores, key_kind, value_kind, page, key_weights)
         reasons[name] = (None if interpret else module.unavailable()) or module.unsupported(spec)
         if reasons[name] is None:
             return name, sizes
@@ -215,10 +284,8 @@ def _choose(implementation, interpret, query, key, value, mask, scores, block_si
     raise NotImplementedError(f"no implementation asked for can serve this call. {why}")
 
 
-def _refuse_unavailable(**options) -> None:
-    for name, option in options.items():
-        if option is not None:
-            raise NotImplementedError(f"{name}: not available yet; leave it out")
+def _kind(x: Keys) -> Kind | None:
+    return x.kind if isinstance(x, QuantizedArray) else None
 
 
 def _refuse_beside_block_mask(**options) -> None:
@@ -227,29 +294,54 @@ def _refuse_beside_block_mask(**options) -> None:
             raise ValueError(f"{name}: expected None beside a BlockMask, which carries its own, got a value")
 
 
-def _check_arrays(query, key, value) -> tuple[Array, Array, Array]:
-    arrays = {"query": query, "key": key, "value": value}
-    for name, x in arrays.items():
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+def _check_arrays(query, key, value, page_table) -> tuple[Array, Keys, Keys]:
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        if isinstance(x, QuantizedArray) and name != "query":
+            x.check(name)
+        elif not hasattr(x, "shape") or not hasattr(x, "dtype"):
             raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
         if len(x.shape) != 4:
-            raise ValueError(f"{name}: expected rank 4 (batch, tokens, heads, head size), got shape {tuple(x.shape)}")
+            axes = "(batch, tokens, heads, head size)"
+            if page_table is not None and name != "query":
+                axes = "(pages, tokens of a page, heads, head size)"
+            raise ValueError(f"{name}: expected rank 4 {axes}, got shape {tuple(x.shape)}")
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
         if max(x.shape) > _LONGEST_AXIS:
             raise ValueError(f"{name}: expected no axis longer than 2^30, got shape {tuple(x.shape)}")
+        if isinstance(x, QuantizedArray):
+            continue
         if str(x.dtype) not in _DTYPES:
             raise ValueError(f"{name}: expected dtype {', '.join(_DTYPES)} (cast it by astype), got {x.dtype}")
         if x.dtype != query.dtype:
             raise ValueError(f"{name}: expected query's dtype {query.dtype}, got {x.dtype}")
     batch, _, q_heads, head_dim = query.shape
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(f"key: expected shape [{batch}, S, K, {head_dim}] (query's B and D), got {tuple(key.shape)}")
+    rows = (batch, "S") if page_table is None else ("P", "page")
+    if (page_table is None and key.shape[0] != batch) or key.shape[3] != head_dim:
+        wanted = f"[{rows[0]}, {rows[1]}, K, {head_dim}] (query's {'B and ' if page_table is None else ''}D)"
+        raise ValueError(f"key: expected shape {wanted}, got {tuple(key.shape)}")
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(f"value: expected shape {[*key.shape[:3], 'Dv']} (key's B, S and K), got {tuple(value.shape)}")
     if q_heads % key.shape[2]:
         raise ValueError(f"key: expected a number of heads K that divides query's N={q_heads}, got K={key.shape[2]}")
-    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    return jax.tree.map(jnp.asarray, (query, key, value))
+
+
+def _check_page_table(page_table: Array | None, query: Array, key: Keys) -> Array | None:
+    if page_table is None:
+        return None
+    if not hasattr(page_table, "dtype"):
+        raise TypeError(f"page_table: expected an int32 array, got {type(page_table).__name__}")
+    batch, page = query.shape[0], key.shape[1]
+    shape = tuple(page_table.shape)
+    if page_table.dtype != jnp.int32 or len(shape) != 2 or shape[0] != batch or shape[1] == 0:
+        wanted = f"int32 [{batch}, S // {page}] (query's B, and the tokens of a page)"
+        raise ValueError(f"page_table: expected {wanted}, got {page_table.dtype} {list(shape)}")
+    if page % _PAGE:
+        raise ValueError(f"key: expected pages of a multiple of {_PAGE} tokens, got shape {tuple(key.shape)}")
+    if shape[1] * page > _LONGEST_AXIS:
+        raise ValueError(f"page_table: expected at most 2^30 keys in a row, got {shape[1]} pages of {page}")
+    return jnp.asarray(page_table)
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:
@@ -274,22 +366,21 @@ def _as_mask(mask) -> masks.Mask:
     return masks.dense(mask)
 
 
-def _check_mask(mask: masks.Mask, query: Array, key: Array) -> None:
-    (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
-    extents = ({1, batch}, {1, kv_heads, q_heads}, {1, q_len}, {1, kv_len})
+def _check_mask(mask: masks.Mask, extents: _Extents) -> None:
+    batch, q_len, kv_len, q_heads, kv_heads = extents
+    sizes = ({1, batch}, {1, kv_heads, q_heads}, {1, q_len}, {1, kv_len})
     for x in masks.operands(mask):
-        if any(size not in allowed for size, allowed in zip(x.shape, extents, strict=True)):
+        if any(size not in allowed for size, allowed in zip(x.shape, sizes, strict=True)):
             wanted = f"[{batch}|1, {q_heads}|{kv_heads}|1, {q_len}|1, {kv_len}|1]"
             raise ValueError(f"mask: expected operands of shape {wanted} (B, heads, T, S), got {tuple(x.shape)}")
 
 
-def _check_scores(scores: Scores, query: Array, key: Array) -> Scores:
-    batch, q_len, q_heads, _ = query.shape
-    extents = (batch, q_heads, q_len, key.shape[1])
+def _check_scores(scores: Scores, extents: _Extents) -> Scores:
+    sizes = (extents.batch, extents.q_heads, extents.q_len, extents.kv_len)
     for score in scores:
         for x in jax.tree.leaves(score) if score.aligned else ():
-            if any(size not in (1, extent) for size, extent in zip(x.shape, extents, strict=True)):
-                wanted = "[" + ", ".join(f"{extent}|1" for extent in extents) + "]"
+            if any(size not in (1, extent) for size, extent in zip(x.shape, sizes, strict=True)):
+                wanted = "[" + ", ".join(f"{extent}|1" for extent in sizes) + "]"
                 name = f"scores: {type(score).__name__.lower()}"
                 raise ValueError(f"{name}: expected an array of shape {wanted} (B, N, T, S), got {tuple(x.shape)}")
     return scores
@@ -305,7 +396,7 @@ def _check_sinks(sinks: Array | None, query: Array) -> Array | None:
     return jnp.asarray(sinks)
 
 
-def _check_positions(name: str, positions: Array | None, tokens: Array, heads: tuple[int, ...]) -> None:
+def _check_positions(name: str, positions: Array | None, batch: int, length: int, heads: tuple[int, ...]) -> None:
     """Integers ``[B|1, length]``, or ``[B|1, heads, length]`` with one of the given numbers of heads."""
     if positions is None:
         return
@@ -313,7 +404,6 @@ def _check_positions(name: str, positions: Array | None, tokens: Array, heads: t
         raise TypeError(f"{name}: expected an integer array, got {type(positions).__name__}")
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"{name}: expected integers, got dtype {positions.dtype}")
-    batch, length = tokens.shape[:2]
     fitting = {(rows, *head, length) for rows in (1, batch) for head in ((), *((h,) for h in heads))}
     if tuple(positions.shape) not in fitting:
         wanted = f"[{batch}|1, {length}]" + (f" or [{batch}|1, {max(heads)}|1, {length}]" if heads else "")

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_attn import pytrees
+
 # An array, or, inside `bounds`, its Interval per block.
 Operand = Any
 
@@ -114,7 +116,7 @@ def _mask(*, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
     def register(cls):
         # eq=False: comparing masks would compare traced arrays; static fields are compared by the pytree structure.
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=list(static))
+        return pytrees.register(cls, data=data, static=static)
 
     return register
 

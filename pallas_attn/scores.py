@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_attn import pytrees
+
 
 class Score:
     """A change of logits. Pass one, or a sequence that is applied in order, as ``attention(scores=...)``."""
@@ -50,7 +52,7 @@ def _score(*, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
 
     def register(cls):
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        return jax.tree_util.register_dataclass(cls, data_fields=list(data), meta_fields=list(static))
+        return pytrees.register(cls, data=data, static=static)
 
     return register
 

@@ -320,6 +320,49 @@ def attention(
     return out, lse
 
 
+def key_weights(
+    query: np.ndarray,
+    key: np.ndarray,
+    visible: np.ndarray,
+    scale: float,
+    lse: np.ndarray,
+    scores: Sequence[Score] = (),
+    pairs: Pairs | None = None,
+) -> np.ndarray:
+    """The probabilities that each key got, summed over queries, averaged over the heads of its group: ``[B, K, S]``.
+
+    ``lse`` is that of :func:`attention`, with sinks where there are some.
+    """
+    batch, kv_len, kv_heads, _ = key.shape
+    group = query.shape[2] // kv_heads
+    total = np.zeros((batch, kv_heads, kv_len))
+    for b, n, t, s in np.argwhere(visible):
+        logit = np.array(scale * (key[b, s, n // group].astype(np.float64) @ query[b, t, n].astype(np.float64)))
+        for score in scores:
+            logit = score.apply(logit, pairs.at((b, n, t, s)))
+        total[b, n // group, s] += np.exp(logit - lse[b, n, t]) / group
+    return total
+
+
+def dequantize(quantized: Any) -> np.ndarray:
+    """What a quantised array stands for, exactly: a product of 8 and 24 bits."""
+    values, scales = np.asarray(quantized.values), np.asarray(quantized.scales).astype(np.float64)
+    if values.dtype == np.uint8:
+        columns = np.concatenate([values % 16, values // 16], -1).astype(np.int64)
+        values = np.where(columns > 7, columns - 16, columns)
+        scales = np.repeat(scales, values.shape[-1] // scales.shape[-1], -1)
+    else:
+        scales = scales[..., None]
+    return values.astype(np.float64) * scales
+
+
+def gather(pool: np.ndarray, page_table: np.ndarray) -> np.ndarray:
+    """``[P, page, ...]`` to ``[B, S, ...]``; NaN where the pool has no such page."""
+    nothing = np.full_like(pool[0], np.nan)
+    rows = [[pool[page] if 0 <= page < len(pool) else nothing for page in row] for row in page_table]
+    return np.stack([np.concatenate(row) for row in rows])
+
+
 class _Forward(NamedTuple):
     """Whole matrices: arrays by query head, ``[B, N, T|S, D]`` and ``[B, N, T, S]``; 0 for what nobody sees."""
 

@@ -13,6 +13,7 @@ import pytest
 import pallas_attn as pa
 
 B, T, S, N, K, D = 2, 5, 7, 4, 2, 8
+PAGE = 16
 
 
 def array(*shape, dtype=np.float32) -> np.ndarray:
@@ -188,17 +189,136 @@ def test_a_call_that_does_not_fit_is_refused_while_it_is_traced(name):
     assert_explains(error, argument, came)
 
 
-NOT_YET = {
-    "page_table": int32(B, 1),
-    "return_key_weights": True,
+POOL = array(9, PAGE, K, D)
+PAGED = {"query": array(B, T, N, D), "key": POOL, "value": POOL, "page_table": int32(B, 3)}
+BAD_PAGED_CALLS = {
+    "page_table, a list": ({"page_table": [[0], [1]]}, TypeError, "page_table", "list"),
+    "page_table, int64": ({"page_table": array(B, 3, dtype=np.int64)}, ValueError, "page_table", "int64"),
+    "page_table, float32": ({"page_table": array(B, 3)}, ValueError, "page_table", "float32"),
+    "page_table, rank 1": ({"page_table": int32(B)}, ValueError, "page_table", "int32 [2]"),
+    "page_table, rank 3": ({"page_table": int32(B, 3, 1)}, ValueError, "page_table", "int32 [2, 3, 1]"),
+    "page_table, one row": ({"page_table": int32(1, 3)}, ValueError, "page_table", "int32 [1, 3]"),
+    "page_table, no pages": ({"page_table": int32(B, 0)}, ValueError, "page_table", "int32 [2, 0]"),
+    "page_table, more keys": ({"page_table": int32(B, 2**26 + 1)}, ValueError, "page_table", "67108865 pages of 16"),
+    "page of 8": (
+        {"key": array(9, 8, K, D), "value": array(9, 8, K, D)},
+        *(ValueError, "key", "(9, 8, 2, 8)"),
+    ),
+    "page of 24": (
+        {"key": array(9, 24, K, D), "value": array(9, 24, K, D)},
+        *(ValueError, "key", "(9, 24, 2, 8)"),
+    ),
+    "pool, rank 3": ({"key": array(9 * PAGE, K, D)}, ValueError, "key", "(144, 2, 8)"),
+    "pool, no pages": ({"key": array(0, PAGE, K, D)}, ValueError, "key", "(0, 16, 2, 8)"),
+    "pool, another head size": ({"key": array(9, PAGE, K, 16)}, ValueError, "key", "(9, 16, 2, 16)"),
+    "pools of other sizes": ({"value": array(8, PAGE, K, D)}, ValueError, "value", "(8, 16, 2, 8)"),
+    "pools of other pages": ({"value": array(9, 32, K, D)}, ValueError, "value", "(9, 32, 2, 8)"),
+    "pool, float16": ({"key": array(9, PAGE, K, D, dtype=np.float16)}, ValueError, "key", "float16"),
+    "kv_positions of the pool": ({"kv_positions": int32(B, PAGE)}, ValueError, "kv_positions", "(2, 16)"),
+    "kv_positions, rows of the pool": ({"kv_positions": int32(9, 3 * PAGE)}, ValueError, "kv_positions", "(9, 48)"),
+    "mask, keys of a page": ({"mask": bools(B, 1, T, PAGE)}, ValueError, "mask", "(2, 1, 5, 16)"),
+    "bias, keys of a page": (
+        {"scores": pa.scores.bias(array(B, 1, T, PAGE))},
+        *(ValueError, "scores: bias", "(2, 1, 5, 16)"),
+    ),
+    "BlockMask, another S": (
+        {"mask": pa.BlockMask.from_mask(MASK, T, PAGE)},
+        *(ValueError, "mask.kv_positions", "(1, 1, 16)"),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_an_option_that_is_not_available_yet(name, compilations):
-    with pytest.raises(NotImplementedError, match=f"^{name}: not available yet"):
-        pa.attention(**GOOD, **{name: NOT_YET[name]})
-    assert not compilations
+@pytest.mark.parametrize("name", BAD_PAGED_CALLS)
+def test_a_paged_call_that_does_not_fit(name, compilations):
+    change, exception, argument, came = BAD_PAGED_CALLS[name]
+    with pytest.raises(exception) as error:
+        pa.attention(**{**PAGED, **change})
+    assert_explains(error, argument, came)
+    assert not compilations, "refused before anything is compiled"
+
+
+def quantized(*shape, kind: str = "int8") -> pa.QuantizedArray:
+    *leading, head_dim = shape
+    if kind == "int4":
+        return pa.QuantizedArray(array(*leading, head_dim // 2, dtype=np.uint8), array(*leading, 2))
+    return pa.QuantizedArray(array(*leading, head_dim, dtype=np.dtype(kind)), array(*leading))
+
+
+BAD_QUANTIZED_CALLS = {
+    "query": ({"query": quantized(B, T, N, D)}, TypeError, "query", "QuantizedArray"),
+    "rank 3": ({"key": quantized(S, K, D)}, ValueError, "key", "(7, 2, 8)"),
+    "no tokens": ({"key": quantized(B, 0, K, D)}, ValueError, "key", "(2, 0, 2, 8)"),
+    "another head size": ({"key": quantized(B, S, K, 16)}, ValueError, "key", "(2, 7, 2, 16)"),
+    "another head size, int4": ({"key": quantized(B, S, K, 16, kind="int4")}, ValueError, "key", "(2, 7, 2, 16)"),
+    "another length": ({"value": quantized(B, 9, K, D)}, ValueError, "value", "(2, 9, 2, 8)"),
+    "values, int32": (
+        {"key": pa.QuantizedArray(int32(B, S, K, D), array(B, S, K))},
+        *(ValueError, "key.values", "int32"),
+    ),
+    "scales, float16": (
+        {"value": pa.QuantizedArray(array(B, S, K, D, dtype=np.int8), array(B, S, K, dtype=np.float16))},
+        *(ValueError, "value.scales", "float16 [2, 7, 2]"),
+    ),
+    "scales, another length": (
+        {"value": pa.QuantizedArray(array(B, S, K, D, dtype=np.int8), array(B, T, K))},
+        *(ValueError, "value.scales", "float32 [2, 5, 2]"),
+    ),
+    "scales, None": (
+        {"key": pa.QuantizedArray(array(B, S, K, D, dtype=np.int8), None)},
+        TypeError,
+        "key.scales",
+        "None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_QUANTIZED_CALLS)
+def test_a_quantised_call_that_does_not_fit(name, compilations):
+    change, exception, argument, came = BAD_QUANTIZED_CALLS[name]
+    with pytest.raises(exception) as error:
+        pa.attention(**{**GOOD, **change})
+    assert_explains(error, argument, came)
+    assert not compilations, "refused before anything is compiled"
+
+
+def test_the_good_paged_and_quantised_calls_are_good():
+    assert jax.eval_shape(lambda: pa.attention(**PAGED, mask=MASK)).shape == (B, T, N, D)
+    for kind in ("int8", "float8_e4m3fn", "int4"):
+        call = {**GOOD, "key": quantized(B, S, K, D, kind=kind), "value": quantized(B, S, K, D)}
+        assert jax.eval_shape(lambda: pa.attention(**call)).shape == (B, T, N, D)  # noqa: B023
+
+
+NO_GRADIENT = {
+    "quantised keys": {**GOOD, "key": quantized(B, S, K, D)},
+    "quantised values": {**GOOD, "value": quantized(B, S, K, D, kind="int4")},
+    "pages": PAGED,
+}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", NO_GRADIENT)
+def test_what_has_no_gradient_says_so(name, implementation):
+    call = NO_GRADIENT[name]
+
+    def loss(query):
+        return pa.attention(**{**call, "query": query}, implementation=implementation).sum()
+
+    with pytest.raises(NotImplementedError, match=r"^quantised or paged keys and values have no gradient: give plain"):
+        jax.grad(loss)(jnp.asarray(call["query"]))
+    stopped = jax.grad(lambda query: (query + jax.lax.stop_gradient(loss(query))).sum())
+    assert (stopped(jnp.asarray(call["query"])) == 1).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_key_weights_have_no_gradient_but_do_not_hinder_that_of_the_output(implementation):
+    def attend(query):
+        call = {**GOOD, "query": query}
+        return pa.attention(**call, return_key_weights=True, implementation=implementation)
+
+    with pytest.raises(NotImplementedError, match=r"^key_weights have no gradient: stop it by"):
+        jax.grad(lambda query: attend(query).key_weights.sum())(jnp.ones((B, T, N, D)))
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+        assert jax.grad(wrap(lambda query: attend(query).out.sum()))(jnp.ones((B, T, N, D))).shape == (B, T, N, D)
 
 
 CANNOT_SERVE = {

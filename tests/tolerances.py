@@ -1,6 +1,7 @@
 """Every tolerance of the test suite, with the reason for its size. Tests hold no numbers of their own."""
 
 import jax.numpy as jnp
+import numpy as np
 
 # --- attention ---
 
@@ -27,8 +28,28 @@ def recomputed_limit(largest_logit: float) -> float:
     return 2.0**-21 * largest_logit
 
 
+# --- quantised arrays ---
+
+
+def quantization_limit(magnitudes, kind: str):
+    """The largest error of each element of groups ``[.., group]``: half a quantum, and some float32 roundings.
+
+    Scales are not smaller than the smallest normal float32, below which numbers may count as zeros.
+    """
+    largest = magnitudes.max(-1, keepdims=True)
+    scale = np.maximum(largest / {"int8": 127, "float8_e4m3fn": 448, "int4": 7}[kind], np.finfo(np.float32).tiny)
+    # Three bits follow the leading one of a normal float8; steps of what is smaller than 2^-6 are 2^-9.
+    half = np.maximum(magnitudes * 2.0**-4, scale * 2.0**-10) if kind == "float8_e4m3fn" else scale / 2
+    half = half * (1 + 2.0**-16) + largest * 2.0**-22 + np.finfo(np.float32).tiny
+    return np.broadcast_to(half, magnitudes.shape)
+
+
+# --- gradients ---
+
 # Relative to the largest derivative: float32 against float64 differences.
 ATTENTION_GRADIENT = 1e-5
+# Absolute: sums of some dozens of float32 probabilities.
+KEY_WEIGHTS = 1e-5
 # Relative and absolute: float32 against float32 differences with a step of 1e-2, whose own error is about 1e-3.
 CHECK_GRADS = 1e-2
 CHECK_GRADS_STEP = 1e-2

@@ -1,6 +1,7 @@
 """The derivative of attention from a kernel's forward and backward pass."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -63,3 +64,19 @@ def _once_only(function, name: str):
 
     kernel.defvjp(refuse, refuse)
     return kernel
+
+
+def without_derivative(function: Callable, reason: str) -> Callable:
+    """``function``, made ready for ``jax.vmap`` one by one. A gradient that comes to what it returns is refused.
+
+    Args:
+      function: of pytrees of arrays.
+      reason: the message of the NotImplementedError.
+    """
+    call = jax.custom_vjp(jax.custom_batching.sequential_vmap(function))
+
+    def refuse(*_):
+        raise NotImplementedError(reason)
+
+    call.defvjp(lambda *arguments: (call(*arguments), None), refuse)
+    return call

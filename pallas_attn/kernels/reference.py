@@ -14,18 +14,20 @@ from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.masks import repeat_heads
+from pallas_attn.quantized import QuantizedArray
 from pallas_attn.scores import Scores
 
 
 def forward(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Array | QuantizedArray,
+    value: Array | QuantizedArray,
     block_mask: BlockMask,
     scores: Scores = (),
     sinks: Array | None = None,
     *,
     scale: float,
+    page_table: Array | None = None,
 ) -> tuple[Array, Array]:
     """Plain attention, float32 inside.
 
@@ -35,21 +37,68 @@ def forward(
       scores: what changes a logit.
       sinks: ``[N]``, a logit more for every query of a head, without a value.
       scale: factor of the logits.
+      page_table: int32 ``[B, S // page]``; then key and value are pools ``[P, page, K, D]``. A page that the pool does
+        not have is read as the nearest one.
 
     Returns:
       out ``[B, T, N, Dv]`` in query's dtype; lse float32 ``[B, N, T]``. A query that sees no key gets 0, and -inf (with
       a sink: the sink); one that is padding gets 0 and -inf.
     """
     (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
-    grouped = (batch, kv_heads, q_heads // kv_heads, q_len, -1)
+    real_query = (block_mask.q_positions >= 0)[:, None, :, None]  # [B|1, 1, T, 1]
+    logits = _logits(query, key, block_mask, scores, scale, page_table)
+    sink = jnp.full((q_heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    sink = jnp.where(real_query, sink[None, :, None, None], -jnp.inf)
+
+    peak = jnp.maximum(jnp.max(logits, -1, keepdims=True), sink)
+    peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
+    weights = jnp.exp(logits - peak)
+    total = weights.sum(-1, keepdims=True) + jnp.exp(sink - peak)
+    seen = total != 0  # not > 0: what is not a number shows
+    total = jnp.where(seen, total, 1.0)
+    probabilities = (weights / total).reshape(batch, kv_heads, q_heads // kv_heads, q_len, -1)
+    value = _real_keys(value, block_mask, page_table)
+    out = jnp.einsum("bkgts,bskd->btkgd", probabilities, value, precision=jax.lax.Precision.HIGHEST)
+    out = out.reshape(batch, q_len, q_heads, -1)
+    out = jnp.where(seen.swapaxes(1, 2), out, 0.0)  # for the gradient, where that of the output may be NaN
+    lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
+    return out.astype(query.dtype), lse[..., 0]
+
+
+def key_weights(
+    query: Array,
+    key: Array | QuantizedArray,
+    block_mask: BlockMask,
+    scores: Scores,
+    lse: Array,
+    *,
+    scale: float,
+    page_table: Array | None = None,
+) -> Array:
+    """How much probability every key got: ``w_s = sum_t mean_n p_ts``, over real queries and the heads of a group.
+
+    Args:
+      query, key, block_mask, scores, scale, page_table: as in :func:`forward`.
+      lse: float32 ``[B, N, T]``, of the forward pass; sinks are in it.
+
+    Returns:
+      float32 ``[B, K, S]``; 0 for a key that nobody sees.
+    """
+    logits = _logits(query, key, block_mask, scores, scale, page_table)
+    probabilities = jnp.where(logits == -jnp.inf, 0.0, jnp.exp(logits - lse[..., None]))
+    batch, q_heads, q_len, kv_len = logits.shape
+    kv_heads = key.shape[2]
+    return probabilities.reshape(batch, kv_heads, q_heads // kv_heads, q_len, kv_len).mean(2).sum(2)
+
+
+def _logits(query, key, block_mask: BlockMask, scores: Scores, scale: float, page_table: Array | None) -> Array:
+    """float32 ``[B, N, T, S]``; -inf for a key that the query does not see."""
+    (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
     q_positions = block_mask.q_positions[:, None, :, None]  # [B|1, 1, T, 1]
     kv_positions = block_mask.kv_positions[:, :, None, :]  # [B|1, 1|K, 1, S]
-    # What is not there may hold anything, NaN included, and 0 * NaN is NaN.
-    real_key = (block_mask.kv_positions >= 0).swapaxes(1, 2)[..., None]
-    key, value = (jnp.where(real_key, x.astype(jnp.float32), 0.0) for x in (key, value))
-    real_query = q_positions >= 0
-    query_f32 = jnp.where(real_query.swapaxes(1, 2), query.astype(jnp.float32), 0.0)
-    query_f32 = query_f32.reshape(batch, q_len, *grouped[1:3], -1)
+    query_f32 = jnp.where((q_positions >= 0).swapaxes(1, 2), query.astype(jnp.float32), 0.0)
+    query_f32 = query_f32.reshape(batch, q_len, kv_heads, q_heads // kv_heads, -1)
+    key = _real_keys(key, block_mask, page_table)
 
     allowed = block_mask.mask.dense_array(block_mask.q_positions, block_mask.kv_positions)
     allowed = repeat_heads(allowed, q_heads)  # [B|1, N|1, T, S]
@@ -63,22 +112,17 @@ def forward(
         heads = jnp.arange(q_heads, dtype=jnp.int32)[None, :, None, None]
         kv_positions = repeat_heads(kv_positions, q_heads)
         logits = score_algebra.apply(operands, jnp.where(allowed, logits, 0.0), q_positions, kv_positions, heads)
-    logits = jnp.where(allowed, logits, -jnp.inf)
-    sink = jnp.full((q_heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
-    sink = jnp.where(real_query, sink[None, :, None, None], -jnp.inf)
+    return jnp.where(allowed, logits, -jnp.inf)
 
-    peak = jnp.maximum(jnp.max(logits, -1, keepdims=True), sink)
-    peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
-    weights = jnp.exp(logits - peak)
-    total = weights.sum(-1, keepdims=True) + jnp.exp(sink - peak)
-    seen = total != 0  # not > 0: what is not a number shows
-    total = jnp.where(seen, total, 1.0)
-    probabilities = (weights / total).reshape(grouped)
-    out = jnp.einsum("bkgts,bskd->btkgd", probabilities, value, precision=jax.lax.Precision.HIGHEST)
-    out = out.reshape(batch, q_len, q_heads, -1)
-    out = jnp.where(seen.swapaxes(1, 2), out, 0.0)  # for the gradient, where that of the output may be NaN
-    lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
-    return out.astype(query.dtype), lse[..., 0]
+
+def _real_keys(x: Array | QuantizedArray, block_mask: BlockMask, page_table: Array | None) -> Array:
+    """Keys or values in a row, float32 ``[B, S, K, D]``; 0 in empty slots."""
+    x = x.dequantize() if isinstance(x, QuantizedArray) else x.astype(jnp.float32)
+    if page_table is not None:
+        x = x[jnp.clip(page_table, 0, x.shape[0] - 1)]  # [B, S // page, page, K, D]
+        x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    # What is not there may hold anything, NaN included, and 0 * NaN is NaN.
+    return jnp.where((block_mask.kv_positions >= 0).swapaxes(1, 2)[..., None], x, 0.0)
 
 
 def unavailable() -> None:

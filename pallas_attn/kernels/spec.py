@@ -5,13 +5,20 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_attn.masks import Mask
+from pallas_attn.quantized import Kind
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
 
 @dataclasses.dataclass(frozen=True)
 class CallSpec:
-    """The static facts of one call of attention."""
+    """The static facts of one call of attention.
+
+    Attributes:
+      key_kind, value_kind: of a quantised array; None: plain.
+      page: keys per page; None: no pages.
+      key_weights: they are asked for.
+    """
 
     head_dim: int
     value_dim: int
@@ -19,3 +26,7 @@ class CallSpec:
     block_sizes: BlockSizes
     mask: Mask
     scores: Scores = ()
+    key_kind: Kind | None = None
+    value_kind: Kind | None = None
+    page: int | None = None
+    key_weights: bool = False

@@ -4,12 +4,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
+from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.kernels.triton.backward import backward as backward
-from pallas_attn.kernels.triton.forward import forward as forward
+from pallas_attn.kernels.triton.decode import decode
+from pallas_attn.kernels.triton.forward import forward as prefill
+from pallas_attn.kernels.triton.key_weights import key_weights as key_weights
+from pallas_attn.kernels.triton.specs import Stored
 
 _MAX_HEAD_DIM = 256
+_MIN_INT4_HEAD_DIM = 32
+
+
+def forward(query: Array, key: Stored, value: Stored, block_mask: BlockMask, *rest, **options) -> tuple[Array, Array]:
+    """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
+    run = prefill if block_mask.schedule is None else decode
+    return run(query, key, value, block_mask, *rest, **options)
 
 
 @functools.cache
@@ -19,9 +31,8 @@ def unavailable() -> str | None:
         devices = jax.devices("cuda")
     except RuntimeError:
         return "needs an NVIDIA GPU, and JAX sees none (interpret=True runs the kernels anywhere, slowly)"
-    capability = float(devices[0].compute_capability)
-    if capability < 8.0:
-        return f"needs compute capability 8.0 or newer, and this {devices[0].device_kind} has {capability}"
+    if _capability() < 8.0:
+        return f"needs compute capability 8.0 or newer, and this {devices[0].device_kind} has {_capability()}"
     try:
         _probe.lower()
     except Exception as error:  # since JAX 0.11 the lowering refuses GPUs that JAX does not list, by several types
@@ -36,6 +47,11 @@ def unsupported(spec: CallSpec) -> str | None:
             return f"needs block sizes that are powers of two and at least 16, got {name}={size}"
     if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
         return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
+    for kind, head_dim in ((spec.key_kind, spec.head_dim), (spec.value_kind, spec.value_dim)):
+        if kind == "int4" and head_dim < _MIN_INT4_HEAD_DIM:
+            return f"needs head sizes of at least {_MIN_INT4_HEAD_DIM} for int4, got {head_dim}"
+        if kind == "float8_e4m3fn" and unavailable() is None and _capability() < 8.9:
+            return f"needs compute capability 8.9 or newer for float8_e4m3fn, and this GPU has {_capability()}"
     # Offsets are signed, and have 32 bits for arrays of up to 2^32 bytes, else 64. That is too few where an element is
     # one byte. And places in the parameters of a custom score always have 32 bits.
     narrow = [x for x in jax.tree.leaves((spec.mask, spec.scores)) if x.dtype.itemsize == 1]
@@ -45,6 +61,10 @@ def unsupported(spec: CallSpec) -> str | None:
         what = "arrays of bytes (bool masks) and parameters of fewer than 2^31 elements"
         return f"needs {what}, whose offsets have 32 bits, got {largest}"
     return None
+
+
+def _capability() -> float:
+    return float(jax.devices("cuda")[0].compute_capability)
 
 
 @jax.jit

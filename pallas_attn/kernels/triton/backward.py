@@ -23,8 +23,10 @@ from pallas_attn import scores as score_algebra
 from pallas_attn import tuning
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
+from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.score_gradients import score_gradients
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
+from pallas_attn.kernels.triton.stored import StoredKeys
 from pallas_attn.kernels.triton.tables import look_up
 from pallas_attn.kernels.triton.tiles import LOG2_E
 from pallas_attn.scores import Scores
@@ -111,7 +113,7 @@ def _probabilities(products: Array, lse: Array, allowed: Array | None, scores: S
 
 
 def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut):
-    head_columns, value_columns = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
+    (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
     i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
@@ -123,46 +125,28 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
     q = tiles.load_rows(refs.query, rows, counts, head_columns)
     do = tiles.load_rows(residuals.d_out, rows, counts, value_columns)
 
-    def visit(state, keys, key_exists, k, v, kv_positions, allowed):
+    blocks = KeyBlocks(StoredKeys(refs, cut), rows, row_exists, q_positions)
+
+    def visit(state, block):
         (acc,) = state
-        operands, where = (), (q_positions[:, None], kv_positions[None, :], n) if refs.scores else ()
+        operands, where = (), ()
         if refs.scores:
-            live = counts[:, None] if allowed is None else allowed & counts[:, None]
-            operands = score_algebra.map_operands(
-                lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists), refs.scores
-            )
-            operands = tiles.where_live(operands, live)
-        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, allowed, operands, where, cut)
+            live = counts[:, None] if block.allowed is None else block.allowed & counts[:, None]
+            operands = tiles.where_live(blocks.scores(block.keys, block.exist), live)
+            where = q_positions[:, None], block.positions[None, :], n
+        (k,), (v,) = block.k.parts, block.v.parts
+        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, block.allowed, operands, where, cut)
         ds = back(p * (cut.dot(do, v, (1, 1)) - delta))
         return (acc + cut.dot(ds, k, (1, 0)),)
 
-    def full(block, state):
-        keys = pl.Slice(block * cut.kv_block, cut.kv_block)
-        kv_positions = plgpu.load(refs.kv_positions.at[keys]) if refs.scores else None
-        k = tiles.load_rows(refs.key, keys, None, head_columns)
-        v = tiles.load_rows(refs.value, keys, None, value_columns)
-        return visit(state, keys, None, k, v, kv_positions, None)
-
-    def partial(block, state):
-        keys = pl.Slice(block * cut.kv_block, cut.kv_block)
-        key_exists = block * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
-        kv_positions = tiles.load(refs.kv_positions.at[keys], key_exists, -1)
-        real = kv_positions >= 0
-        mask = jax.tree.map(lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists), refs.mask)
-        allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :]
-        allowed = jnp.broadcast_to(allowed, (cut.q_block, cut.kv_block))
-        k = tiles.load_rows(refs.key, keys, real, head_columns)
-        v = tiles.load_rows(refs.value, keys, real, value_columns)
-        return visit(state, keys, key_exists, k, v, kv_positions, allowed)
-
     acc = jnp.zeros((cut.q_block, q.shape[1]), jnp.float32)
-    (acc,) = tiles.walk(refs.lists, i, full, partial, (acc,))
+    (acc,) = blocks.walk((i,), visit, (acc,))
     out = jnp.where(counts[:, None], acc * cut.scale, 0.0).astype(d_query_ref.dtype)
-    plgpu.store(d_query_ref.at[rows, :], out, mask=tiles.outer(row_exists, head_columns, out.shape))
+    plgpu.store(d_query_ref.at[rows, :], out, mask=tiles.outer(row_exists, head_columns.exist, out.shape))
 
 
 def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_ref, *, cut: Cut):
-    head_columns, value_columns = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
+    (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
     j, h = refs.lists.order[0, pl.program_id(0)], pl.program_id(1)
     keys = pl.Slice(j * cut.kv_block, cut.kv_block)
     key_exists = j * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
@@ -215,11 +199,11 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
             lse = jnp.where(counts, lse * LOG2_E, jnp.inf)
             return visit(state, rows, row_exists, counts, q_positions, lse, allowed)
 
-        return tiles.walk(refs.lists, j, full, partial, state, g)
+        return tiles.walk(refs.lists, (tiles.of_head(refs.lists.indices, g), j), full, partial, state)
 
     zeros = tuple(jnp.zeros((cut.kv_block, x.shape[1]), jnp.float32) for x in (k, v))
     # A plain 0 fails in the interpreter.
     d_key, d_value = lax.fori_loop(0, cut.group, head, zeros) if cut.group > 1 else head(np.int32(0), zeros)
     for ref, x, width in ((d_key_ref, d_key * cut.scale, head_columns), (d_value_ref, d_value, value_columns)):
         out = jnp.where(real[:, None], x, 0.0).astype(ref.dtype)
-        plgpu.store(ref.at[keys, :], out, mask=tiles.outer(key_exists, width, out.shape))
+        plgpu.store(ref.at[keys, :], out, mask=tiles.outer(key_exists, width.exist, out.shape))

@@ -22,7 +22,7 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
 from pallas_attn.kernels.triton.tables import CustomInKernel, LookedUp, look_up, place_sums, width_of
-from pallas_attn.kernels.triton.tiles import LOG2_E
+from pallas_attn.kernels.triton.tiles import LOG2_E, Columns
 from pallas_attn.scores import Score, Scores
 from pallas_attn.tuning import BlockSizes
 
@@ -132,7 +132,7 @@ def _kernel(
         at_q, at_k = pl.Slice(i * cut.q_block, cut.q_block), pl.Slice(j * cut.kv_block, cut.kv_block)
         row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
         key_exists = j * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
-        head_columns, value_columns = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
+        (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
         kv_at = _shared(refs.kv_positions, b, n, cut)
         kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_exists, -1)
@@ -141,8 +141,8 @@ def _kernel(
         lse = jnp.where(counts, lse * LOG2_E, jnp.inf)[:, None]
         delta = tiles.load(residuals.delta.at[b, n, at_q], counts)[:, None]
 
-        def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Array | None) -> Array:
-            return tiles.load(ref.at[b, at, head, :], tiles.outer(mask, columns, (mask.size, ref.shape[-1])))
+        def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
+            return tiles.load(ref.at[b, at, head, :], tiles.outer(mask, columns.exist, (mask.size, ref.shape[-1])))
 
         q = tokens(refs.query, at_q, n, counts, head_columns)
         do = tokens(residuals.d_out, at_q, n, counts, value_columns)

@@ -13,8 +13,11 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.tables import with_tables
+from pallas_attn.quantized import QuantizedArray
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
+
+Stored = Array | QuantizedArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Cut:
     interpret: bool
 
     @classmethod
-    def of(cls, query: Array, value: Array, block_mask: BlockMask, scale: float, interpret: bool) -> "Cut":
-        (batch, q_len, q_heads, head_dim), (_, kv_len, kv_heads, value_dim) = query.shape, value.shape
+    def of(cls, query: Array, value: Stored, block_mask: BlockMask, scale: float, interpret: bool) -> "Cut":
+        (batch, q_len, q_heads, head_dim), (*_, kv_heads, value_dim) = query.shape, value.shape
+        kv_len = block_mask.kv_positions.shape[-1]
         blocks = (block_mask.q_block, block_mask.kv_block, *block_mask.grid)
         shape = (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim)
         return cls(*shape, query.dtype, *blocks, scale, interpret)
@@ -79,10 +83,14 @@ class PerQueryHead:
 
     def keys(self, width: int) -> pl.BlockSpec:
         """Of ``[B, S, K, width]``: ``[kv_rows, tile]``."""
-        group = self._cut.group
-        return pl.BlockSpec(
-            (None, self._cut.kv_rows, None, tiles.tile_width(width)), lambda i, n, b: (b, 0, n // group, 0)
-        )
+        return self.tokens(None, tiles.tile_width(width))
+
+    def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
+        """Of ``[B, S, K, ...]``: ``[kv_rows, *block]``; or of a pool ``[P, page, K, ...]``: ``[P, page, *block]``."""
+        group, zeros = self._cut.group, (0,) * len(block)
+        if pool:
+            return pl.BlockSpec((*pool, None, *block), lambda i, n, b: (0, 0, n // group, *zeros))
+        return pl.BlockSpec((None, self._cut.kv_rows, None, *block), lambda i, n, b: (b, 0, n // group, *zeros))
 
     def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
         """Of ``[B|1, 1|K|N, ...]``: ``[*block]``."""
@@ -111,7 +119,12 @@ class PerKVHead:
 
     def keys(self, width: int) -> pl.BlockSpec:
         """Of ``[B, S, K, width]``: ``[kv_rows, tile]``."""
-        return pl.BlockSpec((None, self._cut.kv_rows, None, tiles.tile_width(width)), lambda j, h, b: (b, 0, h, 0))
+        return self.tokens(None, tiles.tile_width(width))
+
+    def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
+        """Of ``[B, S, K, ...]``: ``[kv_rows, *block]``. There is no pool, for pages have no gradient."""
+        zeros = (0,) * len(block)
+        return pl.BlockSpec((None, self._cut.kv_rows, None, *block), lambda j, h, b: (b, 0, h, *zeros))
 
     def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
         """Of ``[B|1, 1|K|N, ...]``: ``[group|1, *block]``."""
@@ -143,8 +156,12 @@ class Whole:
 
     def keys(self, width: int) -> pl.BlockSpec:
         """Of ``[B, S, K, width]``: ``[B, kv_rows, K, tile]``."""
+        return self.tokens(None, tiles.tile_width(width))
+
+    def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
+        """Of ``[B, S, K, ...]``: ``[B, kv_rows, K, *block]``; or of a pool ``[P, page, K, ...]``, the same for it."""
         cut = self._cut
-        return self.all(cut.batch, cut.kv_rows, cut.kv_heads, tiles.tile_width(width))
+        return self.all(*(pool or (cut.batch, cut.kv_rows)), cut.kv_heads, *block)
 
     def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
         """Of ``[B|1, 1|K|N, ...]``: ``[B|1, 1|K|N, *block]``."""
@@ -162,18 +179,39 @@ class Inputs(NamedTuple):
     """The arrays that every kernel reads; in a kernel, refs to one program's part of them."""
 
     query: Any  # [B, T, N, D]
-    key: Any  # [B, S, K, D]
-    value: Any  # [B, S, K, Dv]
+    key: Any  # [B, S, K, D] or a pool [P, page, K, D]; quantised or not
+    value: Any  # [B, S, K, Dv] or a pool [P, page, K, Dv]; quantised or not
     q_positions: Any  # [B|1, T]
     kv_positions: Any  # [B|1, 1|K, S]
     lists: Any  # BlockLists
     mask: Any
     scores: Scores
+    page_table: Any  # [B, S // page], or None
 
     @classmethod
-    def of(cls, query: Array, key: Array, value: Array, block_mask: BlockMask, scores: Scores) -> "Inputs":
+    def of(
+        cls,
+        query: Array,
+        key: Stored,
+        value: Stored,
+        block_mask: BlockMask,
+        scores: Scores,
+        page_table: Array | None = None,
+    ) -> "Inputs":
+        def stored(x: Stored) -> Stored:
+            """Scales of int4 by half: ``[B, S, K, 2, groups / 2]``."""
+            if not isinstance(x, QuantizedArray):
+                return x
+            if x.values.size >= 2**31:
+                what = "of bytes, whose offsets have 32 bits"
+                raise NotImplementedError(f"needs fewer than 2^31 elements in arrays {what}, got {x.values.size}")
+            if x.kind != "int4":
+                return x
+            return QuantizedArray(x.values, x.scales.reshape(*x.scales.shape[:-1], 2, -1))
+
         positions = block_mask.q_positions, block_mask.kv_positions
-        return cls(query, key, value, *positions, block_mask.lists, block_mask.mask, with_tables(scores))
+        arrays = query, stored(key), stored(value)
+        return cls(*arrays, *positions, block_mask.lists, block_mask.mask, with_tables(scores), page_table)
 
     def specs(self, cut: Cut, part: Part) -> "Inputs":
         """The same structure, of BlockSpecs."""
@@ -184,15 +222,23 @@ class Inputs(NamedTuple):
         def flat(x: Array) -> pl.BlockSpec:
             return pl.BlockSpec(x.shape, lambda *_: (0,))
 
+        def stored(x: Stored) -> Any:
+            pool = None if self.page_table is None else x.shape[:2]
+            if not isinstance(x, QuantizedArray):
+                return part.tokens(pool, tiles.tile_width(x.shape[-1]))
+            values = part.tokens(pool, tiles.tile_width(x.values.shape[-1]))
+            return dataclasses.replace(x, values=values, scales=part.tokens(pool, *x.scales.shape[3:]))
+
         return Inputs(
             part.queries(cut.head_dim),
-            part.keys(cut.head_dim),
-            part.keys(cut.value_dim),
+            stored(self.key),
+            stored(self.value),
             part.per_row(self.q_positions, cut.q_rows),
             part.per_head(self.kv_positions, cut.kv_rows),
             jax.tree.map(lambda x: part.per_head(x, *x.shape[2:]), self.lists),
             jax.tree.map(operand, self.mask),
             tuple(jax.tree.map(operand if score.aligned else flat, score) for score in self.scores),
+            None if self.page_table is None else part.per_row(self.page_table, self.page_table.shape[1]),
         )
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,24 @@ def tile_width(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def columns(head_dim: int) -> Array | None:
-    """Which columns of a tile exist; None means all."""
-    width = tile_width(head_dim)
-    return None if head_dim == width else jnp.arange(width) < head_dim
+class Columns(NamedTuple):
+    """Neighbouring columns of an array, in a tile that may be wider."""
+
+    at: pl.Slice
+    exist: Array | None  # bool [tile]; None: all of them
+
+    @property
+    def tile(self) -> int:
+        """How many columns the tile has."""
+        return _length(self.at)
+
+
+def columns(width: int, parts: int = 1) -> tuple[Columns, ...]:
+    """The columns of an array, cut into equal parts."""
+    size = width // parts
+    tile = tile_width(size)
+    exist = None if size == tile else jnp.arange(tile) < size
+    return tuple(Columns(pl.Slice(part * size, tile), exist) for part in range(parts))
 
 
 def outer(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> Array | None:
@@ -60,30 +74,48 @@ def load(ref, mask: Array | None, other: float = 0) -> Array:
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.array(other, ref.dtype))
 
 
-def load_rows(ref, rows: pl.Slice, row_mask: Array | None, column_mask: Array | None, *head: Array) -> Array:
+def at(ref, *index: Any) -> Any:
+    """``ref.at[index]``, of slices and numbers, or of vectors too: those of the last axis are columns, others rows.
+
+    The interpreter takes no index of vectors and slices.
+    """
+    vectors = [isinstance(x, Array) and x.ndim > 0 for x in index]
+    if not any(vectors):
+        return ref.at[index]
+    vectors = [x.start + jnp.arange(_length(x)) if isinstance(x, pl.Slice) else x for x in index]
+    shape = next(x.size for x in vectors[:-1] if jnp.ndim(x)), vectors[-1].size
+    places = [jnp.broadcast_to(x[:, None], shape) if jnp.ndim(x) else x for x in vectors[:-1]]
+    return ref.at[(*places, jnp.broadcast_to(vectors[-1][None, :], shape))]
+
+
+def load_rows(ref, rows: pl.Slice, row_mask: Array | None, columns: Columns, *head: Array) -> Array:
     """Rows of a ref ``[rows, columns]``, or, given a head, ``[rows, heads, columns]``."""
-    return load(ref.at[(rows, *head, slice(None))], outer(row_mask, column_mask, (_length(rows), ref.shape[-1])))
+    mask = outer(row_mask, columns.exist, (_length(rows), columns.tile))
+    return load(ref.at[(rows, *head, columns.at)], mask)
 
 
 def load_operand(
-    ref, rows: pl.Slice, row_mask: Array | None, keys: pl.Slice, key_mask: Array | None, *at: Array | int
+    ref, rows: pl.Slice | Array, row_mask: Array | None, keys: pl.Slice, key_mask: Array | None, *heads: Array | int
 ) -> Array:
     """The tile ``[q_block|1, kv_block|1]`` of an operand ``[T|1, S|1]``; an axis of size 1 is shared.
 
-    An operand with more axes is taken at the index ``at`` of these.
+    An operand with more axes is taken at the index ``heads`` of these, or at one index for each of the rows.
     """
-    at_rows, row_mask = (rows, row_mask) if ref.shape[-2] > 1 else (pl.Slice(0, 1), None)
+    if isinstance(rows, Array) and any(jnp.ndim(x) for x in heads):
+        at_rows = rows if ref.shape[-2] > 1 else jnp.zeros_like(rows)
+    else:
+        at_rows, row_mask = (rows, row_mask) if ref.shape[-2] > 1 else (pl.Slice(0, 1), None)
     at_keys, key_mask = (keys, key_mask) if ref.shape[-1] > 1 else (pl.Slice(0, 1), None)
     mask = outer(row_mask, key_mask, (_length(at_rows), _length(at_keys)))
-    return load(ref.at[(*at, at_rows, at_keys)], mask)
+    return load(at(ref, *heads, at_rows, at_keys), mask)
 
 
 def of_head(ref, head: Array | int) -> Any:
-    """The index of a head along the first axis, which the heads of a group may share."""
+    """The index of a head, or of a batch row, along the first axis, which all may share."""
     return head if ref.shape[0] > 1 else np.int32(0)  # a plain int fails in the interpreter
 
 
-def _length(rows: pl.Slice) -> int:
+def _length(rows: pl.Slice | Array) -> int:
     return int(rows.size)  # which a Slice says may be an array
 
 
@@ -92,23 +124,39 @@ def where_live(operands: Scores, live: Array) -> Scores:
     return score_algebra.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
 
 
-def walk(lists, row: Array, full: Callable, partial: Callable, state, *head: Array):
+def walk(
+    lists,
+    row: tuple,
+    full: Callable,
+    partial: Callable,
+    state,
+    *,
+    slots: tuple[Array, Array] | None = None,
+    locate: Callable = lambda block: block,
+):
     """Runs ``full(block, state)``, then ``partial(block, state)``, over the blocks in a row of the lists.
 
     The index of the *next* block is read while its own block is computed, so that an address is never waited for.
+
+    Args:
+      row: the index of the row in ``num_full``.
+      slots: ``(first, last)``: only the blocks in these slots of the row's list; default: all of them.
+      locate: what the two functions are given for the index of a block; of the next block, it runs ahead too.
     """
     width = lists.indices.shape[-1]
-    row_of_head = (*(of_head(lists.indices, n) for n in head), row)
 
     def step(visit: Callable):
         def body(slot: Array, carry):
             block, *state = carry
-            following = lists.indices[(*row_of_head, jnp.minimum(slot + 1, width - 1))]
+            following = locate(lists.indices[(*row, jnp.minimum(slot + 1, width - 1))])
             return following, *visit(block, state)
 
         return body
 
-    num_full, num_active = lists.num_full[row_of_head], lists.num_active[row_of_head]
-    carry = lax.fori_loop(0, num_full, step(full), (lists.indices[(*row_of_head, 0)], *state))
-    _, *state = lax.fori_loop(num_full, num_active, step(partial), carry)
+    num_full = lists.num_full[row]
+    first, last = (0, lists.num_active[row]) if slots is None else slots
+    if slots is not None:
+        num_full = jnp.clip(num_full, first, last)
+    carry = lax.fori_loop(first, num_full, step(full), (locate(lists.indices[(*row, first)]), *state))
+    _, *state = lax.fori_loop(num_full, last, step(partial), carry)
     return tuple(state)

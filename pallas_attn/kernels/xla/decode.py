@@ -18,8 +18,9 @@ from pallas_attn.kernels.xla.tiles import Cut, Program, as_it_is
 from pallas_attn.schedule import Schedule
 from pallas_attn.scores import Scores
 
-# KV heads that a step works on, in all lanes together.
+# KV heads that a step works on, in all lanes together; and how many lanes there are at most, each compiled in full.
 _HEADS = 16
+_LANES = 4
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
@@ -44,7 +45,7 @@ def decode(
     num_active = jnp.broadcast_to(block_mask.num_active[..., 0], (cut.batch, cut.list_heads)).reshape(-1)
     blocks = Schedule.fixed(num_active, block_mask.indices.shape[-1], chunk=1)  # every program is a block
     most = blocks.row.shape[0]
-    lanes = 1 if block_mask.block_sizes.chunk else min(max(1, _HEADS // cut.heads), most)
+    lanes = 1 if block_mask.block_sizes.chunk else min(max(1, _HEADS // cut.heads), _LANES, most)
     stretch = -(-blocks.total // lanes)
     q_of_rows = _queries_of_rows(query, cut) * scale
 

@@ -39,25 +39,32 @@ Stored = Array | QuantizedArray | Paged
 
 def read(x: Stored, row: Array | int, start: Array, head: Array | int, keys: int, heads: int) -> Array:
     """The float32 tile ``[keys, heads, D]`` of ``[B, S, K, D]`` that begins at ``(row, start, head)``."""
-    cut = _cut_pages if isinstance(x, Paged) else _cut
-    tile = cut(x, row, start, head, keys, heads)
+    if isinstance(x, Paged):
+        tile = _cut_pages(x, row, start, head, keys, heads)
+    else:
+        tile = _cut(x, row, start, head, keys, heads)
     return tile.dequantize() if isinstance(tile, QuantizedArray) else tile.astype(jnp.float32)
 
 
 def _cut(x, row, start, head, keys: int, heads: int):
-    def tile(x: Array) -> Array:
+    def cut(x: Array) -> Array:
         at = (row, start, head, *(0,) * (x.ndim - 3))
-        return lax.dynamic_slice(x, at, (1, keys, heads, *x.shape[3:]))[0]
+        tile = lax.dynamic_slice(_bits(x), at, (1, keys, heads, *x.shape[3:]))[0]
+        return lax.bitcast_convert_type(tile, x.dtype)
 
-    return jax.tree.map(tile, x)
+    return jax.tree.map(cut, x)
+
+
+def _bits(x: Array) -> Array:
+    """XLA on a CPU has no slices of 8-bit floats: it would convert the whole array first."""
+    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x
 
 
 def _cut_pages(x: Paged, row, start, head, keys: int, heads: int):
     pages, page = x.pool.shape[:2]
     # Tiles begin at a multiple of it, also one that is moved back to end with the keys: a piece lies in one page.
     piece = math.gcd(page, keys)
-    pieces = []
-    for first in range(0, keys, piece):
-        index = jnp.clip(x.table[row, (start + first) // page], 0, pages - 1)
-        pieces.append(_cut(x.pool, index, (start + first) % page, head, piece, heads))
-    return jax.tree.map(lambda *tiles: jnp.concatenate(tiles), *pieces)
+    places = start + jnp.arange(0, keys, piece, dtype=jnp.int32)
+    indices = jnp.clip(x.table[row, places // page], 0, pages - 1)
+    pieces = jax.vmap(lambda index, first: _cut(x.pool, index, first, head, piece, heads))(indices, places % page)
+    return jax.tree.map(lambda tiles: tiles.reshape(keys, *tiles.shape[2:]), pieces)

@@ -1,0 +1,85 @@
+"""The blocks of keys that a tile of queries visits."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from pallas_attn import scores as score_algebra
+from pallas_attn.kernels.triton import tiles
+from pallas_attn.kernels.triton.stored import Located, StoredKeys, Tile
+from pallas_attn.scores import Scores
+
+
+class KeyBlock(NamedTuple):
+    """A block of keys and values, and who sees them."""
+
+    k: Tile
+    v: Tile
+    keys: pl.Slice  # their places in S
+    exist: Array | None  # bool [kv_block]; None: all of them
+    positions: Any  # int32 [kv_block]; None where nobody asks
+    allowed: Array | None  # bool [rows, kv_block]; None: every query sees every key
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyBlocks:
+    """Reads blocks of keys for a tile of queries.
+
+    Attributes:
+      rows: the places of the tile's queries in T: consecutive, or int32 ``[rows]``.
+      row_exists: bool ``[rows]``.
+      q_positions: int32 ``[rows]``.
+    """
+
+    stored: StoredKeys
+    rows: pl.Slice | Array
+    row_exists: Array
+    q_positions: Array
+
+    def walk(self, row: tuple, visit: Callable, state: tuple, slots: tuple[Array, Array] | None = None) -> tuple:
+        """Runs ``visit(state, block)`` over a row of the lists; see :func:`tiles.walk`."""
+
+        def full(at: Located, state: tuple) -> tuple:
+            return visit(state, self._full(at))
+
+        def partial(at: Located, state: tuple) -> tuple:
+            return visit(state, self._partial(at))
+
+        lists = self.stored.refs.lists
+        return tiles.walk(lists, row, full, partial, state, slots=slots, locate=self.stored.locate)
+
+    def scores(self, keys: pl.Slice, exist: Array | None) -> Scores:
+        """The scores, with their tiles of a block."""
+        return score_algebra.map_operands(lambda ref: self._operand(ref, keys, exist), self.stored.refs.scores)
+
+    def allowed(self, keys: pl.Slice, exist: Array, positions: Array) -> Array:
+        """Who sees which keys of a block, bool ``[rows, kv_block]``."""
+        mask = jax.tree.map(lambda ref: self._operand(ref, keys, exist), self.stored.refs.mask)
+        allowed = mask.allowed(self.q_positions[:, None], positions[None, :]) & (positions >= 0)[None, :]
+        return jnp.broadcast_to(allowed, (self.q_positions.size, positions.size))
+
+    def _full(self, at: Located) -> KeyBlock:
+        """A block whose keys all exist and are seen by every query."""
+        stored, refs = self.stored, self.stored.refs
+        positions = stored.positions(at.block, None) if refs.scores else None
+        k, v = stored.tile(refs.key, at, None), stored.tile(refs.value, at, None)
+        return KeyBlock(k, v, stored.slots(at.block), None, positions, None)
+
+    def _partial(self, at: Located) -> KeyBlock:
+        """A block with a mask, of which only real keys are read: an empty slot may hold NaN, and 0 * NaN is NaN."""
+        stored, refs = self.stored, self.stored.refs
+        keys, exist = stored.slots(at.block), stored.exist(at.block)
+        positions = stored.positions(at.block, exist)
+        allowed = self.allowed(keys, exist, positions)
+        k, v = stored.tile(refs.key, at, positions >= 0), stored.tile(refs.value, at, positions >= 0)
+        return KeyBlock(k, v, keys, exist, positions, allowed)
+
+    def _operand(self, ref: Any, keys: pl.Slice, exist: Array | None) -> Array:
+        is_of_keys = ref.shape[-3:-2] == (self.stored.cut.kv_heads,)
+        at = self.stored.shared(ref, lambda place: place.h if is_of_keys else place.n)
+        return tiles.load_operand(ref, self.rows, self.row_exists, keys, exist, *at)

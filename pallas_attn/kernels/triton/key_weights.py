@@ -1,0 +1,99 @@
+"""How much probability each key got, in Pallas, through the Triton lowering.
+
+A second pass, over keys alone, with probabilities recomputed from ``lse``: one program per KV block and head walks the
+transposed lists, as dK and dV do, so nothing is added to memory by two programs.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_attn import scores as score_algebra
+from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.triton import specs, tiles
+from pallas_attn.kernels.triton.key_blocks import KeyBlocks
+from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
+from pallas_attn.kernels.triton.stored import Place, StoredKeys, parts_of
+from pallas_attn.kernels.triton.tiles import LOG2_E
+from pallas_attn.scores import Scores
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+def key_weights(
+    query: Array,
+    key: Stored,
+    block_mask: BlockMask,
+    scores: Scores,
+    lse: Array,
+    *,
+    scale: float,
+    interpret: bool = False,
+    page_table: Array | None = None,
+) -> Array:
+    """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
+    cut = Cut.of(query, key, block_mask, scale, interpret)
+    whole = specs.Whole(cut)
+    inputs = Inputs.of(query, key, key, block_mask, scores, page_table)  # no values are read
+    inputs = inputs._replace(lists=block_mask.transposed)
+    return specs.call(
+        functools.partial(_kernel, cut=cut),
+        "pallas_attn_key_weights",
+        block_mask.block_sizes,
+        cut,
+        grid=(cut.kv_blocks, cut.kv_heads, cut.batch),
+        in_specs=[inputs.specs(cut, whole), whole.all(cut.batch, cut.q_heads, cut.q_rows)],
+        out_specs=whole.all(cut.batch, cut.kv_heads, cut.kv_rows),
+        out_shape=jax.ShapeDtypeStruct((cut.batch, cut.kv_heads, cut.kv_len), jnp.float32),
+    )(inputs, lse)
+
+
+def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
+    j, h, b = (pl.program_id(axis) for axis in range(3))
+    columns = tiles.columns(cut.head_dim, parts_of(refs.key))
+    stored = StoredKeys(refs, cut, Place(b, h, h * cut.group))
+    keys, exist = stored.slots(j), stored.exist(j)
+    positions = stored.positions(j, exist)
+    k = stored.tile(refs.key, stored.locate(j), positions >= 0)
+
+    def visit(n: Array, i: Array) -> Array:
+        """What a block of queries of one head gives."""
+        rows = pl.Slice(i * cut.q_block, cut.q_block)
+        row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
+        q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], row_exists, -1)
+        lse = tiles.load(lse_ref.at[b, n, rows], row_exists, -jnp.inf)
+        counts = (q_positions >= 0) & (lse != -jnp.inf)
+        blocks = KeyBlocks(StoredKeys(refs, cut, Place(b, h, n)), rows, row_exists, q_positions)
+        allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
+
+        def load_queries(part: tiles.Columns) -> Array:
+            mask = tiles.outer(counts, part.exist, (cut.q_block, part.tile))
+            return tiles.load(refs.query.at[b, rows, n, part.at], mask)
+
+        logits = k.products(cut, tuple(load_queries(part) for part in columns)) * cut.scale
+        if refs.scores:
+            logits = jnp.where(allowed, logits, 0.0)
+            operands = tiles.where_live(blocks.scores(keys, exist), allowed)
+            logits = score_algebra.apply(operands, logits, q_positions[:, None], positions[None, :], n)
+        lse = jnp.where(counts, lse, jnp.inf)[:, None]
+        return jnp.sum(jnp.where(allowed, cut.exp2((logits - lse) * LOG2_E), 0.0), axis=0)
+
+    def head(g: Any, weights: Array) -> Array:
+        n = h * cut.group + g
+        of = refs.lists.num_active
+        row = StoredKeys(refs, cut, Place(b, h, n)).shared(of, lambda x: x.h if of.shape[1] == cut.kv_heads else x.n)
+
+        def add(slot: Array, weights: Array) -> Array:
+            return weights + visit(n, refs.lists.indices[(*row, j, slot)])
+
+        return lax.fori_loop(0, of[(*row, j)], add, weights)
+
+    weights = jnp.zeros((cut.kv_block,), jnp.float32)
+    # A plain 0 fails in the interpreter.
+    weights = lax.fori_loop(0, cut.group, head, weights) if cut.group > 1 else head(np.int32(0), weights)
+    plgpu.store(out_ref.at[b, h, keys], weights / cut.group, mask=exist)

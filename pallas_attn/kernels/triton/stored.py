@@ -1,0 +1,173 @@
+"""Keys and values as they are stored, and how a program reads a tile of them.
+
+Nothing is dequantised in memory. Numbers of eight bits are multiplied as they are, and their scales multiply what comes
+out: those of keys the columns of the logits, those of values the weights. Numbers of four bits have a scale for every
+few columns; there it multiplies the tile. Pages are looked up together with the index of their block, one block ahead.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_attn.kernels.triton import tiles
+from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
+from pallas_attn.quantized import QuantizedArray
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+class Tile(NamedTuple):
+    """Keys or values of a block: their columns, in one part or in two halves."""
+
+    parts: tuple[Array, ...]  # [kv_block, D], or two of [kv_block, D / 2]
+    scale: Array | None = None  # float32 [kv_block]
+
+    def products(self, cut: Cut, q: tuple[Array, ...]) -> Array:
+        """Float32 ``q k'``."""
+        pairs = zip(q, self.parts, strict=True)
+        first, *rest = [cut.dot(x, part.astype(cut.dtype), (1, 1)) for x, part in pairs]
+        products = sum(rest, first)
+        return products if self.scale is None else products * self.scale[None, :]
+
+    def sums(self, cut: Cut, weights: Array) -> tuple[Array, ...]:
+        """Float32 ``weights v``."""
+        if self.scale is None:
+            return tuple(cut.dot(weights, part, (1, 0)) for part in self.parts)
+        # A scale may be below what float16 can say; the largest of a block is taken out.
+        unit = jnp.maximum(jnp.max(self.scale), _TINY) if cut.dtype == jnp.float16 else None
+        weights = weights * (self.scale if unit is None else self.scale / unit)[None, :]
+        sums = tuple(cut.dot(weights, part.astype(cut.dtype), (1, 0)) for part in self.parts)
+        return sums if unit is None else tuple(x * unit for x in sums)
+
+
+class Place(NamedTuple):
+    """Where a program works, if it sees arrays whole."""
+
+    b: Any  # its batch row
+    h: Any  # its KV head
+    n: Any  # the query head of every row of its tile, int32 [rows], or that of all
+
+
+class Located(NamedTuple):
+    """A block of keys, and where they are stored."""
+
+    block: Array
+    page: Array | None  # the page of all its keys, or of each of them
+
+
+def parts_of(stored: Stored) -> int:
+    """Into how many parts the columns of a stored array are cut."""
+    return 2 if isinstance(stored, QuantizedArray) and stored.kind == "int4" else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredKeys:
+    """The keys and values of one head of one batch row.
+
+    Attributes:
+      refs: one program's part of the inputs, or, with a ``place``, all of them.
+    """
+
+    refs: Inputs
+    cut: Cut
+    place: Place | None = None
+
+    def locate(self, block: Array) -> Located:
+        """Looks up the pages of a block."""
+        if self.refs.page_table is None:
+            return Located(block, None)
+        pages, page = self._pool
+        row = (self.place.b,) if self.place else ()
+        if page % self.cut.kv_block == 0:
+            found = self.refs.page_table[(*row, block // (page // self.cut.kv_block))]
+        else:
+            keys = block * self.cut.kv_block + jnp.arange(self.cut.kv_block)
+            index = jnp.minimum(keys // page, self.refs.page_table.shape[-1] - 1)
+            found = plgpu.load(self.refs.page_table.at[(*row, index)])
+        return Located(block, jnp.clip(found, 0, pages - 1))
+
+    def slots(self, block: Array) -> pl.Slice:
+        """The places of its keys in S."""
+        return pl.Slice(block * self.cut.kv_block, self.cut.kv_block)
+
+    def exist(self, block: Array) -> Array:
+        """Which of them are not beyond the last key, bool ``[kv_block]``."""
+        return block * self.cut.kv_block + jnp.arange(self.cut.kv_block) < self.cut.kv_len
+
+    def positions(self, block: Array, exist: Array | None) -> Array:
+        """int32 ``[kv_block]``, -1 where there is no key."""
+        ref = self.refs.kv_positions
+        at = (*self.shared(ref, lambda place: place.h), self.slots(block))
+        return tiles.load(ref.at[at], exist, -1)
+
+    def tile(self, stored: Stored, at: Located, real: Array | None) -> Tile:
+        """The keys (or values) of a block; what is not ``real`` is not read, and counts as 0."""
+        index = self._at(at)
+        quantized = isinstance(stored, QuantizedArray)
+        ref = stored.values if quantized else stored
+        width = self._width(stored)
+        (columns,) = tiles.columns(width)
+        mask = tiles.outer(real, columns.exist, (self.cut.kv_block, columns.tile))
+        values = tiles.load(tiles.at(ref, *index, columns.at), mask)
+        if not quantized:
+            return Tile((values,))
+        if parts_of(stored) == 1:
+            return Tile((values,), tiles.load(stored.scales.at[index], real))
+        # Two's complement of four bits.
+        high = values.astype(jnp.int8)
+        halves = (lax.shift_right_arithmetic(x, jnp.full_like(x, 4)) for x in (high << 4, high))
+        scaled = (self._scaled(stored, x, index, real, part) for part, x in enumerate(halves))
+        return Tile(tuple(scaled))
+
+    def _scaled(self, stored: QuantizedArray, values: Array, index: tuple, real: Array | None, half: int) -> Array:
+        """Half of an int4 tile times its scales, in the dtype of the products."""
+        (rows, columns), groups = values.shape, stored.scales.shape[-1]
+        group = self._width(stored) // groups
+        at = (*index, np.int32(half))
+        if groups * group == columns:
+            scale = tiles.load(
+                tiles.at(stored.scales, *at, pl.Slice(0, groups)), tiles.outer(real, None, (rows, groups))
+            )
+            scale = jnp.broadcast_to(scale[:, :, None], (rows, groups, group)).reshape(rows, columns)
+        else:  # groups are no power of two, or a tile is wider than its columns
+            each = jnp.minimum(jnp.arange(columns) // group, groups - 1)
+            scale = tiles.load(tiles.at(stored.scales, *at, each), tiles.outer(real, None, (rows, columns)))
+        return (values.astype(jnp.float32) * scale).astype(self.cut.dtype)
+
+    def shared(self, ref: Any, head: Callable[[Place], Any]) -> tuple:
+        """The index of a batch row and a head along the first axes, which have size 1 where they are shared."""
+        if self.place is None:
+            return ()
+        zero = np.int32(0)  # a plain int fails in the interpreter
+        return self.place.b if ref.shape[0] > 1 else zero, head(self.place) if ref.shape[1] > 1 else zero
+
+    @property
+    def _pool(self) -> tuple[int, int]:
+        """How many pages there are, and keys per page."""
+        key = self.refs.key
+        pages, page, *_ = (key.values if isinstance(key, QuantizedArray) else key).shape
+        return pages, page
+
+    def _at(self, at: Located) -> tuple:
+        """The index of the block's keys along all axes but the last."""
+        keys = self.slots(at.block)
+        before, after = ((self.place.b,), (self.place.h,)) if self.place else ((), ())
+        if at.page is None:
+            return (*before, keys, *after)
+        _, page = self._pool
+        if at.page.ndim == 0:
+            offset = lax.rem(keys.start, np.int32(page))
+            return (at.page, pl.Slice(offset, self.cut.kv_block), *after)
+        offsets = keys.start + jnp.arange(self.cut.kv_block)
+        return (at.page, lax.rem(offsets, jnp.full_like(offsets, page)), *after)
+
+    def _width(self, stored: Stored) -> int:
+        """Columns of what is stored; a ref may be wider."""
+        width = self.cut.head_dim if stored is self.refs.key else self.cut.value_dim
+        return width // parts_of(stored)

@@ -1,0 +1,130 @@
+"""Keys and values in 8 or 4 bits, symmetric: a number times a float32 scale.
+
+An 8-bit array has one scale per token and head. Four bits are too few for that, so an int4 array has one per group of
+neighbouring columns of each token and head (compare KIVI, arXiv:2402.02750, and FlexGen, arXiv:2303.06865).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Kind = Literal["int8", "float8_e4m3fn", "int4"]
+
+# What the largest magnitude of a vector (int4: of a group) becomes.
+_LARGEST: dict[Kind, float] = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
+_KIND_OF_DTYPE: dict[str, Kind] = {"int8": "int8", "float8_e4m3fn": "float8_e4m3fn", "uint8": "int4"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedArray:
+    """``x = values * scales``, as :func:`~pallas_attn.attention` takes keys and values. Make one with :meth:`quantize`.
+
+    Two columns of int4 share a byte: its low four bits hold column ``c`` of the first half, its high four bits column
+    ``c`` of the second half, each in two's complement, -7 to 7. So both halves are read without interleaving them.
+
+    Attributes:
+      values: int8 or float8_e4m3fn ``[.., K, D]``; int4: uint8 ``[.., K, D // 2]``.
+      scales: float32 ``[.., K]``; int4: ``[.., K, D // group]``.
+    """
+
+    values: Array
+    scales: Array
+
+    @staticmethod
+    def quantize(x: Array, kind: Kind, group: int = 32) -> "QuantizedArray":
+        """The nearest that can be said in so few bits. What is not finite makes its vector (or group) NaN.
+
+        Args:
+          x: floating-point ``[.., K, D]``.
+          kind: "int8", "float8_e4m3fn" or "int4".
+          group: columns that share a scale, for int4 alone; it divides D / 2.
+
+        Raises:
+          ValueError: another kind, x is not of floating point or has rank 0, or a group that does not divide D / 2.
+        """
+        if kind not in _LARGEST:
+            raise ValueError(f"kind: expected one of {list(_LARGEST)}, got {kind!r}")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
+            raise ValueError(f"x: expected floating-point [.., K, D], got {x.dtype} {list(x.shape)}")
+        head_dim = x.shape[-1]
+        columns = group if kind == "int4" else head_dim
+        if kind == "int4" and (group < 1 or head_dim % (2 * group)):
+            raise ValueError(f"group: expected a divisor of D / 2 = {head_dim / 2:g} for int4, got {group}")
+        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, columns)
+        largest = jnp.abs(groups).max(-1) / _LARGEST[kind]
+        # At least the smallest normal number: zeros stay zeros, and no scale is lost where subnormals are flushed.
+        scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
+        # In words, since XLA on a CPU forgets NaN in some maxima.
+        scales = jnp.where(jnp.isfinite(groups).all(-1), scales, jnp.nan)
+        values = (groups / scales[..., None]).reshape(x.shape)
+        if kind == "float8_e4m3fn":
+            return QuantizedArray(values.astype(jnp.float8_e4m3fn), scales[..., 0])
+        values = jnp.round(values).astype(jnp.int8)
+        if kind == "int8":
+            return QuantizedArray(values, scales[..., 0])
+        first, second = jnp.split(values.astype(jnp.uint8), 2, axis=-1)
+        return QuantizedArray(first & 15 | second << 4, scales)
+
+    def dequantize(self) -> Array:
+        """float32 ``[.., K, D]``."""
+        if self.kind != "int4":
+            return self.values.astype(jnp.float32) * self.scales[..., None]
+        # By shifts, which spread the sign: XLA on a CPU takes five times as long to put two halves one after the other.
+        shifts = jnp.expand_dims(jnp.array([[4], [0]], jnp.int8), tuple(range(self.ndim - 1)))
+        halves = (self.values.astype(jnp.int8)[..., None, :] << shifts) >> 4
+        groups = halves.astype(jnp.float32).reshape(*self.scales.shape, self.group)
+        return (groups * self.scales[..., None]).reshape(self.shape)
+
+    def check(self, name: str) -> None:
+        """Raises unless values and scales make an array; ``name`` is that of the argument.
+
+        Raises:
+          TypeError: values or scales are not arrays.
+          ValueError: their dtypes or shapes do not belong together.
+        """
+        for part, x in (("values", self.values), ("scales", self.scales)):
+            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+                raise TypeError(f"{name}.{part}: expected an array, got {type(x).__name__}")
+        if str(self.values.dtype) not in _KIND_OF_DTYPE:
+            wanted = "int8, float8_e4m3fn or uint8 (two columns of int4)"
+            raise ValueError(f"{name}.values: expected dtype {wanted}, got {self.values.dtype}")
+        leading, shape = self.shape[:-1], tuple(self.scales.shape)
+        fits = shape == leading
+        wanted = f"{list(leading)}"
+        if self.kind == "int4":
+            half = self.values.shape[-1]
+            # Groups do not reach across the middle.
+            fits = shape[:-1] == leading and shape[-1] % 2 == 0 and shape[-1] > 0 and half % (shape[-1] // 2) == 0
+            wanted = f"{[*leading, 'groups']} with an even number of groups that divides {2 * half}"
+        if self.scales.dtype != jnp.float32 or not fits:
+            raise ValueError(f"{name}.scales: expected float32 {wanted}, got {self.scales.dtype} {list(shape)}")
+
+    @property
+    def kind(self) -> Kind:
+        """ "int8", "float8_e4m3fn" or "int4"."""
+        return _KIND_OF_DTYPE[str(self.values.dtype)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``[.., K, D]``, of what it stands for."""
+        *leading, columns = self.values.shape
+        return (*leading, 2 * columns if self.kind == "int4" else columns)
+
+    @property
+    def ndim(self) -> int:
+        """Of :attr:`shape`."""
+        return self.values.ndim
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale: D, but for int4."""
+        return self.shape[-1] // self.scales.shape[-1] if self.kind == "int4" else self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return sum(x.size * x.dtype.itemsize for x in (self.values, self.scales))
