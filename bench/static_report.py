@@ -30,7 +30,7 @@ def describe(code: MachineCode, case: KernelCase, setting: Setting) -> dict:
         "capability": setting.capability,
         "head_dim": setting.head_dim,
         "dtype": setting.dtype,
-        "blocks": dataclasses.asdict(setting.sizes),
+        "blocks": {name: getattr(setting.sizes, name) for name in ("q", "kv", "num_warps", "num_stages")},
         "registers": code.registers,
         "stack_bytes": code.stack_bytes,
         "spill_stores": code.spill_stores,

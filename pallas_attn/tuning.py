@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Kernel = Literal["forward", "d_query", "d_key_value"]
+Kernel = Literal["forward", "decode", "d_query", "d_key_value"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,18 @@ _TRITON_D_KEY_VALUE = {
     (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
     (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
 }
-_TABLES = {"forward": _TRITON, "d_query": _TRITON_D_QUERY, "d_key_value": _TRITON_D_KEY_VALUE}
+
+# The same for decode, whose tile holds the queries of a group: what counts is how many bytes of keys are on their way.
+# Blocks are small, for little is computed, and no entry spills with a full tile, or with keys of eight or four bits.
+_TRITON_DECODE = {
+    (2, 8.0, 64): BlockSizes(16, 64, num_warps=4, num_stages=3),
+    (2, 8.0, 128): BlockSizes(16, 32, num_warps=4, num_stages=3),
+    (2, 8.6, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+    (2, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=3),
+    (4, 8.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
+    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
+}
+_TABLES = {"forward": _TRITON, "decode": _TRITON_DECODE, "d_query": _TRITON_D_QUERY, "d_key_value": _TRITON_D_KEY_VALUE}
 
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache, and,
 # where a mask has edges in many places, that little is computed beyond them.
@@ -114,7 +125,7 @@ def default_block_sizes(
     Args:
       q_len, kv_len: T and S.
       implementation: "triton", "xla" or "reference"; default: "triton" where JAX has a GPU, else "xla".
-      kernel: which of the Triton kernels: the forward pass, dQ, or dK and dV.
+      kernel: which of the Triton kernels: the forward pass (decode for few queries), dQ, or dK and dV.
       head_dim, dtype: of the call, where known.
       compute_capability: of the GPU; default: this machine's, or 9.0 where there is none.
       fine: ``mask.is_fine()`` of the call's mask, where known. Only XLA's entries depend on it.
@@ -128,7 +139,7 @@ def default_block_sizes(
     # From 12.0 on (GeForce, RTX PRO) there are neither the matrix instructions nor the shared memory of 9.0 and 10.0.
     capability = 8.9 if capability >= 12.0 else capability
     itemsize = jnp.dtype(dtype).itemsize
-    table = _TABLES[kernel]
+    table = _TABLES["decode" if kernel == "forward" and q_len <= DECODE_QUERIES else kernel]
     fitting = (
         sizes
         for (bytes_per_element, oldest, largest), sizes in table.items()

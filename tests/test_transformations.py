@@ -22,7 +22,7 @@ from bench.machine_code import _assumed_device
 from pallas_attn.kernels import triton
 from tests import tolerances
 
-B, T, S, N, K, D = 2, 11, 21, 4, 2, 8
+B, T, S, N, K, D = 2, 19, 21, 4, 2, 8
 rng = np.random.default_rng(7)
 OPTIONS = {
     "xla": {"implementation": "xla"},

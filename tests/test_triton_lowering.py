@@ -8,6 +8,7 @@ import pallas_attn as pa
 from bench.machine_code import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.quantized import Kind
 
 B, T, S, N, K = 2, 100, 333, 8, 2
 
@@ -89,3 +90,42 @@ def test_lowers_for_older_gpus(capability):
 
 def test_lowers_with_the_smallest_blocks():
     assert_is_one_kernel(lower(MASKS["segments"], 64, jnp.float32, sizes=pa.BlockSizes(16, 16)))
+
+
+def stored(kind: Kind | None, *shape: int):
+    """Keys or values in bfloat16, or in fewer bits."""
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return x if kind is None else jax.eval_shape(lambda x: pa.QuantizedArray.quantize(x, kind, group=16), x)
+
+
+@pytest.mark.parametrize("q_len", [1, 5, T], ids=lambda n: f"T {n}")
+@pytest.mark.parametrize("page", [None, 16, 48], ids=lambda n: f"page {n}")
+@pytest.mark.parametrize("kind", [None, "int8", "float8_e4m3fn", "int4"])
+def test_lowers_with_keys_however_they_are_stored(kind, page, q_len):
+    length, head_dim = 336, 96
+    sizes = tuning.default_block_sizes(
+        *(q_len, length), implementation="triton", kernel="decode", head_dim=head_dim, compute_capability=9.0
+    )
+    tokens = (B, length) if page is None else (50, page)
+
+    def attend(query, key, value, q_positions, kv_positions, page_table, lse, bias):
+        block_mask = pa.BlockMask.from_mask(pa.masks.causal(), q_positions, kv_positions, sizes)
+        scores = (pa.scores.bias(bias), pa.scores.custom(lambda x, q, k, head, slope: x * slope[head], jnp.ones(N)))
+        options = {"scale": 0.1, "page_table": page_table}
+        out = kernels.forward(query, key, value, block_mask, scores, **options)
+        return out, kernels.key_weights(query, key, block_mask, scores, lse, **options)
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    text = lower_for_cuda(
+        attend,
+        jax.ShapeDtypeStruct((B, q_len, N, head_dim), jnp.bfloat16),
+        *(stored(kind, *tokens, K, head_dim) for _ in range(2)),
+        *(ints(B, q_len), ints(B, length), None if page is None else ints(B, length // page)),
+        jax.ShapeDtypeStruct((B, N, q_len), jnp.float32),
+        jax.ShapeDtypeStruct((1, N, 1, length), jnp.float32),
+    ).as_text()
+    names = ["key_weights", "forward"] if q_len > 16 else ["key_weights", "decode", "merge"]
+    assert text.count("__gpu$xla.gpu.triton") == len(names)
+    assert all(f"pallas_attn_{name}" in text for name in names)
