@@ -50,7 +50,8 @@ def picture() -> "Figure":
         f"shares of equal size ({SHARES} wanted)": shares(ROW_LENGTHS),
         f"every row in {PARTS} parts": parts(ROW_LENGTHS),
     }
-    for axes, (title, (row, size)) in zip(figure.subplots(len(rows), sharey=True), rows.items(), strict=True):
+    panels = figure.subplots(len(rows), sharey=True)
+    for axes, (title, (row, size)) in zip(panels, rows.items(), strict=True):
         axes.bar(np.arange(size.size), size, width=1.0, color=np.where(row == 0, _LONG, _SHORT))
         ratio = size.max() / size.mean()
         axes.set_title(f"{title}: the longest is {ratio:.2f} x the mean", loc="left", fontsize=10, fontweight="bold")
@@ -58,16 +59,16 @@ def picture() -> "Figure":
         axes.set_xlim(-1, size.size)
         axes.tick_params(colors=_TEXT, labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("program", color=_TEXT, fontsize=9)
+    panels[-1].set_xlabel("program", color=_TEXT, fontsize=9)
     lengths = f"the row of {ROW_LENGTHS[0]:,} keys", f"the {len(ROW_LENGTHS) - 1} rows of {ROW_LENGTHS[1]:,}"
     patches = [Patch(color=colour, label=label) for colour, label in zip((_LONG, _SHORT), lengths, strict=True)]
-    figure.axes[0].legend(handles=patches, frameon=False, fontsize=9, loc="center right")
+    panels[0].legend(handles=patches, frameon=False, fontsize=9, loc="center right")
     return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draws it; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m bench.schedule_picture", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.schedule_picture", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a .png or .svg file")
     out = parser.parse_args(arguments).out
     if out.suffix.lower() not in (".png", ".svg"):

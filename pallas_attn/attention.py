@@ -121,6 +121,27 @@ def attention(
     scale: float | None = ...,
     page_table: Array | None = ...,
     return_lse: bool = ...,
+    return_key_weights: Literal[True],
+    implementation: str | None = ...,
+    interpret: bool = ...,
+    block_sizes: tuning.BlockSizes | None = ...,
+) -> AttentionOutput: ...
+
+
+@overload
+def attention(
+    query: Array,
+    key: Keys,
+    value: Keys,
+    mask: masks.Mask | BlockMask | Array | None = ...,
+    *,
+    q_positions: Array | None = ...,
+    kv_positions: Array | None = ...,
+    scores: Score | Sequence[Score] | None = ...,
+    sinks: Array | None = ...,
+    scale: float | None = ...,
+    page_table: Array | None = ...,
+    return_lse: bool = ...,
     return_key_weights: bool = ...,
     implementation: str | None = ...,
     interpret: bool = ...,
@@ -276,7 +297,19 @@ def _choose(
             dtype=query.dtype,
             fine=mask.is_fine(),
         )
-        spec = CallSpec(head_dim, value_dim, query.dtype, sizes, mask, scores, key_kind, value_kind, page, key_weights)
+        spec = CallSpec(
+            head_dim,
+            value_dim,
+            query.dtype,
+            sizes,
+            mask,
+            scores,
+            key_kind,
+            value_kind,
+            page,
+            key_weights,
+            max((x.values.size for x in (key, value) if isinstance(x, QuantizedArray)), default=0),
+        )
         reasons[name] = (None if interpret else module.unavailable()) or module.unsupported(spec)
         if reasons[name] is None:
             return name, sizes

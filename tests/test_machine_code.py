@@ -90,3 +90,32 @@ def test_geforce_has_the_entries_of_its_shared_memory():
                 for capability in (8.9, 12.0)
             )
             assert ada == blackwell
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_decode_copies_keys_as_they_are_stored(kind, capability):
+    """Two stages of a block fill shared memory, in units of 16 bytes; nothing spills."""
+    batch, length, head_dim = 8, 4096, 128
+    sizes = tuning.default_block_sizes(
+        1, length, implementation="triton", head_dim=head_dim, compute_capability=capability / 10
+    )
+
+    def decode(query, key, value, q_positions, kv_positions):
+        block_mask = pa.BlockMask.from_mask(CAUSAL, q_positions, kv_positions, sizes)
+        return kernels.decode(query, key, value, block_mask, scale=head_dim**-0.5)
+
+    keys = jax.ShapeDtypeStruct((batch, length, 8, head_dim), jnp.bfloat16)
+    stored = keys if kind is None else jax.eval_shape(lambda x: pa.QuantizedArray.quantize(x, kind), keys)
+    positions = (jax.ShapeDtypeStruct((batch, n), jnp.int32) for n in (1, length))
+    query = jax.ShapeDtypeStruct((batch, 1, 32, head_dim), jnp.bfloat16)
+    lowered = lower_for_cuda(decode, query, stored, stored, *positions, capability=capability)
+    for kernel in compile_kernels(lowered, capability):
+        assert (kernel.stack_bytes, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0)
+    (kernel,) = compile_kernels(lowered, capability, name="pallas_attn_decode")
+    assert "cp.async.cg.shared.global" in kernel.ptx, "keys are not copied in units of 16 bytes"
+    assert "mma.sync" in kernel.ptx, "no tensor cores"
+    stages = (sizes.num_stages - 1) * sizes.kv * head_dim * 2
+    stored_bytes = {None: 2.0, "int8": 1.0, "int4": 0.5}[kind]
+    # Besides the stages there are scales, positions, and the weights on their way to the second product.
+    assert stages * stored_bytes <= kernel.shared_bytes < stages * (stored_bytes + 0.6)

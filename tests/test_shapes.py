@@ -163,6 +163,18 @@ def test_arrays_that_offsets_cannot_reach_are_refused_by_name_and_served_by_defa
     assert jax.eval_shape(call, *arguments).shape == (1, 2**16, 1, 16)
 
 
+def test_quantised_keys_that_offsets_cannot_reach_are_refused_by_name_and_served_by_default(no_gpu_needed):
+    def call(query, values, scales, **how):
+        key = pa.QuantizedArray(values, scales)
+        return pa.attention(query, key, key, **how)
+
+    keys = (4, 2**20, 4)
+    arguments = struct(4, 1, 4, 128), struct(*keys, 128, dtype="int8"), struct(*keys, dtype="float32")
+    with pytest.raises(NotImplementedError, match=r"triton: needs .*quantised keys.* got 2147483648"):
+        jax.eval_shape(lambda *x: call(*x, implementation="triton"), *arguments)
+    assert jax.eval_shape(call, *arguments).shape == (4, 1, 4, 128)
+
+
 @pytest.mark.parametrize("implementation", [None, "xla", "reference"])
 @pytest.mark.parametrize("name", ["query", "key"])
 def test_more_tokens_than_positions_can_count_are_refused(name, implementation):

@@ -18,6 +18,7 @@ class CallSpec:
       key_kind, value_kind: of a quantised array; None: plain.
       page: keys per page; None: no pages.
       key_weights: they are asked for.
+      largest_quantized: numbers in the largest array of quantised values, as stored; 0: none.
     """
 
     head_dim: int
@@ -30,3 +31,4 @@ class CallSpec:
     value_kind: Kind | None = None
     page: int | None = None
     key_weights: bool = False
+    largest_quantized: int = 0

@@ -56,9 +56,9 @@ def unsupported(spec: CallSpec) -> str | None:
     # one byte. And places in the parameters of a custom score always have 32 bits.
     narrow = [x for x in jax.tree.leaves((spec.mask, spec.scores)) if x.dtype.itemsize == 1]
     narrow += jax.tree.leaves([score for score in spec.scores if not score.aligned])
-    largest = max((x.size for x in narrow), default=0)
+    largest = max(spec.largest_quantized, *(x.size for x in narrow), 0)
     if largest >= 2**31:
-        what = "arrays of bytes (bool masks) and parameters of fewer than 2^31 elements"
+        what = "arrays of bytes (bool masks, quantised keys) and parameters of fewer than 2^31 elements"
         return f"needs {what}, whose offsets have 32 bits, got {largest}"
     return None
 

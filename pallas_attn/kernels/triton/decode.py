@@ -33,7 +33,7 @@ from pallas_attn.tuning import BlockSizes
 
 _MOST_ROWS = {2: 64, 4: 32}  # of a tile, by bytes per element: what more queries there are make further tiles
 _MERGED = 16  # programs that one step of the merge takes
-_MERGE_SIZES = BlockSizes(16, 16, num_warps=4, num_stages=1)
+MERGE_SIZES = BlockSizes(16, 16, num_warps=4, num_stages=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def decode(
     return specs.call(
         functools.partial(_merge_kernel, cut=cut, packing=packing),
         "pallas_attn_merge",
-        _MERGE_SIZES,
+        MERGE_SIZES,
         cut,
         grid=(cut.q_len, cut.q_heads, cut.batch),
         in_specs=[

@@ -29,7 +29,7 @@ from pallas_attn.tuning import BlockSizes
 
 def score_gradients(cut: Cut, scores: Scores, inputs: Inputs, residuals: Residuals, block_mask: BlockMask) -> Scores:
     """The gradient of every array of the scores, in its shape and dtype."""
-    bitmap = block_mask.bitmap()
+    bitmap = block_mask.bitmap().astype(jnp.int32)  # offsets into bytes have 32 bits
 
     def gradient(at: int, which: int, x: Array) -> Array:
         call = _table_gradient if isinstance(inputs.scores[at], CustomInKernel) else _operand_gradient
