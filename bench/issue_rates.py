@@ -191,6 +191,11 @@ def copied_bytes(instructions: Iterable[Instruction]) -> int:
     return sum(_WARP * (_BYTES_PER_COPY if ".128" in x.opcode else _bytes_per_thread(x)) for x in copies)
 
 
+def wide_bytes(instructions: Iterable[Instruction]) -> int:
+    """Bytes that one warp loads from global memory into registers, 16 per thread at once."""
+    return sum(_WARP * 16 for x in instructions if x.name == "LDG" and ".128" in x.opcode and not x.never_runs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Clocks per block of a loop, for one multiprocessor full of programs.

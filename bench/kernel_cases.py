@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ import pallas_attn as pa
 from bench.machine_code import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.triton.decode import MERGE_SIZES
 from pallas_attn.scores import Scores
 
+DTYPES = ("bfloat16", "float16", "float32")
 # Two rows of 2048 tokens, eight query heads on two KV heads: their values leave no trace in the loops.
 _BATCH, _LENGTH, _Q_HEADS, _KV_HEADS = 2, 2048, 8, 2
 
@@ -34,10 +37,12 @@ class KernelCase:
       name: of the case.
       kernel: its name in Pallas; cases of one kernel differ in their mask and scores.
       about: the mask and the scores, in words.
-      loops: names of the kernel's loops with matrix products, in their order; one named "full" must hold no mask.
+      loops: names of the kernel's loops over blocks, in their order; one named "full" must hold no mask.
       lower: a setting -> the lowered function.
       default_sizes: (head_dim, dtype, capability) -> the entry of the tuning table.
       has_scores: whether logits are changed; then there may be spills, compares in full blocks, and plain loads.
+      pipelined: whether its loops copy asynchronously; otherwise they load 16 bytes per thread at once.
+      dtypes: what it is compiled for.
     """
 
     name: str
@@ -47,6 +52,8 @@ class KernelCase:
     lower: Callable[[Setting], object]
     default_sizes: Callable[[int, str, int], pa.BlockSizes]
     has_scores: bool = False
+    pipelined: bool = True
+    dtypes: tuple[str, ...] = DTYPES
 
 
 def _forward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
@@ -70,6 +77,30 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
     return lower_for_cuda(backward, *arguments, capability=setting.capability)
 
 
+def _decode(setting: Setting, kind: Literal["int8", "int4"] | None, page: int | None):
+    """The split kernel and the merge, for one query."""
+
+    def decode(query, key, value, q_positions, kv_positions, page_table):
+        block_mask = pa.BlockMask.from_mask(_CAUSAL, q_positions, kv_positions, setting.sizes)
+        scale = setting.head_dim**-0.5
+        return kernels.decode(query, key, value, block_mask, scale=scale, page_table=page_table)
+
+    query, key, _, _, kv_positions = _tensors(setting)
+    query = jax.ShapeDtypeStruct((_BATCH, 1, *query.shape[2:]), query.dtype)
+    q_positions, page_table = jax.ShapeDtypeStruct((_BATCH, 1), jnp.int32), None
+    if page:
+        key = jax.ShapeDtypeStruct((_BATCH * _LENGTH // page, page, *key.shape[2:]), key.dtype)
+        page_table = jax.ShapeDtypeStruct((_BATCH, _LENGTH // page), jnp.int32)
+    stored = jax.eval_shape(lambda x: pa.QuantizedArray.quantize(x, kind), key) if kind else key
+    arguments = query, stored, stored, q_positions, kv_positions, page_table
+    return lower_for_cuda(decode, *arguments, capability=setting.capability)
+
+
+def _lower_merge(setting: Setting):
+    sizes = _default_sizes("decode")(setting.head_dim, setting.dtype, setting.capability)
+    return _decode(dataclasses.replace(setting, sizes=sizes), None, None)
+
+
 def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Query, key, value, and the positions of queries and keys."""
     heads = (_Q_HEADS, _KV_HEADS, _KV_HEADS)
@@ -81,7 +112,7 @@ def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
 def _default_sizes(kernel: tuning.Kernel) -> Callable[[int, str, int], pa.BlockSizes]:
     def default_sizes(head_dim: int, dtype: str, capability: int) -> pa.BlockSizes:
         return tuning.default_block_sizes(
-            *(_LENGTH, _LENGTH),
+            *(1 if kernel == "decode" else _LENGTH, _LENGTH),
             implementation="triton",
             kernel=kernel,
             head_dim=head_dim,
@@ -105,6 +136,21 @@ def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: pa.masks.Mask, s
     )
 
 
+def _decode_case(
+    suffix: str, about: str, kind: Literal["int8", "int4"] | None = None, page: int | None = None
+) -> KernelCase:
+    return KernelCase(
+        f"decode{suffix}",
+        "pallas_attn_decode",
+        f"one query, a group of four heads, causal; {about}",
+        ("full", "partial"),
+        lambda setting: _decode(setting, kind, page),
+        _default_sizes("decode"),
+        # With float32 queries, int8 keys spill at D 256: the table's entry is the one of float32 keys.
+        dtypes=DTYPES[:2] if kind else DTYPES,
+    )
+
+
 _KERNELS: tuple[tuning.Kernel, ...] = ("forward", "d_query", "d_key_value")
 _CAUSAL = pa.masks.causal()
 _COMPOSED = _CAUSAL & pa.masks.sliding_window(300) | pa.masks.sink(4)
@@ -122,4 +168,18 @@ CASES = [
         _case(kernel, "-alibi", "causal; alibi, softcap", _CAUSAL, _ALIBI),
         _case(kernel, "-bias", "causal; a bias [1, N, T, S] in bfloat16", _CAUSAL, _BIAS),
     )
+] + [
+    _decode_case("", "plain keys"),
+    _decode_case("-int8", "int8 keys and values", "int8"),
+    _decode_case("-int4", "int4 keys and values", "int4"),
+    _decode_case("-paged", "pages of 64 keys", page=64),
+    KernelCase(
+        "decode-merge",
+        "pallas_attn_merge",
+        "what the programs of decode found",
+        ("parts",),
+        _lower_merge,
+        lambda *_: MERGE_SIZES,
+        pipelined=False,
+    ),
 ]

@@ -12,7 +12,7 @@ import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import static_report, static_sweep
-from bench.kernel_cases import CASES, KernelCase, Setting
+from bench.kernel_cases import CASES, DTYPES, KernelCase, Setting
 from bench.static_sweep import Candidate
 from pallas_attn import BlockSizes
 
@@ -31,7 +31,6 @@ SCHEMA = 1
 BASELINE = Path(__file__).parent / "results" / "static.json"
 _CAPABILITIES = (80, 90)
 _HEAD_DIMS = (64, 128, 256)
-_DTYPES = ("bfloat16", "float16", "float32")
 _DEFAULT_DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in the names of its instructions alone
 _CASES = {case.name: case for case in CASES}
 
@@ -55,7 +54,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add = functools.partial(parser.add_argument, action="append")
     add("--capability", type=int, choices=_CAPABILITIES, help="ten times the compute capability; may be repeated")
     add("--head-dim", type=int, choices=_HEAD_DIMS, help="only this head size; may be repeated")
-    add("--dtype", choices=_DTYPES, help="only this dtype; may be repeated (default: not float16)")
+    add("--dtype", choices=DTYPES, help="only this dtype; may be repeated (default: not float16)")
     add("--kernel", choices=list(_CASES), help="only this case; may be repeated")
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
     parser.add_argument("--baseline", type=Path, help=f"report to compare with (default {BASELINE.name} in results/)")
@@ -75,6 +74,9 @@ def _run(options: argparse.Namespace) -> int:
     baseline = _read_baseline(options.baseline or BASELINE, required=options.baseline is not None)
     if options.out:
         _check_writable(options.out)
+    left_out = set(options.kernel or ()) - {case.name for case, *_ in _settings(options)}
+    if left_out:
+        raise _Refused(f"--kernel {', '.join(sorted(left_out))}: not compiled for --dtype {', '.join(options.dtype)}")
     console = Console(width=None if sys.stdout.isatty() else 180)
     if options.sweep:
         return _sweep(options, console)
@@ -91,17 +93,18 @@ def _run(options: argparse.Namespace) -> int:
     for line in found:
         console.print(f"[red]{line}[/red]", highlight=False)
     if options.out:
-        _write(options.out, json.dumps(report, indent=1) + "\n")
+        _write(options.out, _as_json(report, "entries"))
     return 1 if options.check and found else 0
 
 
-def _settings(options: argparse.Namespace) -> Iterable[tuple[KernelCase, int, int, str]]:
-    return itertools.product(
+def _settings(options: argparse.Namespace) -> list[tuple[KernelCase, int, int, str]]:
+    settings = itertools.product(
         [_CASES[name] for name in options.kernel or _CASES],
         options.capability or _CAPABILITIES,
         options.head_dim or _HEAD_DIMS,
         options.dtype or _DEFAULT_DTYPES,
     )
+    return [setting for setting in settings if setting[-1] in setting[0].dtypes]
 
 
 def _defaults(options: argparse.Namespace) -> list[tuple[KernelCase, Setting]]:
@@ -155,16 +158,18 @@ def _compiled(work: list[tuple], function: Callable, jobs: int) -> list:
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Ranks candidates per entry of the tuning table; float16 and bfloat16 share entries."""
     rankings = {}
+    if fixed := [name for name in options.kernel or () if _CASES[name].kernel not in static_sweep.HELD]:
+        raise _Refused(f"--sweep: {', '.join(fixed)} has one size of blocks, which no table holds")
     for case, capability, head_dim, dtype in _settings(options):
         itemsize = jnp.dtype(dtype).itemsize
         key = (case.kernel, capability, head_dim, itemsize)
-        if key in rankings:
+        if key in rankings or case.kernel not in static_sweep.HELD:
             continue
         choices = static_sweep.candidates(case.kernel, head_dim, itemsize)
         settings = [Setting(capability, head_dim, dtype, x) for x in choices]
         tried = _compiled([((case.name,), x) for x in settings], _candidate, options.jobs)
         leaders = [x.setting for x in static_sweep.ranked(tried)[: static_sweep.FINALISTS]]
-        cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel)
+        cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel and dtype in x.dtypes)
         finalists = _compiled([(cases, x) for x in leaders], _candidate, options.jobs)
         order = static_sweep.ranked(finalists)
         current = case.default_sizes(head_dim, dtype, capability)
@@ -177,7 +182,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         }
     if options.out:
         report = {"schema": SCHEMA, "suite": "static sweep", "versions": _versions()}
-        _write(options.out, json.dumps({**report, "rankings": list(rankings.values())}, indent=1) + "\n")
+        _write(options.out, _as_json({**report, "rankings": list(rankings.values())}, "rankings"))
     return 0
 
 
@@ -307,6 +312,13 @@ def _read_baseline(path: Path, *, required: bool) -> dict | None:
     if (schema, suite) != (SCHEMA, "static"):
         raise _Refused(f"baseline {path}: expected schema {SCHEMA} of suite 'static', got {schema!r} of {suite!r}")
     return report
+
+
+def _as_json(report: dict, rows: str) -> str:
+    """The report, with one line for each of its ``rows``: short, and what changed can still be read from a diff."""
+    head = json.dumps({**report, rows: []}).removesuffix("]}")
+    lines = ",\n".join(map(json.dumps, report[rows]))
+    return f"{head}\n{lines}\n]}}\n"
 
 
 def _write(path: Path, text: str) -> None:

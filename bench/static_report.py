@@ -22,11 +22,12 @@ def describe(code: MachineCode, case: KernelCase, setting: Setting) -> dict:
     )
     loops, masks = triton_ir.read(code.ir)
     if len(loops) != len(case.loops):
-        raise ValueError(f"{case.name}: expected loops {case.loops}, got {len(loops)} loops with matrix products")
+        raise ValueError(f"{case.name}: expected loops {case.loops}, got {len(loops)}")
     machine_loops = sass.natural_loops(sass.parse(code.sass))
     return {
         "case": case.name,
         "has_scores": case.has_scores,
+        "pipelined": case.pipelined,
         "capability": setting.capability,
         "head_dim": setting.head_dim,
         "dtype": setting.dtype,
@@ -38,7 +39,9 @@ def describe(code: MachineCode, case: KernelCase, setting: Setting) -> dict:
         "shared_bytes": code.shared_bytes,
         "occupancy": dataclasses.asdict(resident),
         "loops": {
-            name: _describe_loop(_machine_loop(loop, machine_loops), loop, masks, processor, code, resident.warps)
+            name: _describe_loop(
+                _machine_loop(loop, machine_loops), loop, masks, processor, code, resident.warps, case.pipelined
+            )
             for name, loop in zip(case.loops, loops, strict=True)
         },
     }
@@ -62,22 +65,34 @@ def _describe_loop(
     processor: issue_rates.Processor,
     code: MachineCode,
     warps: int,
+    pipelined: bool,
 ) -> dict:
     kinds = Counter(issue_rates.kind(x) for x in instructions)
     estimate = issue_rates.estimate(instructions, processor, num_warps=code.num_warps, warps=warps)
     done = sum(issue_rates.multiply_adds(x) for x in instructions if issue_rates.kind(x) == "matrix")
+    asked = sum(loop.tiles.values())
+    loaded = _copied(instructions, loop, code) if pipelined else issue_rates.wide_bytes(instructions) * code.num_warps
     return {
         "instructions": len(instructions),
         "kinds": dict(sorted(kinds.items())),
         "mask": sum(_belongs_to_mask(x, masks) for x in instructions),
         "multiply_adds": {"asked": loop.multiply_adds, "done": done * code.num_warps},
-        "copied_bytes": {"asked": loop.tile_bytes, "done": issue_rates.copied_bytes(instructions) * code.num_warps},
+        "copied_bytes": {"asked": asked, "done": loaded},
         "cycles": round(estimate.cycles),
         "overlapped": round(estimate.overlapped),
         "serial": round(estimate.serial),
         "units": {unit: round(clocks) for unit, clocks in estimate.units.items()},
         "bound": estimate.bound,
     }
+
+
+def _copied(instructions: list[sass.Instruction], loop: triton_ir.Loop, code: MachineCode) -> int:
+    """Bytes of the loop's tiles that are copied asynchronously; of a small tile only some threads copy a part."""
+
+    def copied(line: int) -> int:
+        return issue_rates.copied_bytes(x for x in instructions if x.line == line) * code.num_warps
+
+    return sum(min(size, copied(line)) for line, size in loop.tiles.items())
 
 
 def _belongs_to_mask(instruction: sass.Instruction, masks: triton_ir.MaskLines) -> bool:
@@ -111,7 +126,8 @@ def problems(entry: dict) -> list[str]:
         copied, products = loop["copied_bytes"], loop["multiply_adds"]
         if copied["done"] < copied["asked"] and not entry["has_scores"]:
             missing = f"{copied['done']} of {copied['asked']} bytes"
-            found.append(f"{name} blocks: only {missing} are copied asynchronously")
+            how = "copied asynchronously" if entry["pipelined"] else "loaded in units of 16 bytes"
+            found.append(f"{name} blocks: only {missing} are {how}")
         if products["done"] < products["asked"]:
             missing = f"{products['done']} of {products['asked']} multiply-adds"
             found.append(f"{name} blocks: only {missing} are in matrix instructions")

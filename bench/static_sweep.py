@@ -9,7 +9,12 @@ from pallas_attn import BlockSizes
 # Larger blocks than 128 would skip less of a sparse mask.
 _SIZES = {2: (32, 64, 128), 4: (16, 32, 64)}
 # What a program holds in float32 at a time: sums as wide as a head, and tiles of queries by keys.
-_HELD = {"pallas_attn_forward": (1, 1), "pallas_attn_d_query": (1, 2), "pallas_attn_d_key_value": (2, 2)}
+HELD = {
+    "pallas_attn_forward": (1, 1),
+    "pallas_attn_decode": (1, 1),
+    "pallas_attn_d_query": (1, 2),
+    "pallas_attn_d_key_value": (2, 2),
+}
 _WARPS = (4, 8)
 _STAGES = (2, 3)
 # How many of the best in one case are compiled in the others too.
@@ -21,13 +26,15 @@ _ALIKE = 0.03
 
 def candidates(kernel: str, head_dim: int, itemsize: int) -> list[BlockSizes]:
     """Block sizes to try, without those whose sums and tiles alone overflow the 255 registers of a thread."""
-    sums, tiles = _HELD[kernel]
+    sums, tiles = HELD[kernel]
 
     def registers(sizes: BlockSizes) -> float:
         rows = sizes.kv if kernel == "pallas_attn_d_key_value" else sizes.q
         return (rows * sums * head_dim + sizes.q * sizes.kv * tiles) / (32 * sizes.num_warps)
 
-    choices = itertools.product(_SIZES[itemsize], _SIZES[itemsize], _WARPS, _STAGES)
+    # The few queries of decode are one block, and its tile the least that a matrix instruction takes.
+    queries = (16,) if kernel == "pallas_attn_decode" else _SIZES[itemsize]
+    choices = itertools.product(queries, _SIZES[itemsize], _WARPS, _STAGES)
     return [x for x in itertools.starmap(BlockSizes, choices) if registers(x) < 255]
 
 

@@ -11,17 +11,17 @@ from jaxlib.mlir import ir
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop with matrix products.
+    """A loop over blocks.
 
     Attributes:
       lines: of its text, without those of loops inside it.
       multiply_adds: of its products of 16-bit tiles, per trip.
-      tile_bytes: of the float tiles that it loads, per trip.
+      tiles: bytes of the tiles of numbers that it loads, per trip, by line; a tile that is compared holds booleans.
     """
 
     lines: frozenset[int]
     multiply_adds: int
-    tile_bytes: int
+    tiles: dict[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +38,16 @@ class MaskLines:
 
 
 def read(text: str) -> tuple[list[Loop], MaskLines]:
-    """The loops with matrix products, in the order of the text, and the lines of masks."""
+    """The loops over blocks, in the order of the text, and the lines of masks.
+
+    They are those with matrix products; in a kernel without products, those that load.
+    """
     with ir.Context() as context:
         triton_dialect.register_dialect(context)
         context.allow_unregistered_dialects = True
         module = ir.Module.parse(text)
-        loops = [
-            loop for operation in _walk(module.operation) if operation.name == "scf.for" and (loop := _loop(operation))
-        ]
+        bodies = [(x, list(_walk(x, into_loops=False))) for x in _walk(module.operation) if x.name == "scf.for"]
+        loops = _loops(bodies, "tt.dot") or _loops(bodies, "tt.load")
         logic, loads = set(), set()
         for operation in _walk(module.operation):
             types = [str(value.type) for value in (*operation.operands, *operation.results)]
@@ -69,13 +71,18 @@ def _walk(operation, *, into_loops: bool = True) -> Iterator:
                     yield from _walk(child, into_loops=into_loops)
 
 
-def _loop(operation) -> Loop | None:
-    body = list(_walk(operation, into_loops=False))
+def _loops(bodies: list[tuple], name: str) -> list[Loop]:
+    """Those with an operation of that name."""
+    return [_loop(operation, body) for operation, body in bodies if any(x.name == name for x in body)]
+
+
+def _loop(operation, body: list) -> Loop:
     products = [x for x in body if x.name == "tt.dot"]
-    if not products:
-        return None
-    lines = {_line(operation)} | {_line(x) for x in body if x.name != "scf.for"}
-    return Loop(frozenset(lines), sum(map(_multiply_adds, products)), sum(map(_tile_bytes, body)))
+    return Loop(
+        lines=frozenset({_line(operation)} | {_line(x) for x in body if x.name != "scf.for"}),
+        multiply_adds=sum(map(_multiply_adds, products)),
+        tiles={_line(x): size for x in body if (size := _tile_bytes(x))},
+    )
 
 
 def _multiply_adds(product) -> int:
@@ -85,12 +92,14 @@ def _multiply_adds(product) -> int:
 
 
 def _tile_bytes(operation) -> int:
-    return math.prod(_tile(operation.results[0])) // 8 if operation.name == "tt.load" else 0
+    if operation.name != "tt.load" or any(use.owner.name == "arith.cmpi" for use in operation.results[0].uses):
+        return 0
+    return math.prod(_tile(operation.results[0])) // 8
 
 
 def _tile(value) -> tuple[int, int, int]:
-    """Rows, columns and bits per element of a tile of floats; zeros for anything else."""
-    found = re.fullmatch(r"tensor<(\d+)x(\d+)xb?f(\d+)>", str(value.type))
+    """Rows, columns and bits per element of a tile of numbers; zeros for anything else."""
+    found = re.fullmatch(r"tensor<(\d+)x(\d+)x(?:b?f|i)(\d+)>", str(value.type))
     return (int(found[1]), int(found[2]), int(found[3])) if found else (0, 0, 0)
 
 

@@ -45,7 +45,7 @@ class Size:
         group = min(2, self.q_heads // self.kv_heads)
         kv_len = min(self.kv_len, 256)
         q_len = 1 if self.q_len == 1 else kv_len
-        return Size(min(self.batch, 2), q_len, kv_len, 2 * group, 2, 16, self.dtype, min(self.new, 4))
+        return Size(min(self.batch, 2), q_len, kv_len, 2 * group, 2, 32, self.dtype, min(self.new, 4))
 
 
 def _slots(x: np.ndarray) -> np.ndarray:

@@ -19,6 +19,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"compiled Triton kernels: {reason}"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten_programs():
+    """What a module has compiled, no other needs: kept, it would grow to several gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def compilations():
     """A list that grows by the name of every program that XLA compiles."""

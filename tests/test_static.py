@@ -105,6 +105,54 @@ def test_both_loops_of_the_backward_kernels_are_found(name, products):
     assert found["loops"]["partial"]["mask"] >= 2 * 64 * 64 // 128 > found["loops"]["full"]["mask"] == 0
 
 
+def decode_setting(name: str) -> Setting:
+    return Setting(90, 64, "bfloat16", CASE[name].default_sizes(64, "bfloat16", 90))
+
+
+def decode_code(name: str):
+    (code,) = compile_kernels(CASE[name].lower(decode_setting(name)), 90, name=CASE[name].kernel)
+    return code
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_key"),
+    # Of int8 the scales are no tiles; int4 has a float32 for 32 numbers.
+    [("decode", 2 * 128), ("decode-paged", 2 * 128), ("decode-int8", 2 * 64), ("decode-int4", 2 * (32 + 4 * 2))],
+)
+def test_decode_copies_what_is_stored(name, bytes_per_key):
+    found = static_report.entry(CASE[name], decode_setting(name))
+    assert static_report.problems(found) == []
+    kv = found["blocks"]["kv"]
+    for loop in found["loops"].values():
+        assert loop["multiply_adds"] == {"asked": 2 * 16 * kv * 64, "done": 2 * 16 * kv * 64}
+        assert loop["copied_bytes"] == {"asked": kv * bytes_per_key, "done": kv * bytes_per_key}
+    assert found["loops"]["partial"]["mask"] > found["loops"]["full"]["mask"] == 0
+
+
+def test_a_lost_copy_is_found_beside_scales_that_only_some_threads_copy():
+    code, case = decode_code("decode-int4"), CASE["decode-int4"]
+    without = dataclasses.replace(code, sass=code.sass.replace("LDGSTS.E.64", "NOP"))
+    found = static_report.problems(static_report.describe(without, case, decode_setting("decode-int4")))
+    assert any(line.startswith("full blocks: only 3072 of 5120 bytes are copied asynchronously") for line in found)
+
+
+def test_the_merge_loads_16_bytes_at_once():
+    code, case = decode_code("decode-merge"), CASE["decode-merge"]
+    assert code.num_warps == case.default_sizes(64, "bfloat16", 90).num_warps
+    found = static_report.describe(code, case, decode_setting("decode-merge"))
+    assert static_report.problems(found) == []
+    assert found["loops"]["parts"]["copied_bytes"] == {"asked": 16 * 64 * 4, "done": 16 * 64 * 4}
+    narrow = dataclasses.replace(code, sass=code.sass.replace("LDG.E.128", "LDG.E.64"))
+    assert static_report.problems(static_report.describe(narrow, case, decode_setting("decode-merge"))) == [
+        "parts blocks: only 0 of 4096 bytes are loaded in units of 16 bytes"
+    ]
+
+
+def test_a_mask_given_as_an_array_is_no_tile_of_numbers():
+    partial = static_report.entry(CASE["forward-array"], SETTING)["loops"]["partial"]
+    assert partial["copied_bytes"]["asked"] == 2 * 64 * 64 * 2
+
+
 def test_what_scores_excuse_is_reported_without_them(entry):
     full = entry["loops"]["full"] | {"mask": 3, "copied_bytes": {"asked": 2, "done": 1}}
     changed = entry | {"loops": entry["loops"] | {"full": full}, "spill_stores": 1}
@@ -290,6 +338,22 @@ def test_the_sweep_tries_no_accumulators_larger_than_the_registers():
         assert (wide in tried) == holds_wide  # dK and dV are two sums, with a row per key
 
 
+def test_the_sweep_tries_decode_with_one_block_of_queries():
+    assert {x.q for x in static_sweep.candidates("pallas_attn_decode", 128, 2)} == {16}
+
+
+def test_the_committed_report_covers_every_case_without_a_problem():
+    lines = static.BASELINE.read_text().splitlines()
+    entries = json.loads("\n".join(lines))["entries"]
+    assert len(lines) == len(entries) + 2
+    defaults = static._defaults(static._options([]))
+    assert [(x["case"], x["capability"], x["head_dim"], x["dtype"]) for x in entries] == [
+        (case.name, setting.capability, setting.head_dim, setting.dtype) for case, setting in defaults
+    ]
+    assert [x["blocks"]["kv"] for x in entries] == [setting.sizes.kv for _, setting in defaults]
+    assert [problem for x in entries for problem in static_report.problems(x)] == []
+
+
 # The command.
 
 ONE = ["--kernel", "forward", "--capability", "90", "--head-dim", "64", "--dtype", "bfloat16", "--jobs", "1"]
@@ -312,6 +376,7 @@ def test_check_and_baseline(one_case, tmp_path, capsys):
     assert static.main([*ONE, "--check", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert (report["schema"], len(report["entries"])) == (static.SCHEMA, 1)
+    assert out.read_text().splitlines()[1:] == [json.dumps(report["entries"][0]), "]}"]
 
     capsys.readouterr()
     assert static.main([*ONE, "--baseline", str(out)]) == 0
@@ -349,7 +414,7 @@ def test_sweep(one_case, monkeypatch, tmp_path, capsys):
     assert "1 tried" in capsys.readouterr().out
     (report,) = json.loads(out.read_text())["rankings"]
     ((best,),) = report["ranking"]
-    assert best["blocks"] == dataclasses.asdict(SIZES)
+    assert pa.BlockSizes(**best["blocks"]) == SIZES
 
 
 @pytest.mark.parametrize(
@@ -373,6 +438,11 @@ def assert_refused(arguments, message, capsys):
     assert "python -m bench.static: error: " in error
     assert message in error
     assert "Traceback" not in error
+
+
+def test_what_a_case_is_not_compiled_for(capsys):
+    assert_refused(["--kernel", "decode-int8", "--dtype", "float32"], "not compiled for --dtype float32", capsys)
+    assert_refused(["--kernel", "decode-merge", "--sweep"], "--sweep: decode-merge has one size of blocks", capsys)
 
 
 def test_unwritable_output(tmp_path, capsys):

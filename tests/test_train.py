@@ -1,5 +1,6 @@
-"""Training: the curriculum is well formed, a seed fixes every bit, and what is written can be read."""
+"""Training: the curriculum is well formed, kernels serve it, a seed fixes every bit, what is written can be read."""
 
+import importlib
 import io
 import itertools
 
@@ -10,6 +11,8 @@ from flax import nnx
 from rich.console import Console
 from tokenizers import Tokenizer
 
+import pallas_attn as pa
+from pallas_attn.kernels import reference
 from pallas_attn_models import load_hf, train
 from pallas_attn_models.layers import rotary_tables, rotate
 from pallas_attn_models.tasks import END_TOKEN, Mix
@@ -104,6 +107,21 @@ def test_a_seed_fixes_every_bit():
     before, other = (weights(train.new_model(seed)) for seed in (0, 1))
     assert not any(np.array_equal(a, b) for a, b in zip(before, first, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(before, other, strict=True))
+
+
+def test_a_kernel_computes_the_gradients(monkeypatch):
+    kernel = next(name for name, reason in pa.implementations().items() if reason is None)
+    module, calls = importlib.import_module(f"pallas_attn.kernels.{kernel}"), []
+    backward = module.backward
+    monkeypatch.setattr(module, "backward", lambda *args, **options: calls.append(args) or backward(*args, **options))
+    monkeypatch.setattr(reference, "forward", lambda *_, **__: pytest.fail("the reference ran"))
+    model, weights = nnx.split(train.new_model(0))
+
+    def gradients(weights, batch):
+        return nnx.grad(train.loss_and_accuracy, has_aux=True)(nnx.merge(model, weights), batch)
+
+    jax.eval_shape(gradients, weights, next(train.batches(SHORT, 0)))
+    assert len(calls) == train.CONFIG.num_layers
 
 
 def test_a_batch_can_be_learnt():
