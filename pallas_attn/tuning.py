@@ -50,7 +50,7 @@ _TRITON = {
     (2, 8.6, 128): BlockSizes(128, 32, num_warps=8, num_stages=3),
     (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
     (2, 8.6, 256): BlockSizes(64, 32, num_warps=8, num_stages=2),
-    (2, 8.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
     (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
     (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
     (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
