@@ -39,6 +39,10 @@ class DecoderOutput:
     block_mask: pa.BlockMask
 
 
+# KV blocks of one share of decode.
+_DECODE_CHUNK = 8
+
+
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each on the normalised residual stream and added back to it."""
 
@@ -161,6 +165,9 @@ class Decoder(nnx.Module):
             dtype=self.dtype,
             fine=mask.is_fine(),
         )
+        if block_sizes.chunk is None:
+            # What a row gets does not depend, to the bit, on who shares the batch.
+            block_sizes = dataclasses.replace(block_sizes, chunk=_DECODE_CHUNK)
         block_mask = pa.BlockMask.from_mask(mask, positions, kv_positions, block_sizes)
 
         # What stands at padding may be no token at all, and the embedding answers that with NaN.
