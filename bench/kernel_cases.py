@@ -12,6 +12,7 @@ from bench.machine_code import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
 from pallas_attn.kernels.triton.decode import MERGE_SIZES
+from pallas_attn.kernels.triton.key_weights import LOGITS_SIZES
 from pallas_attn.scores import Scores
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -77,17 +78,24 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
     return lower_for_cuda(backward, *arguments, capability=setting.capability)
 
 
-def _decode(setting: Setting, kind: Literal["int8", "int4"] | None, page: int | None):
-    """The split kernel and the merge, for one query."""
+def _decode(
+    setting: Setting,
+    kind: Literal["int8", "int4"] | None = None,
+    page: int | None = None,
+    return_key_weights: bool = False,
+    q_len: int = 1,
+):
+    """The split kernel and the merge, and with weights of keys their own."""
 
     def decode(query, key, value, q_positions, kv_positions, page_table):
         block_mask = pa.BlockMask.from_mask(_CAUSAL, q_positions, kv_positions, setting.sizes)
         scale = setting.head_dim**-0.5
-        return kernels.decode(query, key, value, block_mask, scale=scale, page_table=page_table)
+        asked = {"page_table": page_table, "return_key_weights": return_key_weights}
+        return kernels.decode(query, key, value, block_mask, scale=scale, **asked)
 
     query, key, _, _, kv_positions = _tensors(setting)
-    query = jax.ShapeDtypeStruct((_BATCH, 1, *query.shape[2:]), query.dtype)
-    q_positions, page_table = jax.ShapeDtypeStruct((_BATCH, 1), jnp.int32), None
+    query = jax.ShapeDtypeStruct((_BATCH, q_len, *query.shape[2:]), query.dtype)
+    q_positions, page_table = jax.ShapeDtypeStruct((_BATCH, q_len), jnp.int32), None
     if page:
         key = jax.ShapeDtypeStruct((_BATCH * _LENGTH // page, page, *key.shape[2:]), key.dtype)
         page_table = jax.ShapeDtypeStruct((_BATCH, _LENGTH // page), jnp.int32)
@@ -96,9 +104,10 @@ def _decode(setting: Setting, kind: Literal["int8", "int4"] | None, page: int | 
     return lower_for_cuda(decode, *arguments, capability=setting.capability)
 
 
-def _lower_merge(setting: Setting):
+def _decode_in_default_blocks(setting: Setting, **options):
+    """The same, for the kernels whose sizes are their own."""
     sizes = _default_sizes("decode")(setting.head_dim, setting.dtype, setting.capability)
-    return _decode(dataclasses.replace(setting, sizes=sizes), None, None)
+    return _decode(dataclasses.replace(setting, sizes=sizes), **options)
 
 
 def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -137,14 +146,18 @@ def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: pa.masks.Mask, s
 
 
 def _decode_case(
-    suffix: str, about: str, kind: Literal["int8", "int4"] | None = None, page: int | None = None
+    suffix: str,
+    about: str,
+    kind: Literal["int8", "int4"] | None = None,
+    page: int | None = None,
+    return_key_weights: bool = False,
 ) -> KernelCase:
     return KernelCase(
         f"decode{suffix}",
         "pallas_attn_decode",
         f"one query, a group of four heads, causal; {about}",
         ("full", "partial"),
-        lambda setting: _decode(setting, kind, page),
+        lambda setting: _decode(setting, kind, page, return_key_weights),
         _default_sizes("decode"),
         # With float32 queries, int8 keys spill at D 256: the table's entry is the one of float32 keys.
         dtypes=DTYPES[:2] if kind else DTYPES,
@@ -173,13 +186,23 @@ CASES = [
     _decode_case("-int8", "int8 keys and values", "int8"),
     _decode_case("-int4", "int4 keys and values", "int4"),
     _decode_case("-paged", "pages of 64 keys", page=64),
+    _decode_case("-logits", "plain keys; logits are kept for the weights of keys", return_key_weights=True),
     KernelCase(
         "decode-merge",
         "pallas_attn_merge",
         "what the programs of decode found",
         ("parts",),
-        _lower_merge,
+        _decode_in_default_blocks,
         lambda *_: MERGE_SIZES,
+        pipelined=False,
+    ),
+    KernelCase(
+        "decode-weights",
+        "pallas_attn_decode_weights",
+        "four queries, a group of four heads; the weights of keys, from logits of decode",
+        ("visited",),
+        lambda setting: _decode_in_default_blocks(setting, return_key_weights=True, q_len=4),
+        lambda *_: LOGITS_SIZES,
         pipelined=False,
     ),
 ]

@@ -411,7 +411,7 @@ def _legend(figure: "Figure", panels: list) -> None:
         named.values(),
         named.keys(),
         loc="outside lower left",
-        ncols=min(len(named), 5),
+        ncols=min(len(named), 4),
         frameon=False,
         fontsize=7.5,
         labelcolor=_TEXT,

@@ -118,7 +118,7 @@ def compare(phases: Sequence[train.Phase], seed: int, console: Console) -> Itera
 @nnx.jit
 def _block_mask(model: Decoder, batch: Batch) -> tuple[pa.BlockMask, Array]:
     """The lists that all layers share (of the rest, XLA computes nothing), and the share of pairs that may attend."""
-    block_mask = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids, apply_head=False).block_mask
+    block_mask = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids, apply_head=False).block_masks[0]
     allowed = block_mask.mask.dense_array(block_mask.q_positions, block_mask.kv_positions)
     return block_mask, allowed.mean()
 

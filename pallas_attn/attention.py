@@ -19,8 +19,8 @@ from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.quantized import Kind, QuantizedArray
 from pallas_attn.scores import Score, Scores
 
-# Best first. Each module has `forward`, `backward` (the reference needs none: JAX differentiates it), `key_weights`,
-# `unavailable()` (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
+# Best first. Each module has `forward`, `backward` (the reference needs none: JAX differentiates it), `unavailable()`
+# (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
 _DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_AXIS = 2**30  # positions, and the places of tokens in whole blocks, have 32 bits
@@ -196,8 +196,8 @@ def attention(
         the pool has no such page, as at -1, the keys count as empty slots; a BlockMask must have position -1 there
         itself, and nothing outside of the pool is read if it has not.
       return_key_weights: also return how much probability each key got, float32 ``[B, K, S]``: the sum over real
-        queries of the mean over the query heads of its group (what H2O, arXiv:2306.14048, ranks keys by). It costs a
-        second pass over the keys, and has no gradient.
+        queries of the mean over the query heads of its group (what H2O, arXiv:2306.14048, ranks keys by). It has no
+        gradient. With more than a few queries it costs a second pass over the keys.
 
     Returns:
       ``[B, T, N, Dv]`` in query's dtype, or :class:`AttentionOutput`. A padded query, and one that sees no key, gets
@@ -205,7 +205,8 @@ def attention(
 
     Raises:
       ValueError: an argument that does not fit the others, before anything is compiled.
-      TypeError: the wrong kind of object.
+      TypeError: the wrong kind of object; forward-mode differentiation (``jax.jvp``) of another implementation than
+        "reference", in JAX's own words.
       NotImplementedError: the named implementation cannot serve the call, with the reason; a derivative with
         quantised or paged keys or values, or of key weights; or a second derivative of another implementation than
         "reference".
@@ -241,27 +242,28 @@ def attention(
             block_sizes,
         )
     module = _IMPLEMENTATIONS[name]
-    options: dict[str, Any] = {"scale": scale, "interpret": True} if interpret else {"scale": scale}
+    options: dict[str, Any] = {"scale": scale, "return_key_weights": return_key_weights}
+    if interpret:
+        options["interpret"] = True
     if page_table is not None or isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
         attend = without_derivative(_paged(module.forward, **options), _NO_GRADIENT)
-        out, lse = attend(page_table, query, key, value, block_mask, scores, sinks)
+        results = attend(page_table, query, key, value, block_mask, scores, sinks)
     elif name == "reference":
-        out, lse = reference.forward(query, key, value, block_mask, scores, sinks, **options)
+        results = reference.forward(query, key, value, block_mask, scores, sinks, **options)
     else:
-        attend = differentiable(module, name, **options)
-        out, lse = attend(query, key, value, block_mask, scores, sinks)
+        results = differentiable(module, name, **options)(query, key, value, block_mask, scores, sinks)
+    out, lse, *rest = results
     if not return_lse and not return_key_weights:
         return out
-    key_weights = None
-    if return_key_weights:
-        weigh = without_derivative(_paged(module.key_weights, **options), _NO_GRADIENT_OF_KEY_WEIGHTS)
-        key_weights = weigh(page_table, query, key, block_mask, scores, lse)
-    return AttentionOutput(out, lse if return_lse else None, key_weights)
+    refuse = without_derivative(lambda x: x, _NO_GRADIENT_OF_KEY_WEIGHTS)
+    return AttentionOutput(out, lse if return_lse else None, *map(refuse, rest))
 
 
-def _paged(function: Callable, **options) -> Callable:
-    """``function`` with its page table first, as an argument like the others."""
-    return lambda page_table, *arguments: function(*arguments, page_table=page_table, **options)
+def _paged(forward: Callable, **options) -> Callable:
+    """``forward`` with its page table first, as an argument like the others; ``jax.vmap`` runs it one by one."""
+    return jax.custom_batching.sequential_vmap(
+        lambda page_table, *arguments: forward(*arguments, page_table=page_table, **options)
+    )
 
 
 def _positions_in_pages(positions: Array | None, page_table: Array, key: Keys) -> Array:

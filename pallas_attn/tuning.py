@@ -42,63 +42,62 @@ class BlockSizes:
 # cases, those of the best estimate, or a few percent more where only those leave shared memory for tiles of a bias.
 # Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are small. The entries from 8.6 on fit
 # into the 99 KiB of shared memory that a block has there, with a bias too.
-_TRITON = {
-    (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=2),
-    (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
-    (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=3),
-    (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=3),
-    (2, 8.6, 128): BlockSizes(128, 32, num_warps=8, num_stages=3),
-    (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
-    (2, 8.6, 256): BlockSizes(64, 32, num_warps=8, num_stages=2),
-    (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
-    (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
-    (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
-    (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
-    (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+_TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
+    "forward": {
+        (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=2),
+        (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
+        (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=3),
+        (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=3),
+        (2, 8.6, 128): BlockSizes(128, 32, num_warps=8, num_stages=3),
+        (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
+        (2, 8.6, 256): BlockSizes(64, 32, num_warps=8, num_stages=2),
+        (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
+        (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
+        (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
+        (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+    },
+    # The same for dQ, and for the gradients of scores. (2, 9.0, 128) is the forward entry, whose lists it shares. At
+    # (2, 8.0, 256), 64 x 64 estimates 18 % better for dQ, but the gradients of scores would spill; 32 x 64 needs a
+    # little more shared memory than 8.6 and 8.9 have.
+    "d_query": {
+        (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
+        (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
+        (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=2),
+        (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),
+        (2, 8.0, 128): BlockSizes(128, 32, num_warps=8, num_stages=2),
+        (2, 8.6, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
+        (2, 8.0, 256): BlockSizes(32, 64, num_warps=8, num_stages=2),
+        (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
+        (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
+    },
+    # The same for dK and dV, whose kernel holds two sums with a row per key. Many keys and few queries estimate best: a
+    # row of queries is read from shared memory by every warp. At D 256, 16 keys are best of what does not spill.
+    "d_key_value": {
+        (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
+        (2, 9.0, 128): BlockSizes(32, 128, num_warps=8, num_stages=2),
+        (2, 8.0, 64): BlockSizes(32, 128, num_warps=8, num_stages=2),
+        (2, 8.0, 128): BlockSizes(16, 128, num_warps=8, num_stages=2),
+        (2, 8.0, 256): BlockSizes(32, 16, num_warps=4, num_stages=2),
+        (4, 9.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
+    },
+    # The same for decode, whose tile holds the queries of a group: what counts is how many bytes of keys are on their
+    # way. Blocks are small, for little is computed, and no entry spills with a full tile, or with keys of eight or four
+    # bits, but for one: float32 queries with int8 keys at D 256 spill in blocks of any size that was tried.
+    "decode": {
+        (2, 8.0, 64): BlockSizes(16, 64, num_warps=4, num_stages=3),
+        (2, 8.0, 128): BlockSizes(16, 32, num_warps=4, num_stages=3),
+        (2, 8.6, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (2, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=3),
+        (4, 8.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
+        (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
+    },
 }
-
-# The same for dQ, and for the gradients of scores. (2, 9.0, 128) is the forward entry, whose lists it shares. At
-# (2, 8.0, 256), 64 x 64 estimates 18 % better for dQ, but the gradients of scores would spill; 32 x 64 needs a little
-# more shared memory than 8.6 and 8.9 have.
-_TRITON_D_QUERY = {
-    (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
-    (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
-    (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=2),
-    (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),
-    (2, 8.0, 128): BlockSizes(128, 32, num_warps=8, num_stages=2),
-    (2, 8.6, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
-    (2, 8.0, 256): BlockSizes(32, 64, num_warps=8, num_stages=2),
-    (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
-    (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
-    (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
-    (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
-    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
-}
-
-# The same for dK and dV, whose kernel holds two sums with a row per key. Many keys and few queries estimate best: a row
-# of queries is read from shared memory by every warp. At D 256, 16 keys are best of what does not spill.
-_TRITON_D_KEY_VALUE = {
-    (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
-    (2, 9.0, 128): BlockSizes(32, 128, num_warps=8, num_stages=2),
-    (2, 8.0, 64): BlockSizes(32, 128, num_warps=8, num_stages=2),
-    (2, 8.0, 128): BlockSizes(16, 128, num_warps=8, num_stages=2),
-    (2, 8.0, 256): BlockSizes(32, 16, num_warps=4, num_stages=2),
-    (4, 9.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
-    (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
-    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
-}
-
-# The same for decode, whose tile holds the queries of a group: what counts is how many bytes of keys are on their way.
-# Blocks are small, for little is computed, and no entry spills with a full tile, or with keys of eight or four bits.
-_TRITON_DECODE = {
-    (2, 8.0, 64): BlockSizes(16, 64, num_warps=4, num_stages=3),
-    (2, 8.0, 128): BlockSizes(16, 32, num_warps=4, num_stages=3),
-    (2, 8.6, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
-    (2, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=3),
-    (4, 8.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
-    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
-}
-_TABLES = {"forward": _TRITON, "decode": _TRITON_DECODE, "d_query": _TRITON_D_QUERY, "d_key_value": _TRITON_D_KEY_VALUE}
 
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache, and,
 # where a mask has edges in many places, that little is computed beyond them.
@@ -135,7 +134,7 @@ def default_block_sizes(
     if implementation != "triton":
         block = _XLA_BLOCK_FINE if fine and q_len > DECODE_QUERIES else _XLA_BLOCK
         return BlockSizes(min(q_len, block), min(kv_len, block))
-    capability = _compute_capability() if compute_capability is None else compute_capability
+    capability = gpu_capability() if compute_capability is None else compute_capability
     # From 12.0 on (GeForce, RTX PRO) there are neither the matrix instructions nor the shared memory of 9.0 and 10.0.
     capability = 8.9 if capability >= 12.0 else capability
     itemsize = jnp.dtype(dtype).itemsize
@@ -149,6 +148,9 @@ def default_block_sizes(
     return next(fitting, table[4, 8.0, 256])
 
 
-def _compute_capability() -> float:
-    device = jax.devices()[0]
-    return float(device.compute_capability) if device.platform == "gpu" else 9.0
+def gpu_capability() -> float:
+    """The compute capability of this machine's GPU; 9.0 where there is none."""
+    try:
+        return float(jax.devices("cuda")[0].compute_capability)
+    except RuntimeError:
+        return 9.0

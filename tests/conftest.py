@@ -9,6 +9,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick-compile",
+        action="store_true",
+        help="compile without LLVM's optimisations: most of the time on a CPU is theirs",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--quick-compile"):
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 def pytest_collection_modifyitems(items):
     """On a machine without a GPU, says why the tests of compiled kernels are skipped."""
     reason = pa.implementations()["triton"]

@@ -20,7 +20,7 @@ def compiled(monkeypatch):
     """A function: the kernel of one name, with the blocks that the table has for its GPU."""
 
     def compile_for(head_dim, capability, name, scores=()):
-        monkeypatch.setattr(tuning, "_compute_capability", lambda: capability / 10)
+        monkeypatch.setattr(tuning, "gpu_capability", lambda: capability / 10)
         kernels.backward.clear_cache()  # which may hold programs for another GPU
         return _compiled(head_dim, capability, name, scores)
 

@@ -133,14 +133,17 @@ def test_splitting_changes_nothing_beyond_rounding(implementation, shares):
 
 
 @KERNELS
-def test_with_a_fixed_chunk_a_row_does_not_depend_on_the_others(implementation):
-    """Bit for bit, whatever the other rows hold."""
+@pytest.mark.parametrize("heads", [{}, {"kv_heads": 1}, {"q_heads": 16, "kv_heads": 16}])
+def test_with_a_fixed_chunk_a_row_does_not_depend_on_the_others(implementation, heads):
+    """Bit for bit, whatever the other rows hold, wherever the row stands, and alone."""
     sizes, row = pa.BlockSizes(16, 16, chunk=2), slice(0, 1)
-    together = run(decode(lengths=(S, 3, 40)), sizes, implementation)
-    others = run(decode(lengths=(S, S, 60)), sizes, implementation)
-    alone = run(decode(lengths=(S, 3, 40)), sizes, implementation, row)
-    np.testing.assert_array_equal(together[row], others[row])
-    np.testing.assert_array_equal(together[row], alone)
+    expected = run(decode(lengths=(S, 3, 40), **heads), sizes, implementation)
+    for others in ((S, 60), (0, 0), (17, 33), (1, S)):
+        actual = run(decode(lengths=(S, *others), **heads), sizes, implementation)
+        np.testing.assert_array_equal(actual[row], expected[row])
+    for order in ([1, 2, 0], [2, 1, 0], [2, 0], [1, 1, 0, 0, 2], [0]):
+        actual = run(decode(lengths=(S, 3, 40), **heads), sizes, implementation, order)
+        np.testing.assert_array_equal(actual, expected[order])
 
 
 @KERNELS

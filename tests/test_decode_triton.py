@@ -12,6 +12,9 @@ import pytest
 
 import pallas_attn as pa
 from pallas_attn.kernels import triton
+from pallas_attn.kernels.triton.key_weights import weights_of_logits
+from pallas_attn.kernels.triton.packing import Packing
+from pallas_attn.kernels.triton.specs import Cut
 from tests import oracle, tolerances
 from tests.attention_check import assert_error
 
@@ -85,9 +88,31 @@ class Call:
             function(*jax.tree.map(jnp.asarray, (self.query, key, value)), block_mask, scores, self.sinks, **options),
         )
 
+    @property
+    def pairs(self) -> tuple[np.ndarray, oracle.Pairs]:
+        """Who sees whom, and from where."""
+        heads = self.query.shape[2]
+        seen = oracle.visible(self.mask, self.q_positions, self.kv_positions, B, heads)
+        return seen, oracle.Pairs.of(B, heads, self.q_positions, self.kv_positions)
+
+    def key_weights(self) -> tuple[np.ndarray, np.ndarray]:
+        """The oracle's lse and weights of keys."""
+        seen, pairs = self.pairs
+        tensors = self.query, self.key, self.value
+        _, lse = oracle.attention(*tensors, seen, self.scale, self.scores, self.sinks, pairs)
+        return lse, oracle.key_weights(*tensors[:2], seen, self.scale, lse, self.scores, pairs)
+
+    def check_key_weights(self, **changes) -> np.ndarray:
+        *_, weights = self.run(triton.decode, return_key_weights=True, **changes)
+        assert weights.dtype == np.float32
+        np.testing.assert_allclose(weights, self.key_weights()[1], atol=tolerances.KEY_WEIGHTS, rtol=0)
+        seen, _ = self.pairs
+        unseen = ~seen.reshape(B, weights.shape[1], -1, S).any(2)
+        assert (weights[unseen] == 0).all()
+        return weights
+
     def check(self, function=triton.decode, **changes) -> None:
-        seen = oracle.visible(self.mask, self.q_positions, self.kv_positions, B, self.query.shape[2])
-        pairs = oracle.Pairs.of(B, self.query.shape[2], self.q_positions, self.kv_positions)
+        seen, pairs = self.pairs
         arguments = self.query, self.key, self.value, seen, self.scale, self.scores, self.sinks, pairs
         expected, plain = oracle.attention(*arguments), oracle.plain_attention(*arguments)
         out, lse = self.run(function, **changes)
@@ -167,14 +192,76 @@ def test_pages_that_are_not_there_are_not_read():
     call.check()
 
 
-def test_key_weights():
-    call = Call(q_len=3).quantize("int4", None).put_into_pages(16)
+def with_scores_and_sinks(call: Call) -> Call:
     call.sinks = rng.standard_normal(N).astype(np.float32)
     call.scores = (oracle.softcap(2.0), oracle.alibi(rng.random(N).astype(np.float32)))
-    seen = oracle.visible(call.mask, call.q_positions, call.kv_positions, B, N)
-    pairs = oracle.Pairs.of(B, N, call.q_positions, call.kv_positions)
-    _, lse = oracle.attention(call.query, call.key, call.value, seen, call.scale, call.scores, call.sinks, pairs)
-    expected = oracle.key_weights(call.query, call.key, seen, call.scale, lse, call.scores, pairs)
+    return call
+
+
+def with_padding(call: Call) -> Call:
+    call.q_positions[0, 0] = -1
+    call.query[0, 0] = np.nan
+    return call
+
+
+WINDOW = oracle.causal() & oracle.sliding_window(20) | oracle.sink(3)
+WEIGHED = CASES | {
+    "scores and sinks": lambda: with_scores_and_sinks(Call(q_len=3)),
+    "a negative scale, queries that are not there": lambda: with_padding(Call(q_len=3)),
+    "a window, int8 keys": lambda: Call(WINDOW, q_len=2).quantize("int8", "int4"),
+    "a window, int4 keys in pages": lambda: Call(WINDOW).quantize("int4", None).put_into_pages(16),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_key_weights_come_from_the_same_pass(name):
+    call = WEIGHED[name]()
+    call.scale = -0.3 if "negative" in name else call.scale
+    weights = call.check_key_weights()
+    if call.sinks is None:
+        seeing = call.pairs[0].any(-1).reshape(B, weights.shape[1], -1, call.query.shape[1])
+        np.testing.assert_allclose(weights.sum(-1), seeing.mean(2).sum(-1), rtol=tolerances.KEY_WEIGHTS)
+
+
+def test_key_weights_are_beside_out_and_lse_which_do_not_change():
+    call = with_scores_and_sinks(Call())
+    for both, alone in zip(call.run(triton.decode, return_key_weights=True), call.run(triton.decode), strict=False):
+        np.testing.assert_array_equal(both, alone)
+
+
+def test_logits_that_nobody_wrote_do_not_matter():
+    """The memory of blocks that are in no list, and of keys and queries that are not there, may hold anything."""
+    call = with_padding(Call(WINDOW, q_len=3))
+    block_mask = pa.BlockMask.from_mask(
+        WINDOW.build(pa.masks), jnp.asarray(call.q_positions), jnp.asarray(call.kv_positions), pa.BlockSizes(16, 16)
+    )
+    written = np.repeat(block_mask.bitmap() > 0, 16, axis=-1)  # [B, 1, 1, S]
+    assert 0 < written.mean() < 1
+    cut = Cut.of(jnp.asarray(call.query), jnp.asarray(call.value), block_mask, call.scale, True)
+    packing = Packing.of(cut, block_mask)
+    logits = jnp.where(written, jnp.zeros((B, K, packing.queries, S)), jnp.nan).at[0, :, : packing.group].set(jnp.nan)
+    lse = jnp.zeros((B, N, 3)).at[0, :, 0].set(-jnp.inf)
+    weights = weights_of_logits(logits, lse, block_mask.schedule, block_mask.indices, cut, packing)
+    queries = np.array([2, 3])[:, None, None]
+    np.testing.assert_array_equal(weights, np.broadcast_to(np.where(written[:, 0], queries, 0), (B, K, S)))
+
+
+@pytest.mark.parametrize(("q_len", "asked"), [(1, False), (1, True), (16, True), (17, True)])
+def test_only_prefill_reads_keys_twice_and_only_if_asked(q_len, asked):
+    call = Call(q_len=q_len)
+    call.key, call.value = np.nan_to_num(call.key), np.nan_to_num(call.value)
+
+    def attend(query, key, value):
+        return pa.attention(query, key, value, return_key_weights=asked, interpret=True)
+
+    program = str(jax.make_jaxpr(attend)(call.query, call.key, call.value))
+    assert ("pallas_attn_decode_weights" in program) == (asked and q_len <= 16)
+    assert ("pallas_attn_key_weights" in program) == (asked and q_len > 16)
+
+
+def test_the_second_pass_over_keys():
+    call = with_scores_and_sinks(Call(q_len=3)).quantize("int4", None).put_into_pages(16)
+    lse, expected = call.key_weights()
 
     def weigh(query, key, value, block_mask, scores, sinks, **options):
         return triton.key_weights(query, key, block_mask, scores, jnp.asarray(lse, jnp.float32), **options)

@@ -125,6 +125,39 @@ def test_they_cost_nothing_where_nobody_asks(name):
     assert weights not in arrays_of(compiled(False))
 
 
+@pytest.mark.parametrize("shared", [(), ("key", "value"), ("query",)], ids=["nothing", "keys and values", "the query"])
+def test_vmap_equals_a_loop(shared):
+    stacks = [CASES["decode, sinks"].arrays(seed) for seed in range(3)]
+    arrays = dict(zip(("query", "key", "value"), map(np.stack, zip(*stacks, strict=True)), strict=True))
+    axes = {name: None if name in shared else 0 for name in arrays}
+    arrays = {name: x[0] if name in shared else x for name, x in arrays.items()}
+
+    def attend(arrays):
+        return call(CASES["decode, sinks"], "xla", *(arrays[name] for name in ("query", "key", "value")))
+
+    actual = jax.vmap(attend, (axes,))(arrays)
+    for index in range(3):
+        expected = attend({name: x if name in shared else x[index] for name, x in arrays.items()})
+        for a, b in zip((actual.out, actual.key_weights), (expected.out, expected.key_weights), strict=True):
+            np.testing.assert_allclose(a[index], b, rtol=0, atol=tolerances.KEY_WEIGHTS)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2])
+def test_decode_has_them_from_the_same_pass(chunk):
+    """No product more than the two of attention, and the same weights however rows are cut into pieces."""
+    case = CASES["decode, sinks"]
+    arrays = case.arrays(0)
+    sizes = pa.BlockSizes(16, 16, chunk=chunk)
+
+    def products(asked: bool) -> int:
+        program = jax.make_jaxpr(lambda *x: call(case, "xla", *x, return_key_weights=asked, block_sizes=sizes))
+        return str(program(*arrays)).count("dot_general[")
+
+    assert products(True) == products(False) == 2
+    actual = call(case, "xla", *arrays, block_sizes=sizes).key_weights
+    np.testing.assert_allclose(actual, expected_of(case, *arrays), rtol=0, atol=tolerances.KEY_WEIGHTS)
+
+
 def test_values_are_not_read_twice():
     """Values of NaN make every output NaN and leave the weights as they are."""
     case = CASES["full"]

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -114,10 +115,25 @@ def decode_code(name: str):
     return code
 
 
+@pytest.mark.parametrize("name", ["decode", "decode-paged", "decode-logits"])
+def test_plain_keys_and_values_are_copied_in_units_of_16_bytes(name):
+    copies = set(re.findall(r"LDGSTS[\w.]*", decode_code(name).sass))
+    wide = {x for x in copies if ".128" in x}
+    # In partial blocks positions are copied too, one for each thread.
+    assert wide
+    assert copies - wide <= {"LDGSTS.E"}
+
+
 @pytest.mark.parametrize(
     ("name", "bytes_per_key"),
     # Of int8 the scales are no tiles; int4 has a float32 for 32 numbers.
-    [("decode", 2 * 128), ("decode-paged", 2 * 128), ("decode-int8", 2 * 64), ("decode-int4", 2 * (32 + 4 * 2))],
+    [
+        ("decode", 2 * 128),
+        ("decode-paged", 2 * 128),
+        ("decode-logits", 2 * 128),
+        ("decode-int8", 2 * 64),
+        ("decode-int4", 2 * (32 + 4 * 2)),
+    ],
 )
 def test_decode_copies_what_is_stored(name, bytes_per_key):
     found = static_report.entry(CASE[name], decode_setting(name))
@@ -146,6 +162,12 @@ def test_the_merge_loads_16_bytes_at_once():
     assert static_report.problems(static_report.describe(narrow, case, decode_setting("decode-merge"))) == [
         "parts blocks: only 0 of 4096 bytes are loaded in units of 16 bytes"
     ]
+
+
+def test_the_weights_of_keys_load_each_logit_once_16_bytes_at_once():
+    found = static_report.entry(CASE["decode-weights"], decode_setting("decode-weights"))
+    assert static_report.problems(found) == []
+    assert found["loops"]["visited"]["copied_bytes"] == {"asked": 16 * 64 * 4, "done": 16 * 64 * 4}
 
 
 def test_a_mask_given_as_an_array_is_no_tile_of_numbers():

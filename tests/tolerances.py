@@ -44,6 +44,14 @@ def quantization_limit(magnitudes, kind: str):
     return np.broadcast_to(half, magnitudes.shape)
 
 
+# --- caches ---
+
+# Relative: a score, the float32 sum of some dozens of weights.
+CACHE_SCORE = 1e-5
+# Scores that are closer than this may be in another order in float32: the error of an int8 token is the difference of
+# numbers that are some hundred times as large.
+CACHE_NEAR_TIE = 1e-4
+
 # --- gradients ---
 
 # Relative to the largest derivative: float32 against float64 differences.

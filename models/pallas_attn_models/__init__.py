@@ -1,5 +1,6 @@
 """Flax decoders that attend with ``pallas_attn``, and what generates text with them."""
 
+from pallas_attn_models.cached_decoder import CachedDecoder as CachedDecoder
 from pallas_attn_models.checkpoint import load_hf as load_hf
 from pallas_attn_models.checkpoint import save_hf as save_hf
 from pallas_attn_models.config import DecoderConfig as DecoderConfig

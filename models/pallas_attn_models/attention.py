@@ -52,13 +52,31 @@ class Attention(nnx.Module):
         """
         query, key, value = (self._heads(projection(x)) for projection in (self.query, self.key, self.value))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        page_table = None
-        if cache is not None:
+        if cache is None:
+            out = pa.attention(query, key, value, block_mask, implementation=self.implementation)
+        else:
             cache = cache.append(key, value, positions)
-            view = cache.view()
-            key, value, page_table = view.key, view.value, view.page_table
-        out = pa.attention(query, key, value, block_mask, page_table=page_table, implementation=self.implementation)
+            out, cache = self._attend(query, cache, block_mask)
         return self.output(out.reshape(*out.shape[:2], -1)), cache
+
+    def _attend(
+        self, query: Array, cache: pa.caches.KVCache, block_mask: pa.BlockMask
+    ) -> tuple[Array, pa.caches.KVCache]:
+        """Over all that the cache holds; a policy that asks for it is told how much attention every slot got."""
+        view, observes = cache.view(), cache.policy.observes
+        out = pa.attention(
+            query,
+            view.key,
+            view.value,
+            block_mask,
+            page_table=view.page_table,
+            return_key_weights=observes,
+            implementation=self.implementation,
+        )
+        if isinstance(out, pa.AttentionOutput):
+            assert out.key_weights is not None
+            return out.out, cache.observe(out.key_weights)
+        return out, cache
 
     def _heads(self, x: Array) -> Array:
         return jnp.reshape(x, (*x.shape[:2], -1, self.head_dim))

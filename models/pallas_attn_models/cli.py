@@ -1,6 +1,7 @@
-"""The command line: ``pallas-attn generate``, ``show-mask`` and ``doctor``."""
+"""The command line: ``pallas-attn generate``, ``show-mask``, ``cache-size`` and ``doctor``."""
 
 import argparse
+import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -23,13 +24,16 @@ from tokenizers import Tokenizer
 
 import pallas_attn as pa
 from pallas_attn import tuning
-from pallas_attn_models import mask_expression, tasks
+from pallas_attn_models import cache_options, mask_expression, tasks
 from pallas_attn_models.checkpoint import load_hf
+from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.decoder import FLOAT_DTYPES
 from pallas_attn_models.generator import GenerationStats, Generator, check_prompts
+from pallas_attn_models.layer_caches import init_caches
 from pallas_attn_models.sampling import Sampling
 
 _CAPACITY = 1024
+_PREFILL_CHUNK = 128
 _SELF_CHECK_TOLERANCE = 1e-5  # absolute, float32, outputs of size about 1
 
 _GENERATE_HELP = """\
@@ -54,6 +58,20 @@ examples:
   pallas-attn show-mask "causal & sliding_window(256) | sink(4)" --q 2048 --left-pad 300 --out mask.png
   pallas-attn show-mask "causal & segments([700, 300, 1048])" --q 2048 --block-q 64 --block-kv 64
   pallas-attn show-mask "causal" --q 1 --kv 16384"""
+_CACHE_SIZE_HELP = f"""\
+Say how many bytes the KV caches of a model take, before anything is allocated. A cache is a policy, one of
+
+  {"  ".join(cache_options.forms(cache_options.POLICIES))}
+
+and a storage, one of
+
+  {"  ".join(cache_options.forms(cache_options.STORAGES))}"""
+_CACHE_SIZE_EXAMPLES = """\
+examples:
+  pallas-attn cache-size --capacity 4096
+  pallas-attn cache-size --model ./Llama-3.2-1B --capacity 131072 --batch-size 8 --storage int8
+  pallas-attn cache-size --model ./Llama-3.2-1B --capacity 2048 --cache "h2o(recent=256)" --storage "int4(group=32)"
+  pallas-attn cache-size --model ./Llama-3.2-1B --capacity 8192 --batch-size 32 --storage "paged(64, 2048, int8)\""""
 _DOCTOR_HELP = """\
 Show versions, devices and implementations of attention, why each can or cannot run here, and check the numbers of
 those that can against the reference."""
@@ -65,6 +83,7 @@ examples:
   pallas-attn generate         complete some prompts with the model that ships with the package
   pallas-attn generate --help  what else it can do
   pallas-attn show-mask "causal & sliding_window(256)" --q 2048
+  pallas-attn cache-size --capacity 4096 --storage int8
   pallas-attn doctor           see whether everything runs here"""
 
 
@@ -138,8 +157,9 @@ def _parser() -> argparse.ArgumentParser:
         "--capacity",
         type=int,
         metavar="N",
-        help=f"tokens of prompt and completion together; default {_CAPACITY}, or more if a prompt needs it",
+        help=f"tokens that the cache of a row holds; default {_CAPACITY}, or more if a prompt needs it",
     )
+    _add_cache_options(shapes)
     generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     show_mask = commands.add_parser(
@@ -158,6 +178,22 @@ def _parser() -> argparse.ArgumentParser:
     show_mask.add_argument("--block-kv", type=int, metavar="N", help="keys per block; default: as the kernels here")
     show_mask.add_argument("--out", type=Path, metavar="FILE", help="draw a .png or .svg instead of printing")
 
+    cache_size = commands.add_parser(
+        "cache-size",
+        help="say how many bytes the caches of a model take",
+        description=_CACHE_SIZE_HELP,
+        epilog=_CACHE_SIZE_EXAMPLES,
+        formatter_class=raw,
+    )
+    cache_size.set_defaults(command=_cache_size)
+    cache_size.add_argument("--model", type=Path, metavar="DIR", help="with a config.json; default: what ships")
+    cache_size.add_argument("--capacity", type=int, required=True, metavar="N", help="slots of a row")
+    cache_size.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows; default %(default)s")
+    cache_size.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help="default %(default)s")
+    cache_size.add_argument("--chunk", type=int, metavar="N", help="tokens of one call: windows need no more slots")
+    _add_cache_options(cache_size)
+    cache_size.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
     doctor = commands.add_parser(
         "doctor",
         help="show what can run here, and check it",
@@ -167,6 +203,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_cache_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--cache", default="dense", metavar="POLICY", help="dense, window(..), h2o(..); see cache-size")
+    group.add_argument("--storage", default="plain", metavar="STORAGE", help="plain, int8, paged(..); see cache-size")
 
 
 # --- generate ---
@@ -189,17 +230,30 @@ def _generate(args: argparse.Namespace) -> int:
         Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, seed=args.seed + index)
         for index in range(len(texts))
     ]
-    directory = args.model or Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+    policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)
+    directory = args.model or _shipped_checkpoint()
     _status(f"loading {directory}")
     dtype = args.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     model = load_hf(directory, jnp.dtype(dtype), implementation=args.implementation)
     tokenizer = _load_tokenizer(directory / "tokenizer.json")
 
     prompts = [tokenizer.encode(text).ids for text in texts]
-    capacity = _default_capacity(prompts, args.max_new_tokens) if args.capacity is None else args.capacity
+    max_length = _default_capacity(prompts, args.max_new_tokens)
+    capacity = max_length if args.capacity is None else args.capacity
+    if not policy.bounded:
+        max_length = capacity
     # All of them before any is run, so that a mistake in the last does not cost the time of the others.
-    check_prompts(prompts, capacity=capacity, vocab_size=model.config.vocab_size)
-    generator = Generator(model, batch_size=args.batch_size, capacity=capacity)
+    check_prompts(prompts, max_length=max_length, vocab_size=model.config.vocab_size)
+    chunk = min(_PREFILL_CHUNK, max(1, policy.longest_append(capacity)))
+    generator = Generator(
+        model,
+        batch_size=args.batch_size,
+        capacity=capacity,
+        prefill_chunk=chunk,
+        policy=policy,
+        storage=storage,
+        max_length=max_length,
+    )
     _status("compiling")
     compile_seconds = generator.compile()
     _status(f"completing {len(prompts)} prompts")
@@ -247,6 +301,10 @@ def _shipped_examples() -> list[tasks.Example]:
         *tasks.held_out_prompts("recall", 1, seed=0, max_pairs=8),
         *tasks.held_out_prompts("recall", 2, seed=0, min_pairs=60),
     ]
+
+
+def _shipped_checkpoint() -> Path:
+    return Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
@@ -329,6 +387,35 @@ def _show_mask(args: argparse.Namespace) -> int:
     else:
         pa.save_picture(block_mask, args.out, title=" ".join(args.mask.split()))
         _status(f"wrote {args.out}")
+    return 0
+
+
+# --- cache-size ---
+
+
+def _cache_size(args: argparse.Namespace) -> int:
+    policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)
+    path = (args.model or _shipped_checkpoint()) / "config.json"
+    config = DecoderConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    sizes = {"batch_size": args.batch_size, "capacity": args.capacity, "dtype": args.dtype, "chunk": args.chunk}
+
+    def caches(**kinds: Any) -> tuple[pa.caches.KVCache, ...]:
+        return jax.eval_shape(lambda: init_caches(config, **sizes, **kinds))  # nothing is allocated
+
+    layers = caches(policy=policy, storage=storage)
+    total, plain = (sum(cache.nbytes for cache in one) for one in (layers, caches()))
+    if args.json:
+        print(json.dumps({"bytes": total, "layers": [cache.nbytes for cache in layers], "dense_plain_bytes": plain}))
+        return 0
+    table = Table("layers", "policy", "storage", "slots of a row", "bytes of a layer")
+    for (policy, storage, capacity, nbytes), count in collections.Counter(
+        (cache.policy, cache.storage, cache.capacity, cache.nbytes) for cache in layers
+    ).items():
+        table.add_row(str(count), Text(str(policy)), Text(str(storage)), f"{capacity:,}", f"{nbytes:,}")
+    console = Console(highlight=False)
+    console.print(table)
+    share = f"{total / plain:.1%} of Dense() in Plain() with the same slots in {args.dtype}"
+    console.print(f"{total:,} bytes for {args.batch_size} rows ({total / 2**20:,.1f} MiB), {share}")
     return 0
 
 

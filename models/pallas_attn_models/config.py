@@ -1,4 +1,4 @@
-"""The shape of a Llama decoder, read from and written to the ``config.json`` of a Hugging Face checkpoint.
+"""The shape of a Llama or Mistral decoder, read from and written to the ``config.json`` of a Hugging Face checkpoint.
 
 Every field of such a file is used, or must have the one value that this decoder computes (:data:`SUPPORTED`), or cannot
 change a logit (:data:`IRRELEVANT`). Anything else is refused by name: a model that would run with other weights or
@@ -12,14 +12,13 @@ from typing import Any
 
 # Field -> the values that mean what this decoder computes.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"], None),
+    "model_type": ("llama", "mistral"),
+    "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"], None),
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "attention_dropout": (0.0, None),
     "pretraining_tp": (1, None),
-    "sliding_window": (None,),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
     "rope_interleaved": (False, None),
@@ -157,7 +156,7 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes and constants of a Llama decoder. Hashable, and free of any dtype: that belongs to the weights.
+    """The sizes and constants of a decoder. Hashable, and free of any dtype: that belongs to the weights.
 
     Attributes:
       vocab_size: V.
@@ -172,6 +171,8 @@ class DecoderConfig:
       tie_word_embeddings: whether the output head is the embedding table.
       max_position_embeddings: the context length the model was made for. Nothing is cut off there.
       eos_token_ids: the tokens that end a text.
+      sliding_windows: one for each layer: how many tokens a query sees, its own and those before it (Mistral,
+        arXiv:2310.06825, section 2), or None: all of them. Empty: None for all layers.
 
     Raises:
       ValueError: names the field, what was expected and what came.
@@ -189,6 +190,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     eos_token_ids: tuple[int, ...] = ()
+    sliding_windows: tuple[int | None, ...] = ()
 
     def __post_init__(self):
         for name in (
@@ -216,18 +218,29 @@ class DecoderConfig:
         for token in self.eos_token_ids:
             if not _is_int(token) or not 0 <= token < self.vocab_size:
                 raise ValueError(f"eos_token_ids: expected ids in [0, vocab_size={self.vocab_size}), got {token!r}")
+        if not isinstance(self.sliding_windows, tuple) or len(self.sliding_windows) not in (0, self.num_layers):
+            wanted = f"a tuple with one for each of {self.num_layers} layers, or none"
+            raise ValueError(f"sliding_windows: expected {wanted}, got {self.sliding_windows!r}")
+        for window in self.sliding_windows:
+            if window is not None:
+                _require_positive_int("sliding_windows", window)
+
+    def sliding_window(self, layer: int) -> int | None:
+        """How many tokens a query of this layer sees; None: all."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
 
     @staticmethod
     def from_hf(fields: Mapping[str, Any]) -> "DecoderConfig":
-        """Reads the parsed ``config.json`` of a Llama checkpoint.
+        """Reads the parsed ``config.json`` of a Llama or Mistral checkpoint.
 
-        An absent field has the default that transformers' ``LlamaConfig`` gives it, except for the sizes, which must
+        An absent field has the default that transformers' configuration gives it, except for the sizes, which must
         be there. Rotary settings may be spelled ``rope_parameters`` or ``rope_theta`` with ``rope_scaling``.
 
         Raises:
           ValueError: a field that is unknown, missing, or has a value that this decoder does not compute.
         """
         fields = dict(fields)
+        is_mistral = fields.get("model_type") == "mistral"
         for name, allowed in SUPPORTED.items():
             if name in fields or name == "model_type":
                 value = fields.pop(name, None)
@@ -251,20 +264,28 @@ class DecoderConfig:
         _require_positive_int("num_attention_heads", num_heads)
         if fields.get("head_dim") is None and hidden_size % num_heads:
             raise ValueError(f"head_dim: expected a value, as {hidden_size=} is no multiple of {num_heads=}, got none")
-        max_position_embeddings = optional("max_position_embeddings", 2048)
+        max_position_embeddings = optional("max_position_embeddings", 131072 if is_mistral else 2048)
+        num_layers = required("num_hidden_layers")
+        window = fields.pop("sliding_window", 4096 if is_mistral else None)
+        if window is not None and not is_mistral:
+            raise ValueError(f"sliding_window: expected None for a Llama, got {window!r}")
+        if window is not None:
+            _require_positive_int("sliding_window", window)
+            _require_positive_int("num_hidden_layers", num_layers)
         config = DecoderConfig(
             vocab_size=required("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=required("intermediate_size"),
-            num_layers=required("num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=optional("num_key_value_heads", num_heads),
+            num_kv_heads=optional("num_key_value_heads", 8 if is_mistral else num_heads),
             head_dim=optional("head_dim", hidden_size // num_heads),
             rms_norm_eps=optional("rms_norm_eps", 1e-6),
             rope=_rope_from_hf(fields, max_position_embeddings),
             tie_word_embeddings=optional("tie_word_embeddings", False),
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_from_hf(fields.pop("eos_token_id", 2)),
+            sliding_windows=() if window is None else (window,) * num_layers,
         )
         if fields:
             raise ValueError(f"config.json: expected only known fields, got {', '.join(sorted(fields))}")
@@ -275,12 +296,21 @@ class DecoderConfig:
 
         Rotary settings are spelled ``rope_theta`` with ``rope_scaling``, which transformers 4 and 5 both read.
         transformers itself wants ``hidden_size`` to be a multiple of ``num_heads`` even where ``head_dim`` is given.
+
+        Raises:
+          ValueError: layers with sliding windows that differ, which no such file can say.
         """
+        if len(set(self.sliding_windows)) > 1:
+            raise ValueError(f"sliding_windows: expected the same for all layers of a file, got {self.sliding_windows}")
+        window = self.sliding_window(0)
+        if window is None:
+            family = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+            family |= {"attention_bias": False, "mlp_bias": False}
+        else:
+            family = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
         eos = list(self.eos_token_ids)
         rope_scaling = {name: getattr(self.rope, name) for name in _ROPE_FIELDS[self.rope.type]}
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
+        return family | {
             "bos_token_id": None,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
             "head_dim": self.head_dim,
@@ -288,8 +318,6 @@ class DecoderConfig:
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "max_position_embeddings": self.max_position_embeddings,
-            "mlp_bias": False,
-            "model_type": "llama",
             "num_attention_heads": self.num_heads,
             "num_hidden_layers": self.num_layers,
             "num_key_value_heads": self.num_kv_heads,

@@ -1,4 +1,4 @@
-"""The Llama decoder: one call trains, prefills (any number of tokens) and decodes.
+"""The decoder: one call trains, prefills (any number of tokens) and decodes.
 
 Reads downwards: what a call gives back, one layer, the decoder.
 """
@@ -13,9 +13,10 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import pallas_attn as pa
-from pallas_attn.tuning import default_block_sizes
 from pallas_attn_models.attention import Attention
+from pallas_attn_models.block_masks import Sizes, block_masks
 from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.layer_caches import init_caches
 from pallas_attn_models.layers import MLP, Embedding, RMSNorm, linear, rotary_tables
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -30,17 +31,14 @@ class DecoderOutput:
       logits: float32 ``[B, T, V]``, or None with ``apply_head=False``. At padding they are finite and mean nothing.
       hidden: ``[B, T, E]`` after the last norm, in the decoder's dtype.
       caches: the caches with these tokens in them, one per layer, or None.
-      block_mask: the ``pa.BlockMask`` that all layers shared: ``num_active`` says how many KV blocks each visited.
+      block_masks: the ``pa.BlockMask`` of every layer, most often the same object: ``num_active`` says how many KV
+        blocks the layer visited.
     """
 
     logits: Array | None
     hidden: Array
     caches: tuple[pa.caches.KVCache, ...] | None
-    block_mask: pa.BlockMask
-
-
-# KV blocks of one share of decode.
-_DECODE_CHUNK = 8
+    block_masks: tuple[pa.BlockMask, ...]
 
 
 class DecoderLayer(nnx.Module):
@@ -76,7 +74,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder of the Llama family (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783).
+    """A decoder of the Llama family (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783), or Mistral.
 
     Args:
       config: the sizes and constants.
@@ -84,7 +82,8 @@ class Decoder(nnx.Module):
       dtype: of activations and matrix products. Norms, rotary angles, softmax and logits are float32 whatever it is.
       param_dtype: of the weights; default ``dtype``.
       implementation: of ``pa.attention``; default: the best that can serve.
-      block_sizes: a ``pa.BlockSizes`` for the block mask; default from the tuning table.
+      block_sizes: a ``pa.BlockSizes`` for the block masks; default from the tuning table. Where its ``chunk`` is None,
+        decode gets a fixed one all the same, so that a row does not depend, to the bit, on who shares the batch.
     """
 
     def __init__(
@@ -149,26 +148,14 @@ class Decoder(nnx.Module):
                 positions = positions + caches[0].lengths[:, None]
         positions = _per_token("positions", positions, tokens)
 
-        mask, kv_positions = pa.masks.causal(), positions
         if segment_ids is not None:
             if caches is not None:
                 raise ValueError("segment_ids: expected None together with caches, which hold one document a row")
-            mask = mask & pa.masks.segments(_per_token("segment_ids", segment_ids, tokens))
+            segment_ids = _per_token("segment_ids", segment_ids, tokens)
         if caches is not None:
             positions = jnp.broadcast_to(positions, tokens.shape)
-            kv_positions = caches[0].positions_after(positions)
-        block_sizes = self.block_sizes or default_block_sizes(
-            length,
-            kv_positions.shape[-1],
-            implementation=self.implementation,
-            head_dim=self.config.head_dim,
-            dtype=self.dtype,
-            fine=mask.is_fine(),
-        )
-        if block_sizes.chunk is None:
-            # What a row gets does not depend, to the bit, on who shares the batch.
-            block_sizes = dataclasses.replace(block_sizes, chunk=_DECODE_CHUNK)
-        block_mask = pa.BlockMask.from_mask(mask, positions, kv_positions, block_sizes)
+        sizes = Sizes(self.block_sizes, self.implementation, self.config.head_dim, self.dtype)
+        masks = block_masks(self.config, positions, segment_ids, caches, sizes)
 
         # What stands at padding may be no token at all, and the embedding answers that with NaN.
         hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))
@@ -178,14 +165,14 @@ class Decoder(nnx.Module):
             if layer_hook is not None:
                 hidden = layer_hook(index, hidden)
             cache = None if caches is None else caches[index]
-            hidden, cache = layer(hidden, rotary, positions, block_mask, cache)
+            hidden, cache = layer(hidden, rotary, positions, masks[index], cache)
             new_caches.append(cache)
         hidden = self.norm(hidden)
         return DecoderOutput(
             logits=self.logits(hidden) if apply_head else None,
             hidden=hidden,
             caches=None if caches is None else tuple(new_caches),
-            block_mask=block_mask,
+            block_masks=masks,
         )
 
     def logits(self, hidden: Array) -> Array:
@@ -196,31 +183,34 @@ class Decoder(nnx.Module):
         self,
         *,
         batch_size: int,
-        capacity: int,
-        policy: pa.caches.Policy | None = None,
-        storage: pa.caches.Storage | None = None,
+        capacity: int | Sequence[int],
+        policy: pa.caches.Policy | Sequence[pa.caches.Policy] | None = None,
+        storage: pa.caches.Storage | Sequence[pa.caches.Storage] | None = None,
         dtype: DTypeLike | None = None,
+        chunk: int | None = None,
     ) -> tuple[pa.caches.KVCache, ...]:
         """Empty caches, one per layer.
 
         Args:
           batch_size: B.
-          capacity: how many tokens a row can hold.
-          policy: which slot a token takes; default ``pa.caches.Dense()``.
-          storage: how a slot is held; default ``pa.caches.Plain()``.
+          capacity: how many tokens a row can hold; for all layers, or one for each.
+          policy: which tokens are kept; for all layers, or one for each; default ``pa.caches.Dense()``.
+          storage: how a slot is held; for all layers, or one for each; default ``pa.caches.Plain()``.
           dtype: of the keys and values; default the decoder's.
+          chunk: the most tokens of one call. If given, a layer with a sliding window gets a ``pa.caches.Window`` of as
+            many slots as that takes, whatever the policy of the others, unless the capacity is less.
+
+        Raises:
+          ValueError: a number of capacities, policies or storages that is not that of the layers.
         """
-        return tuple(
-            pa.caches.init(
-                policy or pa.caches.Dense(),
-                storage or pa.caches.Plain(),
-                batch_size=batch_size,
-                capacity=capacity,
-                kv_heads=self.config.num_kv_heads,
-                head_dim=self.config.head_dim,
-                dtype=self.dtype if dtype is None else dtype,
-            )
-            for _ in range(self.config.num_layers)
+        return init_caches(
+            self.config,
+            batch_size=batch_size,
+            capacity=capacity,
+            policy=policy,
+            storage=storage,
+            dtype=self.dtype if dtype is None else dtype,
+            chunk=chunk,
         )
 
     def _check_caches(self, caches: Sequence[pa.caches.KVCache], batch_size: int) -> None:
@@ -230,10 +220,6 @@ class Decoder(nnx.Module):
             if cache.batch_size != batch_size:
                 raise ValueError(
                     f"caches[{index}]: expected the batch size of tokens, {batch_size}, got {cache.batch_size}"
-                )
-            if cache.capacity != caches[0].capacity:
-                raise ValueError(
-                    f"caches[{index}]: expected the capacity of caches[0], {caches[0].capacity}, got {cache.capacity}"
                 )
 
 

@@ -68,7 +68,7 @@ class GenerationResult:
       tokens: the new tokens, without the one that ended the row.
       logprobs: of each of them, under the model's own distribution; see :func:`~pallas_attn_models.sampling.sample`.
       finish_reasons: ``"stop"``: an end token; ``"length"``: ``max_new_tokens`` spent; ``"capacity"``: prompt and new
-        tokens fill the capacity.
+        tokens have ``max_length``, or the pool of a paged cache is spent.
       stats: what the run took.
     """
 
@@ -86,12 +86,15 @@ class Generator:
     Args:
       model: the decoder.
       batch_size: rows.
-      capacity: how many tokens a row can have, prompt and new ones together.
+      capacity: how many tokens the cache of a row holds; for all layers, or one for each.
       prefill_chunk: prompts are read in pieces of this many tokens.
-      policy, storage: of the caches; default ``pa.caches.Dense()`` and ``pa.caches.Plain()``.
+      policy, storage: of the caches; default ``pa.caches.Dense()`` and ``pa.caches.Plain()``; or one for each layer.
+        Layers with a sliding window hold no more than that takes, in any case.
+      max_length: how many tokens a row can have, prompt and new ones together; default: capacity. It may be larger if
+        the policy lets old tokens go.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size below 1, or one that the policy cannot work with.
       TypeError: another kind of model, policy or storage.
     """
 
@@ -100,24 +103,37 @@ class Generator:
         model: Decoder,
         *,
         batch_size: int,
-        capacity: int,
+        capacity: int | Sequence[int],
         prefill_chunk: int = 128,
-        policy: pa.caches.Policy | None = None,
-        storage: pa.caches.Storage | None = None,
+        policy: pa.caches.Policy | Sequence[pa.caches.Policy] | None = None,
+        storage: pa.caches.Storage | Sequence[pa.caches.Storage] | None = None,
+        max_length: int | None = None,
     ) -> None:
         if not isinstance(model, Decoder):
             raise TypeError(f"model: expected a Decoder, got {type(model).__name__}")
-        sizes = {"batch_size": batch_size, "capacity": capacity, "prefill_chunk": prefill_chunk}
-        for name, size in sizes.items():
+        capacities = [*capacity] if isinstance(capacity, Sequence) else [capacity]
+        sizes = [("batch_size", batch_size), ("prefill_chunk", prefill_chunk)]
+        sizes += [("capacity", size) for size in capacities]
+        sizes += [] if max_length is None else [("max_length", max_length)]
+        for name, size in sizes:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
-        self.prefill_chunk = min(prefill_chunk, capacity)
+        self.max_length = max_length = max(capacities) if max_length is None else max_length
+        self.prefill_chunk = min(prefill_chunk, max(capacities))
         self.policy = policy
         self.storage = storage
         self._caches: tuple[pa.caches.KVCache, ...] | None = self._new_caches()
+        for layer, cache in enumerate(self._caches):
+            if max_length > cache.capacity and not cache.policy.bounded:
+                wanted = f"at most capacity={cache.capacity}, as layer {layer} keeps every token"
+                raise ValueError(f"max_length: expected {wanted}, got {max_length}")
+            longest = cache.policy.longest_append(cache.capacity)
+            if max_length > cache.capacity and self.prefill_chunk > longest:
+                wanted = f"at most {longest}, for {cache.policy} of capacity={cache.capacity} in layer {layer}"
+                raise ValueError(f"prefill_chunk: expected {wanted}, got {self.prefill_chunk}")
         graph = nnx.graphdef(model)
         # The caches are donated: updated in place, and never held twice.
         self._prefill = jax.jit(functools.partial(_prefill, graph, self.prefill_chunk), donate_argnums=1)
@@ -127,6 +143,11 @@ class Generator:
     def compile_counts(self) -> dict[str, int]:
         """How many executables each of the two functions has: 0 before the first run, 1 ever after."""
         return {"prefill": _num_executables(self._prefill), "decode": _num_executables(self._decode)}
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the caches of all layers."""
+        return sum(cache.nbytes for cache in jax.eval_shape(self._new_caches))
 
     def compile(self) -> float:
         """Compiles both executables, unless that is done, and returns the seconds it took. A first run does it, too."""
@@ -152,7 +173,7 @@ class Generator:
         A row's tokens do not depend on what the other rows hold, or whether they hold anything.
 
         Args:
-          prompts: token ids, 1 to ``batch_size`` prompts of 1 to ``capacity - 1`` tokens each, of any lengths.
+          prompts: token ids, 1 to ``batch_size`` prompts of 1 to ``max_length - 1`` tokens each, of any lengths.
           sampling: one for all prompts, or one for each.
           stop: tokens that end a row, besides the ``eos_token_ids`` of the model's config.
           negative_prompts, guidance_scale: part of the contract, not available yet.
@@ -165,7 +186,7 @@ class Generator:
         if negative_prompts is not None or guidance_scale != 1:
             raise NotImplementedError("negative_prompts, guidance_scale: not available yet; leave them out")
         vocab_size = self.model.config.vocab_size
-        prompts = check_prompts(prompts, capacity=self.capacity, vocab_size=vocab_size)
+        prompts = check_prompts(prompts, max_length=self.max_length, vocab_size=vocab_size)
         if len(prompts) > self.batch_size:
             raise ValueError(f"prompts: expected at most batch_size={self.batch_size}, got {len(prompts)}")
         samplings = _check_samplings(sampling, len(prompts))
@@ -176,7 +197,6 @@ class Generator:
         tokens, logprobs, count, finish = (
             np.asarray(x)[: len(prompts)] for x in (state.tokens, state.logprobs, state.count, state.finish)
         )
-        layers = self.model.config.num_layers
         return GenerationResult(
             tokens=[row[:n].tolist() for row, n in zip(tokens, count, strict=True)],
             logprobs=[row[:n].tolist() for row, n in zip(logprobs, count, strict=True)],
@@ -188,8 +208,8 @@ class Generator:
                 prefill_seconds=prefill_seconds,
                 decode_seconds=decode_seconds,
                 executables=sum(self.compile_counts.values()),
-                kv_blocks_visited=layers * state.visited.value(),
-                kv_blocks_total=layers * state.total.value(),
+                kv_blocks_visited=state.visited.value(),
+                kv_blocks_total=state.total.value(),
             ),
         )
 
@@ -212,13 +232,17 @@ class Generator:
 
     def _new_caches(self) -> tuple[pa.caches.KVCache, ...]:
         caches = self.model.init_caches(
-            batch_size=self.batch_size, capacity=self.capacity, policy=self.policy, storage=self.storage
+            batch_size=self.batch_size,
+            capacity=self.capacity,
+            policy=self.policy,
+            storage=self.storage,
+            chunk=self.prefill_chunk,
         )
         # Bound to the weights' device, as the caches that a run gives back are: if only some were, jit would recompile.
         return jax.device_put(caches, self.model.embedding.table.sharding)
 
     def _request(self, prompts: list[list[int]], samplings: list[Sampling], stop: Iterable[int]) -> "_Request":
-        chunks = -(-self.capacity // self.prefill_chunk)
+        chunks = -(-self.max_length // self.prefill_chunk)
         buffer = np.zeros((self.batch_size, chunks * self.prefill_chunk), np.int32)
         lengths, budgets = np.zeros((2, self.batch_size), np.int32)
         for row, prompt in enumerate(prompts):
@@ -228,15 +252,16 @@ class Generator:
         ends = np.zeros(self.model.config.vocab_size, np.bool_)
         ends[[*self.model.config.eos_token_ids, *stop]] = True
         unused = [_GREEDY] * (self.batch_size - len(prompts))
-        return _Request(buffer, lengths, budgets, ends, SamplingArrays.stack([*samplings, *unused]))
+        sampling = SamplingArrays.stack([*samplings, *unused])
+        return _Request(buffer, lengths, budgets, np.int32(self.max_length), ends, sampling)
 
 
 def _num_executables(jitted: Any) -> int:
     return jitted._cache_size()
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], *, capacity: int, vocab_size: int) -> list[list[int]]:
-    """The prompts as lists, after checking that each has 1 to ``capacity - 1`` tokens of the vocabulary.
+def check_prompts(prompts: Sequence[Sequence[int]], *, max_length: int, vocab_size: int) -> list[list[int]]:
+    """The prompts as lists, after checking that each has 1 to ``max_length - 1`` tokens of the vocabulary.
 
     Raises:
       ValueError: no prompt, one that is empty or too long, or a token outside the vocabulary; names row and index.
@@ -250,10 +275,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], *, capacity: int, vocab_size
     for row, prompt in enumerate(checked):
         if not prompt:
             raise ValueError(f"prompts[{row}]: expected at least one token, got none")
-        if len(prompt) >= capacity:
+        if len(prompt) >= max_length:
             raise ValueError(
-                f"prompts[{row}]: expected fewer tokens than capacity={capacity}, to leave room for a new one, "
-                f"got {len(prompt)}"
+                f"prompts[{row}]: expected fewer tokens than max_length={max_length} (by default the capacity), "
+                f"to leave room for a new one, got {len(prompt)}"
             )
     return checked
 
@@ -294,9 +319,10 @@ class _Request:
     """What a run is asked for. Its shapes follow from the Generator alone, so that no request recompiles.
 
     Attributes:
-      prompts: int32 ``[B, P]``, left-aligned; P is the capacity in whole chunks.
+      prompts: int32 ``[B, P]``, left-aligned; P is ``max_length`` in whole chunks.
       lengths: int32 ``[B]``; 0: the row has no prompt.
       budgets: int32 ``[B]``, new tokens at most.
+      max_length: int32 scalar, tokens of a row at most.
       ends: bool ``[V]``, the tokens that end a row.
       sampling: how tokens are chosen.
     """
@@ -304,6 +330,7 @@ class _Request:
     prompts: Array | np.ndarray
     lengths: Array | np.ndarray
     budgets: Array | np.ndarray
+    max_length: Array | np.integer
     ends: Array | np.ndarray
     sampling: SamplingArrays
 
@@ -338,8 +365,8 @@ class _State:
       token: int32 ``[B]``, the newest token.
       count: int32 ``[B]``, new tokens so far.
       finish: int32 ``[B]``, why the row is done, or that it is running.
-      tokens, logprobs: int32 and float32 ``[B, capacity]``, the first ``count`` of each row are set.
-      visited, total: KV blocks of a layer that were visited, of how many.
+      tokens, logprobs: int32 and float32 ``[B, P]``, the first ``count`` of each row are set.
+      visited, total: KV blocks that the layers visited, of how many.
     """
 
     caches: tuple[pa.caches.KVCache, ...]
@@ -352,16 +379,16 @@ class _State:
     total: _Count
 
 
-def _start(caches: tuple[pa.caches.KVCache, ...], lengths: Array) -> _State:
+def _start(caches: tuple[pa.caches.KVCache, ...], lengths: Array, max_length: int) -> _State:
     """Nothing read yet. A row without a prompt is done."""
-    batch_size, capacity = lengths.shape[0], caches[0].capacity
+    batch_size = lengths.shape[0]
     return _State(
         caches=tuple(cache.reset(jnp.ones(batch_size, jnp.bool_)) for cache in caches),
         token=jnp.zeros(batch_size, jnp.int32),
         count=jnp.zeros(batch_size, jnp.int32),
         finish=jnp.where(lengths > 0, _RUNNING, _LENGTH).astype(jnp.int32),
-        tokens=jnp.zeros((batch_size, capacity), jnp.int32),
-        logprobs=jnp.zeros((batch_size, capacity), jnp.float32),
+        tokens=jnp.zeros((batch_size, max_length), jnp.int32),
+        logprobs=jnp.zeros((batch_size, max_length), jnp.float32),
         visited=_Count.zero(),
         total=_Count.zero(),
     )
@@ -376,7 +403,8 @@ def _prefill(graph: Any, chunk: int, weights: Any, caches: tuple[pa.caches.KVCac
         start, hidden, state = carry
         tokens = lax.dynamic_slice_in_dim(request.prompts, start, chunk, axis=1)
         index = start + jnp.arange(chunk, dtype=jnp.int32)[None]
-        positions = jnp.where(index < lengths[:, None], index, -1)
+        running = (state.finish == _RUNNING)[:, None]
+        positions = jnp.where(running & (index < lengths[:, None]), index, -1)
         out = model(tokens, positions, state.caches, apply_head=False)
         last = (lengths - 1 - start)[:, None, None]  # the row's last token, counted from this chunk's first
         found = jnp.take_along_axis(out.hidden, jnp.clip(last, 0, chunk - 1), axis=1)
@@ -384,7 +412,7 @@ def _prefill(graph: Any, chunk: int, weights: Any, caches: tuple[pa.caches.KVCac
         return start + chunk, hidden, _with_output(state, out)
 
     hidden = jnp.zeros((lengths.shape[0], 1, model.config.hidden_size), model.dtype)
-    carry = (jnp.int32(0), hidden, _start(caches, lengths))
+    carry = (jnp.int32(0), hidden, _start(caches, lengths, request.prompts.shape[1]))
     _, hidden, state = lax.while_loop(lambda carry: carry[0] < lengths.max(), read_chunk, carry)
     return _extend(state, request, model.logits(hidden)[:, 0])
 
@@ -408,16 +436,18 @@ def _decode(graph: Any, weights: Any, state: _State, request: _Request, steps: A
 
 
 def _with_output(state: _State, out: DecoderOutput) -> _State:
-    """The state after a call of the model: its caches, and the KV blocks of one of its layers counted."""
-    mask = out.block_mask
-    rows = (mask.q_positions >= 0).any(-1).sum(dtype=jnp.int32)
-    visited = mask.num_active.sum(dtype=jnp.int32)
-    return dataclasses.replace(
-        state,
-        caches=out.caches,
-        visited=state.visited + visited,
-        total=state.total + rows * (mask.num_active.shape[1] * math.prod(mask.grid)),
-    )
+    """The state after a call of the model: its caches, and the KV blocks of its layers counted.
+
+    A row for which a cache had no room is done: what it would see from now on is not what it should.
+    """
+    visited, total = state.visited, state.total
+    for mask in out.block_masks:
+        rows = (mask.q_positions >= 0).any(-1).sum(dtype=jnp.int32)
+        visited = visited + mask.num_active.sum(dtype=jnp.int32)
+        total = total + rows * (mask.num_active.shape[1] * math.prod(mask.grid))
+    overflowed = functools.reduce(jnp.logical_or, (cache.overflowed for cache in out.caches or ()))
+    finish = jnp.where((state.finish == _RUNNING) & overflowed, _CAPACITY, state.finish)
+    return dataclasses.replace(state, caches=out.caches, finish=finish, visited=visited, total=total)
 
 
 def _extend(state: _State, request: _Request, logits: Array) -> _State:
@@ -427,11 +457,10 @@ def _extend(state: _State, request: _Request, logits: Array) -> _State:
     ended = jnp.asarray(request.ends)[token]
     written = running & ~ended
     row = jnp.arange(token.shape[0], dtype=jnp.int32)
-    capacity = state.tokens.shape[1]
-    slot = jnp.where(written, state.count, capacity)  # a slot that does not exist
+    slot = jnp.where(written, state.count, state.tokens.shape[1])  # a slot that does not exist
     count = state.count + written.astype(jnp.int32)
     finish = jnp.select(
-        [~running, ended, count >= request.budgets, request.lengths + count >= capacity],
+        [~running, ended, count >= request.budgets, request.lengths + count >= request.max_length],
         [state.finish, jnp.int32(_STOP), jnp.int32(_LENGTH), jnp.int32(_CAPACITY)],
         jnp.int32(_RUNNING),
     )

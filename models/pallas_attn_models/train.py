@@ -160,8 +160,8 @@ class Phase:
 
 PHASES = (
     Phase(300, 16, 128, Mix(recall=1.0, max_pairs=12), first_pairs=4),
-    Phase(900, 16, 256, Mix(addition=0.45, reversal=0.4, recall=0.15, max_pairs=45), first_pairs=12),
-    Phase(500, 8, 512, Mix(addition=0.45, reversal=0.4, recall=0.15, max_pairs=MAX_PAIRS), first_pairs=45),
+    Phase(1300, 16, 256, Mix(addition=0.45, reversal=0.4, recall=0.15, max_pairs=45), first_pairs=12),
+    Phase(700, 8, 512, Mix(addition=0.45, reversal=0.4, recall=0.15, max_pairs=MAX_PAIRS), first_pairs=45),
 )
 
 

@@ -4,35 +4,114 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from pallas_attn.quantized import QuantizedArray
+
+Stored = Array | QuantizedArray
+
+_FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
 
 
 class Storage:
-    """Holds ``[B, capacity, K, D]`` in some form. A storage is static; the form is a pytree of arrays."""
+    """Holds ``[.., K, D]`` in some form, a token and head by itself. A storage is static; the form is a pytree."""
 
-    def allocate(self, batch_size: int, capacity: int, kv_heads: int, head_dim: int, dtype) -> Array:
-        """An empty buffer."""
-        raise NotImplementedError(type(self).__name__)
-
-    def write(self, buffer: Array, slots: Array, x: Array) -> Array:
-        """Writes ``x`` ``[B, t, K, D]`` at ``slots`` int32 ``[B, t]``; slots beyond the capacity are dropped."""
-        raise NotImplementedError(type(self).__name__)
-
-    def read(self, buffer: Array) -> Array:
-        """The buffer as attention takes it."""
-        raise NotImplementedError(type(self).__name__)
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Stored:
+        """What is held of ``x`` ``[.., K, D]``; ``dtype`` is the cache's."""
+        raise NotImplementedError(f"{type(self).__name__}.encode: a storage says how it holds a token")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain(Storage):
     """As it comes, in the cache's dtype."""
 
-    def allocate(self, batch_size: int, capacity: int, kv_heads: int, head_dim: int, dtype) -> Array:
-        return jnp.zeros((batch_size, capacity, kv_heads, head_dim), dtype)
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Array:
+        return x.astype(dtype)
 
-    def write(self, buffer: Array, slots: Array, x: Array) -> Array:
-        row = jax.lax.broadcasted_iota(jnp.int32, slots.shape, 0)
-        return buffer.at[row, slots].set(x.astype(buffer.dtype), mode="drop")
 
-    def read(self, buffer: Array) -> Array:
-        return buffer
+@dataclasses.dataclass(frozen=True)
+class Int8(Storage):
+    """8-bit integers with a float32 scale per token and head."""
+
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> QuantizedArray:
+        return QuantizedArray.quantize(x, "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8(Storage):
+    """float8_e4m3fn with a float32 scale per token and head."""
+
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> QuantizedArray:
+        return QuantizedArray.quantize(x, "float8_e4m3fn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4(Storage):
+    """4-bit integers with a float32 scale for every ``group`` columns, which divides D / 2."""
+
+    group: int = 32
+
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> QuantizedArray:
+        return QuantizedArray.quantize(x, "int4", self.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged(Storage):
+    """Pages of ``page_size`` slots from a pool of ``num_pages`` that all rows share, taken when a token needs one.
+
+    Attributes:
+      page_size: a multiple of 16 that divides the capacity.
+      num_pages: of the pool. With fewer than ``batch_size * capacity / page_size`` not every row can be full at once.
+      inner: how the slots of a page are held.
+    """
+
+    page_size: int
+    num_pages: int
+    inner: Storage = Plain()
+
+    def __post_init__(self):
+        for name in ("page_size", "num_pages"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+        if self.page_size < 1 or self.page_size % 16:
+            raise ValueError(f"page_size: expected a multiple of 16, got {self.page_size}")
+        if self.num_pages < 1:
+            raise ValueError(f"num_pages: expected at least 1, got {self.num_pages}")
+        if not isinstance(self.inner, Storage) or isinstance(self.inner, Paged):
+            raise TypeError(f"inner: expected a pallas_attn.caches.Storage that is not paged, got {self.inner!r}")
+
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Stored:
+        return self.inner.encode(x, dtype)
+
+
+def decode(x: Stored) -> Array:
+    """float32 ``[.., K, D]``: what the storage holds."""
+    return x.dequantize() if isinstance(x, QuantizedArray) else x.astype(jnp.float32)
+
+
+def write(buffer: Stored, first: Array, second: Array, x: Stored) -> Stored:
+    """``buffer`` with ``x`` at the given places; what is beyond the buffer is dropped.
+
+    Args:
+      buffer: ``[R, C, K, D]``, as :func:`bits` makes it; so is x.
+      x: ``[B, t, K, D]``.
+      first, second: int32 ``[B, M, t]``, never negative: the places along the first two axes, for all heads (M is 1)
+        or each (K).
+    """
+    every_head = first.shape[1] == 1
+    # Not [:, 0] in the other case: a head is then part of the place.
+    places = [index[:, 0] if every_head else index.swapaxes(1, 2) for index in (first, second)]
+    if not every_head:
+        places.append(lax.broadcasted_iota(jnp.int32, places[0].shape, 2))
+    return jax.tree.map(lambda buffer, x: buffer.at[tuple(places)].set(x, mode="drop"), buffer, x)
+
+
+def bits(x: Stored) -> Stored:
+    """8-bit floats as integers: XLA on a CPU would convert all of such an array to write a part of it."""
+    return jax.tree.map(lambda x: lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == _FLOAT8 else x, x)
+
+
+def from_bits(x: Stored, like: Stored) -> Stored:
+    """What :func:`bits` made of something like ``like``."""
+    return jax.tree.map(lambda x, like: lax.bitcast_convert_type(x, like.dtype), x, like)

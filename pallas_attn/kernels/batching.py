@@ -15,8 +15,11 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.scores import Scores
 
 
-def batched_forward(forward: Callable) -> Callable:
-    """``forward(query, key, value, block_mask, scores, sinks) -> (out, lse)``, made ready for ``jax.vmap``."""
+def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> Callable:
+    """``forward(query, key, value, block_mask, scores, sinks) -> (out, lse)``, made ready for ``jax.vmap``.
+
+    With ``return_key_weights`` these are a third result.
+    """
 
     @jax.custom_batching.custom_vmap
     def call(query, key, value, block_mask, scores, sinks):
@@ -25,16 +28,19 @@ def batched_forward(forward: Callable) -> Callable:
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
         arguments = (query, key, value, block_mask, scores, sinks)
-        if any(jax.tree.leaves(batched[5])) or not _can_fold(scores):
-            return _one_by_one(call, batched, arguments), (True, True)
-        if _shares_keys(batched, query, key, block_mask, scores):
-            return _in_a_row(call, size, batched, *arguments), (True, True)
+        everything = (True,) * (3 if return_key_weights else 2)
+        in_a_row = _shares_keys(batched, query, key, block_mask, scores)
+        sums_up = in_a_row and return_key_weights  # over all queries in the row, which are those of every element
+        if any(jax.tree.leaves(batched[5])) or not _can_fold(scores) or sums_up:
+            return _one_by_one(call, batched, arguments), everything
+        if in_a_row:
+            return _in_a_row(call, size, batched, *arguments), everything
         batch = query.shape[0 + batched[0]]
         tensors = [_join(x, b, size, batch) for x, b in zip(arguments[:3], batched[:3], strict=True)]
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         scores = _join_shared(scores, batched[4], size, batch)
-        out, lse = call(*tensors, block_mask, scores, sinks)
-        return (_split(out, size), _split(lse, size)), (True, True)
+        results = call(*tensors, block_mask, scores, sinks)
+        return tuple(_split(x, size) for x in results), everything
 
     return call
 

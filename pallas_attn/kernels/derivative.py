@@ -13,15 +13,17 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.batching import batched_backward, batched_forward
 
 
-def differentiable(implementation: ModuleType, name: str, **options):
+def differentiable(implementation: ModuleType, name: str, *, return_key_weights: bool = False, **options):
     """``implementation.forward`` with ``implementation.backward`` as its derivative, of first order and in reverse.
 
     Args:
       implementation: a module with ``forward`` and ``backward``.
       name: its name in messages.
+      return_key_weights: they are a third result, without a derivative.
       **options: keywords of both passes.
     """
-    forward = batched_forward(functools.partial(implementation.forward, **options))
+    forward = functools.partial(implementation.forward, return_key_weights=return_key_weights, **options)
+    forward = batched_forward(forward, return_key_weights=return_key_weights)
     forward_once = _once_only(forward, name)  # a second derivative would begin here
     backward = _once_only(batched_backward(functools.partial(implementation.backward, **options)), name)
 
@@ -30,13 +32,13 @@ def differentiable(implementation: ModuleType, name: str, **options):
         return forward(query, key, value, block_mask, scores, sinks)
 
     def attend_forward(query, key, value, block_mask, scores, sinks):
-        out, lse = forward_once(query, key, value, block_mask, scores, sinks)
-        out, lse = (checkpoint_name(x, "pallas_attn") for x in (out, lse))
-        return (out, lse), (query, key, value, block_mask, scores, sinks, out, lse)
+        results = forward_once(query, key, value, block_mask, scores, sinks)
+        results = tuple(checkpoint_name(x, "pallas_attn") for x in results)
+        return results, (query, key, value, block_mask, scores, sinks, *results[:2])
 
     def attend_backward(residuals, cotangents):
         query, key, value, block_mask, scores, sinks, out, lse = residuals
-        d_out, d_lse = cotangents
+        d_out, d_lse, *_ = cotangents
         delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
         d_sinks = None if sinks is None else _sinks_gradient(sinks, block_mask, lse, delta)
         d_query, d_key, d_value, d_scores = backward(query, key, value, block_mask, scores, lse, delta, d_out)
@@ -67,13 +69,13 @@ def _once_only(function, name: str):
 
 
 def without_derivative(function: Callable, reason: str) -> Callable:
-    """``function``, made ready for ``jax.vmap`` one by one. A gradient that comes to what it returns is refused.
+    """``function``; a gradient that comes to what it returns is refused.
 
     Args:
       function: of pytrees of arrays.
       reason: the message of the NotImplementedError.
     """
-    call = jax.custom_vjp(jax.custom_batching.sequential_vmap(function))
+    call = jax.custom_vjp(function)
 
     def refuse(*_):
         raise NotImplementedError(reason)

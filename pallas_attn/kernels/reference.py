@@ -28,7 +28,8 @@ def forward(
     *,
     scale: float,
     page_table: Array | None = None,
-) -> tuple[Array, Array]:
+    return_key_weights: bool = False,
+) -> tuple[Array, ...]:
     """Plain attention, float32 inside.
 
     Args:
@@ -42,7 +43,8 @@ def forward(
 
     Returns:
       out ``[B, T, N, Dv]`` in query's dtype; lse float32 ``[B, N, T]``. A query that sees no key gets 0, and -inf (with
-      a sink: the sink); one that is padding gets 0 and -inf.
+      a sink: the sink); one that is padding gets 0 and -inf. With ``return_key_weights`` those of :func:`key_weights`
+      too.
     """
     (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
     real_query = (block_mask.q_positions >= 0)[:, None, :, None]  # [B|1, 1, T, 1]
@@ -62,7 +64,10 @@ def forward(
     out = out.reshape(batch, q_len, q_heads, -1)
     out = jnp.where(seen.swapaxes(1, 2), out, 0.0)  # for the gradient, where that of the output may be NaN
     lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
-    return out.astype(query.dtype), lse[..., 0]
+    out, lse = out.astype(query.dtype), lse[..., 0]
+    if not return_key_weights:
+        return out, lse
+    return out, lse, key_weights(query, key, block_mask, scores, lse, scale=scale, page_table=page_table)
 
 
 def key_weights(

@@ -192,11 +192,11 @@ def test_errors_are_one_line(run, argv, message):
     [
         (
             ["--prompt", "a", "--prompt", "b" * 40, "--capacity", "40"],
-            "prompts[1]: expected fewer tokens than capacity",
+            "prompts[1]: expected fewer tokens than max_length",
         ),
         (["--prompt", "a", "--prompt", ""], "prompts[1]: expected at least one token, got none"),
         (["--prompt", "a", "--batch-size", "0"], "batch_size: expected an int of at least 1, got 0"),
-        (["--prompt", "a", "--capacity", "0"], "prompts[0]: expected fewer tokens than capacity=0"),
+        (["--prompt", "a", "--capacity", "0"], "prompts[0]: expected fewer tokens than max_length=0"),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x),
 )

@@ -123,7 +123,7 @@ def test_an_unknown_field_is_refused_by_name():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "gemma"),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
@@ -198,3 +198,39 @@ def test_every_field_that_transformers_writes_is_handled():
     assert (config.hidden_size, config.num_kv_heads) == (fields["hidden_size"], 8)
     reread = transformers.LlamaConfig(**config.to_hf())
     assert reread.rope_parameters == fields["rope_parameters"]
+
+
+MISTRAL = {**SMALL, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "num_attention_heads": 8}
+
+
+def test_mistral_has_a_window_in_every_layer():
+    config = DecoderConfig.from_hf({**MISTRAL, "sliding_window": 16})
+    layers = SMALL["num_hidden_layers"]
+    assert config.sliding_windows == (16,) * layers
+    assert [config.sliding_window(layer) for layer in range(layers)] == [16] * layers
+    assert DecoderConfig.from_hf(config.to_hf()) == config
+    assert DecoderConfig.from_hf({**MISTRAL, "sliding_window": None}).sliding_windows == ()
+
+
+def test_absent_fields_of_mistral_have_its_own_defaults():
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' own MistralConfig")
+    config, theirs = DecoderConfig.from_hf(MISTRAL), transformers.MistralConfig(**MISTRAL)
+    assert config.num_kv_heads == theirs.num_key_value_heads
+    assert config.max_position_embeddings == theirs.max_position_embeddings
+    assert set(config.sliding_windows) == {theirs.sliding_window}
+    assert transformers.MistralConfig(**config.to_hf()).sliding_window == theirs.sliding_window
+
+
+@pytest.mark.parametrize("windows", [(8,), (8, None, 8), (0, 8), [8, 8], (True, 8)])
+def test_windows_are_one_for_each_layer(windows):
+    config = DecoderConfig.from_hf({**SMALL, "num_hidden_layers": 2})
+    with pytest.raises(ValueError, match="sliding_windows: expected"):
+        dataclasses.replace(config, sliding_windows=windows)
+
+
+def test_a_llama_has_no_window_and_a_file_only_one():
+    with pytest.raises(ValueError, match="sliding_window: expected None for a Llama, got 16"):
+        DecoderConfig.from_hf({**SMALL, "sliding_window": 16})
+    config = DecoderConfig.from_hf({**SMALL, "num_hidden_layers": 2})
+    with pytest.raises(ValueError, match="sliding_windows: expected the same for all layers of a file"):
+        dataclasses.replace(config, sliding_windows=(8, None)).to_hf()

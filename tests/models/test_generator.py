@@ -330,7 +330,7 @@ def test_figures_of_a_run(generator):
         ([], ValueError, "prompts: expected at least one prompt, got none"),
         ([[1]] * 4, ValueError, "prompts: expected at most batch_size=3, got 4"),
         ([[1], []], ValueError, r"prompts\[1\]: expected at least one token, got none"),
-        ([[1] * 48], ValueError, r"prompts\[0\]: expected fewer tokens than capacity=48, .*, got 48"),
+        ([[1] * 48], ValueError, r"prompts\[0\]: expected fewer tokens than max_length=48 .*, got 48"),
         ([[1], [2, 50]], ValueError, r"prompts\[1\]\[1\]: expected a token in \[0, vocab_size=50\), got 50"),
         ([[1], [-1]], ValueError, r"prompts\[1\]\[0\]: expected a token in \[0, vocab_size=50\), got -1"),
         ([[1, 2.0]], TypeError, r"prompts\[0\]\[1\]: expected a token id, an int, got 2\.0"),
@@ -379,5 +379,5 @@ def test_a_model_of_another_kind():
 
 
 def test_a_capacity_that_leaves_no_room_for_a_prompt(generator):
-    with pytest.raises(ValueError, match="capacity=1, to leave room"):
+    with pytest.raises(ValueError, match=r"max_length=1 \(by default the capacity\), to leave room"):
         Generator(generator.model, batch_size=1, capacity=1).generate([[1]])

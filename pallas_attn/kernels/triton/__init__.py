@@ -13,15 +13,32 @@ from pallas_attn.kernels.triton.decode import decode
 from pallas_attn.kernels.triton.forward import forward as prefill
 from pallas_attn.kernels.triton.key_weights import key_weights as key_weights
 from pallas_attn.kernels.triton.specs import Stored
+from pallas_attn.scores import Scores
+from pallas_attn.tuning import gpu_capability
 
 _MAX_HEAD_DIM = 256
 _MIN_INT4_HEAD_DIM = 32
 
 
-def forward(query: Array, key: Stored, value: Stored, block_mask: BlockMask, *rest, **options) -> tuple[Array, Array]:
+def forward(
+    query: Array,
+    key: Stored,
+    value: Stored,
+    block_mask: BlockMask,
+    scores: Scores = (),
+    sinks: Array | None = None,
+    *,
+    return_key_weights: bool = False,
+    **options,
+) -> tuple[Array, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
-    run = prefill if block_mask.schedule is None else decode
-    return run(query, key, value, block_mask, *rest, **options)
+    if block_mask.schedule is not None:
+        inputs = query, key, value, block_mask, scores, sinks
+        return decode(*inputs, return_key_weights=return_key_weights, **options)
+    out, lse = prefill(query, key, value, block_mask, scores, sinks, **options)
+    if not return_key_weights:
+        return out, lse
+    return out, lse, key_weights(query, key, block_mask, scores, lse, **options)
 
 
 @functools.cache
@@ -31,8 +48,8 @@ def unavailable() -> str | None:
         devices = jax.devices("cuda")
     except RuntimeError:
         return "needs an NVIDIA GPU, and JAX sees none (interpret=True runs the kernels anywhere, slowly)"
-    if _capability() < 8.0:
-        return f"needs compute capability 8.0 or newer, and this {devices[0].device_kind} has {_capability()}"
+    if gpu_capability() < 8.0:
+        return f"needs compute capability 8.0 or newer, and this {devices[0].device_kind} has {gpu_capability()}"
     try:
         _probe.lower()
     except Exception as error:  # since JAX 0.11 the lowering refuses GPUs that JAX does not list, by several types
@@ -50,8 +67,8 @@ def unsupported(spec: CallSpec) -> str | None:
     for kind, head_dim in ((spec.key_kind, spec.head_dim), (spec.value_kind, spec.value_dim)):
         if kind == "int4" and head_dim < _MIN_INT4_HEAD_DIM:
             return f"needs head sizes of at least {_MIN_INT4_HEAD_DIM} for int4, got {head_dim}"
-        if kind == "float8_e4m3fn" and unavailable() is None and _capability() < 8.9:
-            return f"needs compute capability 8.9 or newer for float8_e4m3fn, and this GPU has {_capability()}"
+        if kind == "float8_e4m3fn" and unavailable() is None and gpu_capability() < 8.9:
+            return f"needs compute capability 8.9 or newer for float8_e4m3fn, and this GPU has {gpu_capability()}"
     # Offsets are signed, and have 32 bits for arrays of up to 2^32 bytes, else 64. That is too few where an element is
     # one byte. And places in the parameters of a custom score always have 32 bits.
     narrow = [x for x in jax.tree.leaves((spec.mask, spec.scores)) if x.dtype.itemsize == 1]
@@ -61,10 +78,6 @@ def unsupported(spec: CallSpec) -> str | None:
         what = "arrays of bytes (bool masks, quantised keys) and parameters of fewer than 2^31 elements"
         return f"needs {what}, whose offsets have 32 bits, got {largest}"
     return None
-
-
-def _capability() -> float:
-    return float(jax.devices("cuda")[0].compute_capability)
 
 
 @jax.jit

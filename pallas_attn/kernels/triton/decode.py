@@ -7,11 +7,11 @@ arXiv:2501.01005, section 3.3). The queries of a group, T times its heads, are t
 read once for all of them.
 
 What a program leaves is a normalised output and its lse. Merging is the softmax over programs: each is a key whose
-logit is that lse and whose value is that output.
+logit is that lse and whose value is that output. Where weights of keys are asked for, it leaves its logits too.
 """
 
-import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
-from pallas_attn.kernels.triton.key_blocks import KeyBlocks
+from pallas_attn.kernels.triton.key_blocks import KeyBlock, KeyBlocks
+from pallas_attn.kernels.triton.key_weights import weights_of_logits
+from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.softmax import Attend, Softmax
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
 from pallas_attn.kernels.triton.stored import Place, StoredKeys, parts_of
@@ -31,43 +33,12 @@ from pallas_attn.schedule import Schedule
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
-_MOST_ROWS = {2: 64, 4: 32}  # of a tile, by bytes per element: what more queries there are make further tiles
 _MERGED = 16  # programs that one step of the merge takes
 MERGE_SIZES = BlockSizes(16, 16, num_warps=4, num_stages=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Packing:
-    """How rows of lists become rows of tiles."""
-
-    list_rows: int  # batch rows of the lists, B or 1
-    list_heads: int  # M
-    heads: int  # KV heads of one row of the lists: all of them, or one
-    group: int  # query heads that share a tile
-    queries: int  # rows that T queries of a group make
-    tile: int  # rows of a tile: a power of two, and at least 16, the smallest operand of a matrix instruction
-
-    @classmethod
-    def of(cls, cut: Cut, block_mask: BlockMask) -> "_Packing":
-        list_rows, list_heads, _ = block_mask.num_active.shape
-        heads = cut.kv_heads if list_heads == 1 else 1
-        group = cut.q_heads // (list_heads * heads)
-        queries = cut.q_len * group
-        tile = min(tiles.tile_width(queries), _MOST_ROWS[cut.dtype.itemsize])
-        return cls(list_rows, list_heads, heads, group, queries, tile)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of one head of one row."""
-        return -(-self.queries // self.tile)
-
-    def copies(self, cut: Cut) -> int:
-        """Batch rows that share a row of the lists."""
-        return cut.batch // self.list_rows
-
-
 # jit: outside of jit, too, a call with known shapes compiles nothing.
-@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "interpret", "return_key_weights"))
 def decode(
     query: Array,
     key: Stored,
@@ -79,10 +50,11 @@ def decode(
     scale: float,
     interpret: bool = False,
     page_table: Array | None = None,
-) -> tuple[Array, Array]:
+    return_key_weights: bool = False,
+) -> tuple[Array, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a BlockMask with a schedule."""
     cut = Cut.of(query, value, block_mask, scale, interpret)
-    packing, whole = _Packing.of(cut, block_mask), specs.Whole(cut)
+    packing, whole = Packing.of(cut, block_mask), specs.Whole(cut)
     inputs, schedule = Inputs.of(query, key, value, block_mask, scores, page_table), block_mask.schedule
     if schedule is None:
         raise ValueError("block_mask: expected one with a schedule, of a single block of few queries")
@@ -90,6 +62,12 @@ def decode(
     vectors = jax.tree.map(lambda x: whole.all(*x.shape), schedule)
     parts, padded = (programs, copies, packing.heads, packing.queries), packing.tiles * packing.tile
     width = tiles.tile_width(cut.value_dim)
+    out_specs = [whole.all(*parts[:3], padded, width), whole.all(*parts[:3], padded)]
+    out_shape = [jax.ShapeDtypeStruct((*parts, width), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
+    if return_key_weights:
+        of_keys = cut.batch, packing.owners, packing.queries, cut.kv_len
+        out_specs.append(whole.all(*of_keys[:2], padded, cut.kv_rows))
+        out_shape.append(jax.ShapeDtypeStruct(of_keys, jnp.float32))
     found = specs.call(
         functools.partial(_split_kernel, cut=cut, packing=packing),
         "pallas_attn_decode",
@@ -97,17 +75,17 @@ def decode(
         cut,
         grid=(programs, packing.heads * packing.tiles, copies),
         in_specs=[inputs.specs(cut, whole), vectors],
-        out_specs=[whole.all(*parts[:3], padded, width), whole.all(*parts[:3], padded)],
-        out_shape=[jax.ShapeDtypeStruct((*parts, width), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)],
+        out_specs=out_specs,
+        out_shape=out_shape,
     )(inputs, schedule)
-    return specs.call(
+    out, lse = specs.call(
         functools.partial(_merge_kernel, cut=cut, packing=packing),
         "pallas_attn_merge",
         MERGE_SIZES,
         cut,
         grid=(cut.q_len, cut.q_heads, cut.batch),
         in_specs=[
-            jax.tree.map(lambda x: whole.all(*x.shape), found),
+            jax.tree.map(lambda x: whole.all(*x.shape), found[:2]),
             vectors,
             whole.all(*block_mask.q_positions.shape),
             None if sinks is None else whole.all(cut.q_heads),
@@ -120,22 +98,23 @@ def decode(
             jax.ShapeDtypeStruct((cut.batch, cut.q_len, cut.q_heads, cut.value_dim), query.dtype),
             jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32),
         ],
-    )(found, schedule, block_mask.q_positions, sinks)
+    )(found[:2], schedule, block_mask.q_positions, sinks)
+    if not return_key_weights:
+        return out, lse
+    return out, lse, weights_of_logits(found[2], lse, schedule, block_mask.indices, cut, packing)
 
 
-def _split_kernel(refs: Inputs, schedule: Schedule, out_ref, lse_ref, *, cut: Cut, packing: _Packing):
+def _split_kernel(
+    refs: Inputs, schedule: Schedule, out_ref, lse_ref, logits_ref: Any = None, *, cut: Cut, packing: Packing
+):
     program, head_and_tile, copy = (pl.program_id(axis) for axis in range(3))
     row, first, last = schedule.row[program], schedule.first[program], schedule.last[program]
 
     @pl.when(first < last)
     def _():
         head, tile = head_and_tile // packing.tiles, lax.rem(head_and_tile, np.int32(packing.tiles))
-        m = lax.rem(row, np.int32(packing.list_heads))
-        b = row // packing.list_heads + copy
-        first_head = (m * packing.heads + head) * packing.group
-        places = tile * packing.tile + jnp.arange(packing.tile)
-        exists = places < packing.queries
-        t, n = places // packing.group, first_head + lax.rem(places, jnp.full_like(places, packing.group))
+        b, owner, list_row = packing.locate(row, head, copy)
+        at, exists, t, n = packing.rows(owner, tile)
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), t], exists, -1)
 
         def load_queries(part: Columns) -> Array:
@@ -144,19 +123,23 @@ def _split_kernel(refs: Inputs, schedule: Schedule, out_ref, lse_ref, *, cut: Cu
 
         q = tuple(load_queries(part) for part in tiles.columns(cut.head_dim, parts_of(refs.key)))
         columns = tiles.columns(cut.value_dim, parts_of(refs.value))
-        place = Place(b, first_head // cut.group, n)
+        place = Place(b, owner * packing.group // cut.group, n)
         blocks = KeyBlocks(StoredKeys(refs, cut, place), t, exists, q_positions)
-        list_row = b if packing.list_rows > 1 else np.int32(0), m, np.int32(0)
-        state = Softmax.empty(packing.tile, columns)
-        state = blocks.walk(list_row, Attend(cut, blocks, q, n[:, None]), state, (first, last))
+
+        def keep(block: KeyBlock, logits: Array) -> None:
+            mask = tiles.outer(exists, block.exist, logits.shape)
+            plgpu.store(logits_ref.at[b, owner, at, block.keys], logits, mask=mask)
+
+        attend = Attend(cut, blocks, q, n[:, None], None if logits_ref is None else keep)
+        state = blocks.walk(list_row, attend, Softmax.empty(packing.tile, columns), (first, last))
         out, lse = Softmax(*state).finish(None)
-        at = program, copy, head, pl.Slice(tile * packing.tile, packing.tile)
         for part, x in zip(columns, out, strict=True):
-            plgpu.store(out_ref.at[*at, part.at], x, mask=tiles.outer(exists, part.exist, x.shape))
-        plgpu.store(lse_ref.at[at], lse, mask=exists)
+            mask = tiles.outer(exists, part.exist, x.shape)
+            plgpu.store(out_ref.at[program, copy, head, at, part.at], x, mask=mask)
+        plgpu.store(lse_ref.at[program, copy, head, at], lse, mask=exists)
 
 
-def _merge_kernel(found, schedule: Schedule, q_positions, sinks_ref, out_ref, lse_ref, *, cut: Cut, packing: _Packing):
+def _merge_kernel(found, schedule: Schedule, q_positions, sinks_ref, out_ref, lse_ref, *, cut: Cut, packing: Packing):
     t, n, b = (pl.program_id(axis) for axis in range(3))
     list_head, copy, zero = n // packing.group, b, np.int32(0)
     m, head = (zero, list_head) if packing.list_heads == 1 else (list_head, zero)

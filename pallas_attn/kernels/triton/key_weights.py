@@ -1,7 +1,8 @@
 """How much probability each key got, in Pallas, through the Triton lowering.
 
-A second pass, over keys alone, with probabilities recomputed from ``lse``: one program per KV block and head walks the
-transposed lists, as dK and dV do, so nothing is added to memory by two programs.
+Decode leaves its logits, and a kernel turns those of visited blocks into weights. With more queries logits would be too
+many: there a second pass over the keys, without values, computes probabilities again from ``lse``. One program per KV
+block and head walks the transposed lists, as dK and dV do, so nothing is added to memory by two programs.
 """
 
 import functools
@@ -18,10 +19,16 @@ from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
+from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
 from pallas_attn.kernels.triton.stored import Place, StoredKeys, parts_of
 from pallas_attn.kernels.triton.tiles import LOG2_E
+from pallas_attn.schedule import Schedule
 from pallas_attn.scores import Scores
+from pallas_attn.tuning import BlockSizes
+
+# Little is computed per block, so warps are few, and each thread loads 16 bytes.
+LOGITS_SIZES = BlockSizes(16, 16, num_warps=2, num_stages=1)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
@@ -51,6 +58,64 @@ def key_weights(
         out_specs=whole.all(cut.batch, cut.kv_heads, cut.kv_rows),
         out_shape=jax.ShapeDtypeStruct((cut.batch, cut.kv_heads, cut.kv_len), jnp.float32),
     )(inputs, lse)
+
+
+def weights_of_logits(
+    logits: Array, lse: Array, schedule: Schedule, indices: Array, cut: Cut, packing: Packing
+) -> Array:
+    """The same from logits of decode, whose schedule shares out this work too.
+
+    Args:
+      logits: float32 ``[B, owners, queries, S]`` in base 2, -inf where a key is not seen. Blocks that are not in their
+        owner's list may hold anything.
+      indices: of the lists, int32 ``[B|1, M, 1, width]``.
+    """
+    whole = specs.Whole(cut)
+    shape = cut.batch, packing.owners, cut.kv_len
+    blocks = whole.all(*shape[:2], cut.kv_rows)
+    weights = specs.call(
+        functools.partial(_logits_kernel, packing=packing, cut=cut),
+        "pallas_attn_decode_weights",
+        LOGITS_SIZES,
+        cut,
+        grid=(schedule.row.shape[0], packing.heads, packing.copies(cut)),
+        in_specs=[
+            blocks,
+            whole.all(*shape[:2], packing.tiles * packing.tile, cut.kv_rows),
+            whole.all(*lse.shape),
+            jax.tree.map(lambda x: whole.all(*x.shape), schedule),
+            whole.all(*indices.shape),
+        ],
+        out_specs=blocks,
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        input_output_aliases={0: 0},
+    )(jnp.zeros(shape, jnp.float32), logits, lse, schedule, indices)
+    return weights.reshape(cut.batch, cut.kv_heads, -1, cut.kv_len).mean(2)
+
+
+def _logits_kernel(zeros_ref, logits_ref, lse_ref, schedule: Schedule, indices, out_ref, *, packing: Packing, cut: Cut):
+    program, head, copy = (pl.program_id(axis) for axis in range(3))
+    b, owner, list_row = packing.locate(schedule.row[program], head, copy)
+
+    def add(tile: Any, keys: pl.Slice, exist: Array) -> Array:
+        """What the queries of a tile give."""
+        rows = packing.rows(owner, tile)
+        lse = tiles.load(lse_ref.at[b, rows.n, rows.t], rows.exist, -jnp.inf)
+        counts = rows.exist & (lse != -jnp.inf)  # not >: what is not a number shows
+        mask = tiles.outer(counts, exist, (packing.tile, cut.kv_block))
+        logits = tiles.load(logits_ref.at[b, owner, rows.at, keys], mask, -jnp.inf)
+        return jnp.sum(cut.exp2(logits - jnp.where(counts, lse, 0.0)[:, None] * LOG2_E), axis=0)
+
+    def visit(slot: Array, _):
+        block = indices[(*list_row, slot)]
+        keys = pl.Slice(block * cut.kv_block, cut.kv_block)
+        exist = block * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+        weights = add(np.int32(0), keys, exist)
+        if packing.tiles > 1:
+            weights = lax.fori_loop(1, packing.tiles, lambda tile, sum: sum + add(tile, keys, exist), weights)
+        plgpu.store(out_ref.at[b, owner, keys], weights / packing.group, mask=exist)
+
+    lax.fori_loop(schedule.first[program], schedule.last[program], visit, None)
 
 
 def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):

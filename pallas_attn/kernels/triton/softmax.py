@@ -3,6 +3,7 @@
 It is in base 2: ``log2(e)`` is folded into the scale, and ``exp2`` is one instruction.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -52,10 +53,11 @@ class Attend:
     Args:
       q: the tile of queries, its columns cut like those of keys.
       head: the query head of the tile, or of each of its rows, ``[rows, 1]``.
+      keep: ``keep(block, logits)`` is given the logits of every block in base 2, -inf where a key is not seen.
     """
 
-    def __init__(self, cut: Cut, blocks: KeyBlocks, q: tuple[Array, ...], head: Array):
-        self._cut, self._blocks, self._head = cut, blocks, head
+    def __init__(self, cut: Cut, blocks: KeyBlocks, q: tuple[Array, ...], head: Array, keep: Callable | None = None):
+        self._cut, self._blocks, self._head, self._keep = cut, blocks, head, keep
         self._to_base_2 = LOG2_E
         if not blocks.stored.refs.scores:
             # Only |scale| is folded into exp2, so that the largest logit times it is the largest scaled logit.
@@ -75,6 +77,8 @@ class Attend:
             )
         if block.allowed is not None:
             logits = jnp.where(block.allowed, logits, -jnp.inf)
+        if self._keep is not None:
+            self._keep(block, logits * self._to_base_2)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1) * self._to_base_2)
         decay = cut.exp2(peak - new_peak)
         weights = cut.exp2(logits * self._to_base_2 - new_peak[:, None])

@@ -200,9 +200,7 @@ class Inputs(NamedTuple):
     ) -> "Inputs":
         def stored(x: Stored) -> Stored:
             """Scales of int4 by half: ``[B, S, K, 2, groups / 2]``."""
-            if not isinstance(x, QuantizedArray):
-                return x
-            if x.kind != "int4":
+            if not isinstance(x, QuantizedArray) or x.kind != "int4":
                 return x
             return QuantizedArray(x.values, x.scales.reshape(*x.scales.shape[:-1], 2, -1))
 

@@ -88,7 +88,8 @@ class StoredKeys:
             found = self.refs.page_table[(*row, block // (page // self.cut.kv_block))]
         else:
             keys = block * self.cut.kv_block + jnp.arange(self.cut.kv_block)
-            index = jnp.minimum(keys // page, self.refs.page_table.shape[-1] - 1)
+            # Not //, which asks every key for its sign.
+            index = jnp.minimum(lax.div(keys, jnp.full_like(keys, page)), self.refs.page_table.shape[-1] - 1)
             found = plgpu.load(self.refs.page_table.at[(*row, index)])
         return Located(block, jnp.clip(found, 0, pages - 1))
 

@@ -7,9 +7,10 @@ from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.kernels.xla.backward import backward as backward
 from pallas_attn.kernels.xla.decode import decode
 from pallas_attn.kernels.xla.forward import forward as prefill
-from pallas_attn.kernels.xla.key_weights import key_weights as weigh_keys
+from pallas_attn.kernels.xla.key_weights import key_weights
 from pallas_attn.kernels.xla.storage import Paged
 from pallas_attn.quantized import QuantizedArray
+from pallas_attn.scores import Scores
 
 Keys = Array | QuantizedArray
 
@@ -19,22 +20,21 @@ def forward(
     key: Keys,
     value: Keys,
     block_mask: BlockMask,
-    *rest,
+    scores: Scores = (),
+    sinks: Array | None = None,
+    *,
+    scale: float,
     page_table: Array | None = None,
-    **options,
-) -> tuple[Array, Array]:
+    return_key_weights: bool = False,
+) -> tuple[Array, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
-    run = prefill if block_mask.schedule is None else decode
     stored = (key, value) if page_table is None else (Paged(key, page_table), Paged(value, page_table))
-    return run(query, *stored, block_mask, *rest, **options)
-
-
-def key_weights(
-    query: Array, key: Keys, block_mask: BlockMask, *rest, page_table: Array | None = None, **options
-) -> Array:
-    """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
-    stored = key if page_table is None else Paged(key, page_table)
-    return weigh_keys(query, stored, block_mask, *rest, **options)
+    if block_mask.schedule is not None:
+        return decode(query, *stored, block_mask, scores, sinks, scale=scale, return_key_weights=return_key_weights)
+    out, lse = prefill(query, *stored, block_mask, scores, sinks, scale=scale)
+    if not return_key_weights:
+        return out, lse
+    return out, lse, key_weights(query, stored[0], block_mask, scores, lse, scale=scale)
 
 
 def unavailable() -> None:

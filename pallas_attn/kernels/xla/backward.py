@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.xla.tiles import Cut, Program, as_it_is
+from pallas_attn.kernels.xla.tiles import Cut, Keys, Program, as_it_is
 from pallas_attn.scores import Scores
 
 
@@ -52,8 +52,7 @@ def backward(
       gradients of the shapes and dtypes of query, key, value and scores.
     """
     cut = Cut.of(query, key, block_mask)
-    precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dot = functools.partial(jnp.einsum, precision=precision)
+    dot = functools.partial(jnp.einsum, precision=cut.precision)
     lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)  # [B, T, N], as the queries
 
     def run(sums: _Gradients, at: tuple[Array, ...]) -> tuple[_Gradients, Array]:
@@ -70,8 +69,12 @@ def backward(
 
         q, do = rows(query) * scale, rows(d_out)
 
-        def attend(carry, start: Array, k: Array, v: Array, kv_positions, allowed):
+        def attend(carry, keys: Keys):
             dq, sums = carry
+            start, kv_positions, real, allowed = keys
+            k, v = program.keys(key, start), program.keys(value, start)
+            if real is not None:
+                k, v = (jnp.where(real[:, None], x, 0.0) for x in (k, v))
             logits = dot("hrd,hkd->hrk", q, as_it_is(k)).reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
             live = counts[..., None] if allowed is None else counts[..., None] & allowed
 
@@ -99,20 +102,7 @@ def backward(
             d_key = program.add_to_keys(sums.key, start, dot("hrk,hrd->hkd", ds, q))
             return dq + dot("hrk,hkd->hrd", ds, k), _Gradients(d_key, d_value, d_scores)
 
-        def full_block(slot: Array, carry):
-            start = program.first_key(slot)
-            kv_positions = program.key_positions(start) if scores else None
-            return attend(carry, start, program.keys(key, start), program.keys(value, start), kv_positions, None)
-
-        def partial_block(slot: Array, carry):
-            start, kv_positions, real = program.keys_at(program.first_key(slot))
-            allowed = program.allowed(start, kv_positions, real)
-            k, v = (jnp.where(real[:, None], program.keys(x, start), 0.0) for x in (key, value))
-            return attend(carry, start, k, v, kv_positions, allowed)
-
-        carry = (jnp.zeros_like(q), sums)
-        carry = lax.fori_loop(0, program.num_full, full_block, carry)
-        dq, sums = lax.fori_loop(program.num_full, program.num_active, partial_block, carry)
+        dq, sums = program.walk(attend, (jnp.zeros_like(q), sums))
         return sums, (dq * scale).reshape(cut.heads, cut.group, cut.q_block, -1).astype(query.dtype)
 
     zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (key, value, scores)))

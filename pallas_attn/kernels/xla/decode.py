@@ -1,12 +1,14 @@
 """Decode: few queries, so one row of the batch does not keep a machine busy, and several lanes run side by side.
 
-The live blocks of all rows make one long list, of which every lane walks an equal stretch, one block per step: products
-are then large enough to share out over the cores. Where a lane comes to a new row it starts a new softmax; what the
-lanes that a row is cut over have of it is merged at the end (Flash-Decoding, Dao et al. 2023,
+The live blocks of all rows make one long list, of which every lane walks a stretch, one block per step: products are
+then large enough to share out over the cores. Where a lane comes to a new piece of a row it starts a new softmax; the
+pieces of a row are merged at the end (Flash-Decoding, Dao et al. 2023,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,95 +16,169 @@ from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.xla.softmax import Softmax
-from pallas_attn.kernels.xla.tiles import Cut, Program, as_it_is
-from pallas_attn.schedule import Schedule
+from pallas_attn.kernels.xla.storage import Stored
+from pallas_attn.kernels.xla.tiles import Cut, Program
 from pallas_attn.scores import Scores
 
-# KV heads that a step works on, in all lanes together; and how many lanes there are at most, each compiled in full.
+# KV heads that a step works on, in all lanes together; and how many lanes there are at most.
 _HEADS = 16
 _LANES = 4
 
 
-@functools.partial(jax.jit, static_argnames=("scale",))
+class _Visit(NamedTuple):
+    """What a lane does in a step."""
+
+    row: Array  # int32: batch row and head of the lists, b * M + m
+    slot: Array  # int32: of the row's list
+    live: Array  # bool; False: the lane is at its end
+    fresh: Array  # bool: the block is the first one of its piece
+    piece: Array  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """How rows are cut into pieces, and pieces dealt out to lanes, which follow each other in the list of all blocks.
+
+    A piece begins with a row and, without a fixed chunk, with a lane. With one it begins after every ``chunk`` blocks
+    of its row and belongs to one lane: its bits depend neither on the other rows nor on the lane.
+    """
+
+    begin: Array  # int32 [rows]: the first block of a row
+    end: Array  # int32 [rows]
+    lanes: Array  # int32 [lanes + 1]: the first block of a lane
+    first: Array  # int32 [rows]: the first piece of a row
+    count: Array  # int32 [rows]
+    chunk: int | None
+
+    @staticmethod
+    def of(num_active: Array, lanes: int, chunk: int | None) -> "_Pieces":
+        """Lanes of equal length, or as near to it as whole chunks allow."""
+        end = jnp.cumsum(num_active, dtype=jnp.int32)
+        begin = end - num_active
+        length = jnp.maximum(-(-end[-1] // lanes), 1)
+        cuts = jnp.minimum(jnp.arange(lanes + 1, dtype=jnp.int32) * length, end[-1])
+        if chunk is None:
+            rows = jnp.arange(num_active.shape[0], dtype=jnp.int32)
+            first = begin // length
+            count = jnp.where(num_active > 0, (end - 1) // length - first + 1, 0)
+            return _Pieces(begin, end, cuts, rows + first, count, None)
+        row = _row_of(cuts, end)
+        cuts = jnp.minimum(begin[row] - (begin[row] - cuts) // chunk * chunk, end[row])
+        count = -(-num_active // chunk)
+        return _Pieces(begin, end, cuts, jnp.cumsum(count, dtype=jnp.int32) - count, count, chunk)
+
+    @property
+    def steps(self) -> Array:
+        """int32: of the longest lane."""
+        return jnp.max(self.lanes[1:] - self.lanes[:-1])
+
+    def visit(self, n: Array, spare: int) -> _Visit:
+        """What every lane does in step n; piece ``spare`` takes what is not live."""
+        at = self.lanes[:-1] + n
+        live = at < self.lanes[1:]
+        row = _row_of(at, self.end)
+        slot = at - self.begin[row]
+        if self.chunk is None:
+            fresh, piece = (slot == 0) | (n == 0), row + jnp.arange(at.shape[0], dtype=jnp.int32)
+        else:
+            fresh, piece = slot % self.chunk == 0, self.first[row] + slot // self.chunk
+        return _Visit(row, slot, live, fresh, jnp.where(live, piece, spare))
+
+
+def _row_of(block: Array, end: Array) -> Array:
+    """The row of every block; the last row for what lies beyond all blocks."""
+    row = jnp.sum(end[None] <= block[:, None], axis=1, dtype=jnp.int32)
+    return jnp.minimum(row, end.shape[0] - 1)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "return_key_weights"))
 def decode(
     query: Array,
-    key: Array,
-    value: Array,
+    key: Stored,
+    value: Stored,
     block_mask: BlockMask,
     scores: Scores = (),
     sinks: Array | None = None,
     *,
     scale: float,
-) -> tuple[Array, Array]:
+    return_key_weights: bool = False,
+) -> tuple[Array, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a single block of queries.
 
-    With ``block_sizes.chunk`` there is one lane, which cuts no row: a row's bits do not depend on the other rows.
+    With ``block_sizes.chunk`` a row's bits do not depend on the other rows. Key weights come from the same pass, whose
+    logits are kept.
     """
     cut = Cut.of(query, key, block_mask)
-    precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else lax.Precision.DEFAULT
-    tile = (cut.heads, cut.group, cut.q_block)
-    rows = cut.batch * cut.list_heads
+    tile, value_dim = (cut.heads, cut.group, cut.q_block), value.shape[-1]
+    rows, width, chunk = cut.batch * cut.list_heads, block_mask.indices.shape[-1], block_mask.block_sizes.chunk
     num_active = jnp.broadcast_to(block_mask.num_active[..., 0], (cut.batch, cut.list_heads)).reshape(-1)
-    blocks = Schedule.fixed(num_active, block_mask.indices.shape[-1], chunk=1)  # every program is a block
-    most = blocks.row.shape[0]
-    lanes = 1 if block_mask.block_sizes.chunk else min(max(1, _HEADS // cut.heads), _LANES, most)
-    stretch = -(-blocks.total // lanes)
-    q_of_rows = _queries_of_rows(query, cut) * scale
+    # With a fixed chunk the same number whatever the batch: products of another shape may round otherwise.
+    lanes = min(max(1, _HEADS // cut.heads), _LANES)
+    if chunk is None:
+        lanes = min(lanes, rows * width)
+    pieces = _Pieces.of(num_active, lanes, chunk)
+    spare = rows + lanes - 1 if chunk is None else rows * -(-width // chunk)
+    q_of_rows = _queries_of_rows(query, cut)
 
-    def step(n: Array, carry: tuple[Softmax, Softmax]) -> tuple[Softmax, Softmax]:
-        state, parts = carry
-        q, k, v, seen, begins, places = [], [], [], [], [], []
+    def program_of(visit: _Visit) -> Program:
+        return Program(cut, block_mask, scores, (visit.row // cut.list_heads, visit.row % cut.list_heads, jnp.int32(0)))
+
+    def attend(state: Softmax, visit: _Visit) -> tuple[Softmax, Array]:
+        program = program_of(visit)
+        keys = program.partial_block(visit.slot, visit.live)
+        logits = keys.mask(program.logits(q_of_rows[visit.row], key, keys, scale))
+        return state.where(~visit.fresh).attend(logits, program.values(value, keys), cut.precision), logits
+
+    def step(n: Array, carry: tuple[Softmax, Softmax, Array | None]) -> tuple[Softmax, Softmax, Array | None]:
+        state, parts, kept = carry
+        visit = pieces.visit(n, spare)
+        state, logits = jax.vmap(attend)(state, visit)
         for lane in range(lanes):
-            at = lane * stretch + n
-            live = at < blocks.total
-            at = jnp.minimum(at, most - 1)
-            row, slot = blocks.row[at], blocks.first[at]
-            program = Program(cut, block_mask, scores, (row // cut.list_heads, row % cut.list_heads, jnp.int32(0)))
-            start, kv_positions, real = program.keys_at(program.first_key(slot))
-            real = real & live
-            q.append(q_of_rows[row])
-            k.append(program.keys(key, start))
-            # An empty slot may hold anything, NaN included, and 0 * NaN is NaN.
-            v.append(jnp.where(real[:, None], program.keys(value, start), 0.0))
-            seen.append((program, start, kv_positions, program.allowed(start, kv_positions, real)))
-            begins.append((slot == 0) | (n == 0))
-            # Lanes and their rows ascend together, so this place is theirs alone; the last one takes what is not live.
-            places.append(jnp.where(live, row + lane, rows + lanes - 1))
-        logits = jnp.einsum("phrd,phkd->phrk", jnp.stack(q), as_it_is(jnp.stack(k)), precision=precision)
-        logits = logits.reshape(lanes, *tile, -1)
-        if scores:
-            scored = [
-                program.score(x, kv_positions, program.score_operands(start))
-                for x, (program, start, kv_positions, _) in zip(logits, seen, strict=True)
-            ]
-            logits = jnp.stack(scored)
-        logits = jnp.where(jnp.stack([allowed for *_, allowed in seen]), logits, -jnp.inf)
-        state = state.where(~jnp.stack(begins).reshape(-1, 1, 1, 1))
-        peak, decay, weights = state.weigh(logits)
-        total = state.total * decay + weights.sum(-1)
-        weights = weights.reshape(lanes, cut.heads, -1, cut.kv_block)
-        update = jnp.einsum("phrk,phkd->phrd", weights, jnp.stack(v), precision=precision)
-        state = Softmax(peak, total, state.acc * decay[..., None] + update.reshape(state.acc.shape))
-        for lane, place in enumerate(places):
-            parts = jax.tree.map(lambda x, y, i=place, n=lane: x.at[i].set(y[n]), parts, state)
-        return state, parts
+            put = functools.partial(lax.dynamic_update_index_in_dim, index=visit.piece[lane], axis=0)
+            parts = jax.tree.map(put, parts, state.at(lane))
+        if kept is not None:
+            kept = lax.dynamic_update_index_in_dim(kept, logits, n, 0)
+        return state, parts, kept
 
-    value_dim = value.shape[-1]
-    carry = Softmax.empty((lanes, *tile), value_dim), Softmax.empty((rows + lanes, *tile), value_dim)
-    _, parts = lax.fori_loop(0, stretch, step, carry)
+    kept = None
+    if return_key_weights:
+        steps = -(-rows * width // lanes) + (chunk or 1) - 1
+        kept = jnp.zeros((steps, lanes, *tile, cut.kv_block), jnp.float32)
+    state, parts = (Softmax.empty((n, *tile), value_dim) for n in (lanes, spare + 1))
+    _, parts, kept = lax.fori_loop(0, pieces.steps, step, (state, parts, kept))
 
-    end = blocks.begin + blocks.count
-    row, state = jnp.arange(rows), Softmax.empty((rows, *tile), value_dim)
-    for lane in range(lanes):
-        has_part = (blocks.begin < (lane + 1) * stretch) & (end > lane * stretch) & (blocks.count > 0)
-        state = state.merge(parts.at(row + lane).where(has_part[:, None, None, None]))
+    def merge(n: Array, state: Softmax) -> Softmax:
+        has_it = (n < pieces.count)[:, None, None, None]
+        return state.merge(parts.at(pieces.first + n).where(has_it))
+
+    state = lax.fori_loop(0, pieces.count.max(), merge, Softmax.empty((rows, *tile), value_dim))
     is_token = jnp.repeat(block_mask.q_positions >= 0, cut.list_heads, axis=0)[:, None, None]
     sink = None
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(cut.list_heads, cut.heads, cut.group, 1)
         sink = jnp.tile(sink, (cut.batch, 1, 1, 1))
     out, lse = state.finish(jnp.tile(is_token, (rows // is_token.shape[0], 1, 1, 1)), sink)
-    return cut.join_queries(out.astype(query.dtype)), cut.join_queries(lse).swapaxes(1, 2)
+    results = cut.join_queries(out.astype(query.dtype)), cut.join_queries(lse).swapaxes(1, 2)
+    if kept is None:
+        return results
+
+    def weigh(logits: Array, visit: _Visit) -> Array:
+        """The part ``[heads, kv_block]`` that a block's keys have, all queries together."""
+        row_lse = lse[visit.row][..., None]
+        seen = visit.live & (row_lse != -jnp.inf) & (logits != -jnp.inf)  # not >: what is not a number shows
+        return jnp.where(seen, jnp.exp(logits - row_lse), 0.0).sum((1, 2))
+
+    def add(n: Array, sums: Array) -> Array:
+        visit = pieces.visit(n, spare)
+        weights = jax.vmap(weigh)(lax.dynamic_index_in_dim(kept, n, 0, keepdims=False), visit)
+        for lane in range(lanes):
+            one = jax.tree.map(lambda x, n=lane: x[n], visit)
+            program = program_of(one)
+            sums = program.add_to_keys(sums, program.partial_block(one.slot).start, weights[lane][..., None])
+        return sums
+
+    sums = lax.fori_loop(0, pieces.steps, add, jnp.zeros((cut.batch, cut.kv_len, cut.kv_heads, 1)))
+    return *results, sums[..., 0].swapaxes(1, 2) / (cut.q_heads // cut.kv_heads)
 
 
 def _queries_of_rows(query: Array, cut: Cut) -> Array:

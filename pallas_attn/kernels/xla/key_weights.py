@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.xla.storage import Stored
-from pallas_attn.kernels.xla.tiles import Cut, Program, as_it_is
+from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
 from pallas_attn.scores import Scores
 
 
@@ -16,36 +16,21 @@ from pallas_attn.scores import Scores
 def key_weights(query: Array, key: Stored, block_mask: BlockMask, scores: Scores, lse: Array, *, scale: float) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     cut = Cut.of(query, key, block_mask)
-    precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else lax.Precision.DEFAULT
     lse = lse.swapaxes(1, 2)  # [B, T, N], as the queries
 
     def run(sums: Array, at: tuple[Array, ...]) -> tuple[Array, None]:
         program = Program(cut, block_mask, scores, at)
-        q = program.queries(query).astype(jnp.float32) * scale
-        q = q.reshape(cut.heads, cut.group * cut.q_block, -1)
+        q = program.queries(query).astype(jnp.float32).reshape(cut.heads, cut.group * cut.q_block, -1)
         row_lse = program.queries(lse)
         counts = (program.is_own & (row_lse != -jnp.inf))[..., None]  # not >: what is not a number shows
 
-        def add(sums: Array, start: Array, kv_positions, allowed: Array | None) -> Array:
-            k = as_it_is(program.keys(key, start))
-            logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=precision)
-            logits = logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
-            if scores:
-                logits = program.score(logits, kv_positions, program.score_operands(start))
-            seen = counts if allowed is None else counts & allowed
+        def add(sums: Array, keys: Keys) -> Array:
+            logits = program.logits(q, key, keys, scale)
+            seen = counts if keys.allowed is None else counts & keys.allowed
             weights = jnp.where(seen, jnp.exp(logits - row_lse[..., None]), 0.0)
-            return program.add_to_keys(sums, start, weights.sum((1, 2))[..., None])
+            return program.add_to_keys(sums, keys.start, weights.sum((1, 2))[..., None])
 
-        def full_block(slot: Array, sums: Array) -> Array:
-            start = program.first_key(slot)
-            return add(sums, start, program.key_positions(start) if scores else None, None)
-
-        def partial_block(slot: Array, sums: Array) -> Array:
-            start, kv_positions, real = program.keys_at(program.first_key(slot))
-            return add(sums, start, kv_positions, program.allowed(start, kv_positions, real))
-
-        sums = lax.fori_loop(0, program.num_full, full_block, sums)
-        return lax.fori_loop(program.num_full, program.num_active, partial_block, sums), None
+        return program.walk(add, sums), None
 
     zeros = jnp.zeros((cut.batch, cut.kv_len, cut.kv_heads, 1), jnp.float32)
     sums, _ = lax.scan(run, zeros, cut.programs())

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 _LOWEST = jnp.finfo(jnp.float32).min
 
 
 class Softmax(NamedTuple):
-    """What some keys give to queries ``[...]``: largest logit, sum of weights, weighted sum of values; float32."""
+    """What some keys give to queries ``[...]``: largest logit, sum of weights, half the sum of values; float32."""
 
     peak: Array  # [...]
     total: Array  # [...]
@@ -39,6 +39,14 @@ class Softmax(NamedTuple):
         peak = jnp.maximum(self.peak, logits.max(-1))
         return peak, jnp.exp(self.peak - peak), jnp.exp(logits - peak[..., None])
 
+    def attend(self, logits: Array, value: Array, precision: lax.Precision) -> "Softmax":
+        """What came before, and keys of logits ``[heads, group, T, keys]`` and halved values ``[heads, keys, Dv]``."""
+        peak, decay, weights = self.weigh(logits)
+        total = self.total * decay + weights.sum(-1)
+        heads, *_, keys = weights.shape
+        update = jnp.einsum("hrk,hkd->hrd", weights.reshape(heads, -1, keys), value, precision=precision)
+        return Softmax(peak, total, self.acc * decay[..., None] + update.reshape(self.acc.shape))
+
     def merge(self, other: "Softmax") -> "Softmax":
         """What the keys of both give."""
         peak = jnp.maximum(self.peak, other.peak)
@@ -60,5 +68,5 @@ class Softmax(NamedTuple):
             total, acc = total * decay + jnp.exp(sink - peak), acc * decay[..., None]
         seen = (total != 0) & is_token  # not > 0: what is not a number shows
         total = jnp.where(seen, total, 1.0)
-        out = jnp.where(seen[..., None], acc / total[..., None], 0.0)
+        out = jnp.where(seen[..., None], 2.0 * acc / total[..., None], 0.0)
         return out, jnp.where(seen, peak + jnp.log(total), -jnp.inf)

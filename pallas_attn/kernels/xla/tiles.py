@@ -9,6 +9,8 @@ tile then shows a second time is masked (keys) or not counted (queries).
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,13 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.xla import storage
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.scores import Scores
+
+Carry = TypeVar("Carry")
+
+
+# XLA on a CPU unrolls a bare copy of short rows into moves of one number each, and takes three times as long for it as
+# for a copy that also multiplies. So keys come with the scale of the logits, and values halved, which loses no bit.
+HALF = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +43,15 @@ class Cut:
     kv_block: int
     list_heads: int
     q_blocks: int
+    precision: lax.Precision  # of products; a CPU has but one
 
     @classmethod
     def of(cls, query: Array, key: Stored, block_mask: BlockMask) -> "Cut":
         (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
         _, list_heads, q_blocks = block_mask.num_full.shape
         q_block, kv_block = min(block_mask.q_block, q_len), min(block_mask.kv_block, kv_len)
-        return cls(batch, q_len, kv_len, q_heads, kv_heads, q_block, kv_block, list_heads, q_blocks)
+        precision = lax.Precision.HIGHEST if query.dtype == jnp.float32 else lax.Precision.DEFAULT
+        return cls(batch, q_len, kv_len, q_heads, kv_heads, q_block, kv_block, list_heads, q_blocks, precision)
 
     @property
     def heads(self) -> int:
@@ -81,6 +92,26 @@ def as_it_is(keys: Array) -> Array:
     return lax.optimization_barrier(keys)
 
 
+class Keys(NamedTuple):
+    """One KV block of a program.
+
+    Attributes:
+      start: where its tile begins.
+      positions: int32 ``[1, kv_block]``.
+      real: bool ``[kv_block]``: the keys that exist and belong to the block; None: all.
+      allowed: bool ``[1, 1, q_block, kv_block]``: who sees whom; None: everyone everyone.
+    """
+
+    start: Array
+    positions: Array
+    real: Array | None
+    allowed: Array | None
+
+    def mask(self, logits: Array) -> Array:
+        """Logits ``[heads, group, q_block, kv_block]``, -inf for who does not see whom."""
+        return logits if self.allowed is None else jnp.where(self.allowed, logits, -jnp.inf)
+
+
 class Program:
     """What one program knows: its coordinates, its lists, and how to read its tiles."""
 
@@ -109,34 +140,59 @@ class Program:
         """The entries ``[heads, group]`` of ``[N]``."""
         return x.reshape(self._cut.list_heads, self._cut.heads, self._cut.group)[self._m]
 
-    def first_key(self, slot: Array) -> Array:
-        """Where the block in a slot of the list begins."""
+    def walk(self, visit: Callable[[Carry, "Keys"], Carry], carry: Carry) -> Carry:
+        """Visits the full blocks of the list, then the partial ones."""
+        carry = lax.fori_loop(0, self.num_full, lambda slot, carry: visit(carry, self._full_block(slot)), carry)
+        return lax.fori_loop(
+            self.num_full, self.num_active, lambda slot, carry: visit(carry, self.partial_block(slot)), carry
+        )
+
+    def _full_block(self, slot: Array) -> "Keys":
+        start = self._first_key(slot)
+        return Keys(start, self._key_positions(start), None, None)
+
+    def partial_block(self, slot: Array, exists: Array | bool = True) -> "Keys":
+        """The block in a slot of the list, which may reach beyond the end; without a key unless it ``exists``."""
+        first = self._first_key(slot)
+        start = jnp.minimum(first, self._cut.kv_len - self._cut.kv_block)
+        positions = self._key_positions(start)
+        real = (positions[0] >= 0) & (start + jnp.arange(self._cut.kv_block) >= first) & exists
+        return Keys(start, positions, real, self._allowed(start, positions, real))
+
+    def _first_key(self, slot: Array) -> Array:
         return self._indices[slot] * self._cut.kv_block
 
-    def keys_at(self, first: Array) -> tuple[Array, Array, Array]:
-        """For a block that may reach beyond the end: ``(start, positions [1, kv_block], real [kv_block])``.
-
-        The tile begins at ``start``; ``real`` are the keys that exist and belong to the block.
-        """
-        start = jnp.minimum(first, self._cut.kv_len - self._cut.kv_block)
-        positions = self.key_positions(start)
-        return start, positions, (positions[0] >= 0) & (start + jnp.arange(self._cut.kv_block) >= first)
-
-    def key_positions(self, start: Array) -> Array:
-        """int32 ``[1, kv_block]``."""
+    def _key_positions(self, start: Array) -> Array:
         return self._tile(self._block_mask.kv_positions[:, :, None, :], start)
 
-    def keys(self, x: Stored, start: Array) -> Array:
-        """The float32 tile ``[heads, kv_block, D]`` of ``[B, S, K, D]``."""
-        return storage.read(x, self._b, start, self._kv_head, self._cut.kv_block, self._cut.heads).swapaxes(0, 1)
+    def keys(self, x: Stored, start: Array, factor: float = 1.0) -> Array:
+        """The float32 tile ``[heads, kv_block, D]`` of ``[B, S, K, D]``, times a factor."""
+
+        def head(h: Array) -> Array:
+            return storage.read(x, self._b, start, h, self._cut.kv_block, 1)[:, 0]
+
+        return jax.vmap(head)(self._kv_head + jnp.arange(self._cut.heads, dtype=jnp.int32)) * factor
+
+    def values(self, x: Stored, keys: "Keys") -> Array:
+        """Half of the values of a block ``[heads, kv_block, Dv]``, and 0 where there is no key."""
+        tile = self.keys(x, keys.start, HALF)
+        # An empty slot may hold anything, NaN included, and 0 * NaN is NaN.
+        return tile if keys.real is None else jnp.where(keys.real[:, None], tile, 0.0)
+
+    def logits(self, q: Array, key: Stored, keys: "Keys", scale: float) -> Array:
+        """``[heads, group, q_block, kv_block]``, scores applied, of float32 queries ``[heads, group * q_block, D]``."""
+        cut = self._cut
+        k = as_it_is(self.keys(key, keys.start, scale))
+        logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=cut.precision)
+        logits = logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
+        return self.score(logits, keys.positions, self.score_operands(keys.start)) if self._scores else logits
 
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
         """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""
         tile = (self.keys(x, start) + tile).swapaxes(0, 1)[None]
         return lax.dynamic_update_slice(x, tile, (self._b, start, self._kv_head, 0))
 
-    def allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
-        """bool ``[1, 1, q_block, kv_block]``: who sees whom in a partial block."""
+    def _allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
         mask = jax.tree.map(lambda x: self._tile(x, start), self._block_mask.mask)
         allowed = mask.allowed(self._q_positions, kv_positions) & real[None]
         return jnp.broadcast_to(allowed, (1, 1, self._cut.q_block, self._cut.kv_block))

@@ -1,0 +1,114 @@
+"""Policies that keep the tokens to which attention was paid."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_attn.caches.policies import Policy, Slots, State, Tokens
+from pallas_attn.caches.storage import Stored, decode
+
+
+@dataclasses.dataclass(frozen=True)
+class H2O(Policy):
+    """Heavy hitters: keeps the tokens that got most attention, and the most recent ones whatever they got.
+
+    Zhang et al. 2023, arXiv:2306.14048, algorithm 1, for every row and KV head by itself. When a token needs a slot and
+    none is free, that with the lowest score goes. The score of a token is the attention that all queries so far paid
+    to it, mean over the query heads of its KV head; queries that are padding pay none. A chunk of t tokens first makes
+    room for all of them, so its queries see ``capacity - t`` older tokens.
+
+    Attributes:
+      recent: tokens at the last so many positions never go; if only they are left to go, the row is ``overflowed``.
+      normalize: divide a score by the number of queries that could pay to it, as older tokens had more of them.
+      value_norm: what a query pays to key j counts ``|v_j|``-fold, and what a call's queries pay in all stays what it
+        was: a token without a value does not matter, however much attention it gets.
+    """
+
+    recent: int
+    normalize: bool = False
+    value_norm: bool = False
+
+    per_head = True
+    observes = True
+
+    def __post_init__(self):
+        if isinstance(self.recent, bool) or not isinstance(self.recent, int):
+            raise TypeError(f"recent: expected an int, got {self.recent!r}")
+        if self.recent < 1:
+            raise ValueError(f"recent: expected at least 1, got {self.recent}")
+        for name in ("normalize", "value_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+
+    def check(self, capacity: int) -> None:
+        if capacity <= self.recent:
+            raise ValueError(f"capacity: expected more than recent={self.recent}, got {capacity}")
+
+    def longest_append(self, capacity: int) -> int:
+        return capacity - self.recent
+
+    def new_state(self, tokens: Tokens) -> State:
+        state = {"score": jnp.zeros(tokens.value.shape[:-1])}
+        if self.value_norm:
+            state["value_norm"] = jnp.linalg.norm(tokens.value.astype(jnp.float32), axis=-1)
+        return state
+
+    def observe(self, slots: Slots, key_weights: Array) -> State:
+        held = slots.positions >= 0
+        paid = jnp.where(held, key_weights, 0.0)
+        if self.value_norm:
+            weighed = jnp.where(held, slots.state["value_norm"] * paid, 0.0)
+            total = weighed.sum(-1, keepdims=True)
+            paid = weighed * paid.sum(-1, keepdims=True) / jnp.where(total > 0, total, 1.0)
+        return slots.state | {"score": slots.state["score"] + paid}
+
+    def importance(self, slots: Slots) -> Array:
+        newest = slots.positions.max(-1, keepdims=True)
+        return jnp.where(slots.positions > newest - self.recent, jnp.inf, self.score(slots))
+
+    def score(self, slots: Slots) -> Array:
+        """float32 ``[B, K, capacity]``: by which the tokens that are not recent are compared."""
+        score = slots.state["score"]
+        if not self.normalize:
+            return score
+        newest = slots.positions.max(-1, keepdims=True)
+        return score / (newest - slots.positions + 1).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class QHitter(H2O):
+    """Heavy hitters that the storage can hold well: a quantisation error counts against a token.
+
+    Zhang et al. 2024, Q-Hitter (MLSys 6, pages 381-394): ``balance * score - (1 - balance) * error / 2``, with score
+    and error ``|k - stored k| + |v - stored v|`` both scaled to 0 to 1 over the tokens of the row and head.
+
+    Attributes:
+      balance: 1: H2O; 0: errors alone.
+    """
+
+    balance: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"balance: expected a number from 0 to 1, got {self.balance!r}")
+
+    def new_state(self, tokens: Tokens) -> State:
+        error = _distance(tokens.key, tokens.stored_key) + _distance(tokens.value, tokens.stored_value)
+        return super().new_state(tokens) | {"error": error}
+
+    def score(self, slots: Slots) -> Array:
+        held = slots.positions >= 0
+        score, error = _zero_to_one(super().score(slots), held), _zero_to_one(slots.state["error"], held)
+        return self.balance * score - (1 - self.balance) / 2 * error
+
+
+def _distance(x: Array, stored: Stored) -> Array:
+    return jnp.linalg.norm(x.astype(jnp.float32) - decode(stored), axis=-1)
+
+
+def _zero_to_one(x: Array, held: Array) -> Array:
+    least = jnp.where(held, x, jnp.inf).min(-1, keepdims=True)
+    most = jnp.where(held, x, -jnp.inf).max(-1, keepdims=True)
+    return (x - least) / jnp.where(most > least, most - least, 1.0)

@@ -1,0 +1,100 @@
+"""Pages of one pool for all rows (PagedAttention, Kwon et al. 2023, arXiv:2309.06180, section 4).
+
+A page is in use while a row's table names it; one that several rows name is shared, and is copied when one of them
+writes to it. Which pages are free is read from the counts, so that none can be lost or given twice.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_attn.caches.storage import Stored
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pages:
+    """Who has which page.
+
+    Attributes:
+      table: int32 ``[B, L]``: the page of every ``page_size`` slots of a row; -1: none yet.
+      users: int32 ``[P]``: how many entries of the table name a page; 0: it is free.
+    """
+
+    table: Array
+    users: Array
+
+    @staticmethod
+    def empty(batch_size: int, per_row: int, num_pages: int) -> "Pages":
+        """All pages are free."""
+        return Pages(jnp.full((batch_size, per_row), -1, jnp.int32), jnp.zeros(num_pages, jnp.int32))
+
+    def of_table(self, table: Array) -> "Pages":
+        """The same pool with another table: pages that it does not name are free."""
+        nowhere = self.users.shape[0]
+        users = jnp.zeros_like(self.users).at[jnp.where(table >= 0, table, nowhere)].add(1, mode="drop")
+        return Pages(table, users)
+
+    def reserve(self, logical: Array) -> tuple["Pages", Array, Array]:
+        """Gives every row pages that nobody else has for what it will write.
+
+        Args:
+          logical: int32 ``[B, n]``, entries of the row's table, any number of times each; L: none.
+
+        Returns:
+          The pages; bool ``[B]``: rows that cannot be served, for the pool is spent: these get nothing; and int32
+          ``[B, L]``: where the contents of an entry must be copied from, -1: from nowhere.
+        """
+        batch_size, per_row = self.table.shape
+        row = jnp.arange(batch_size, dtype=jnp.int32)[:, None]
+        page = self.table.at[row, logical].get(mode="fill", fill_value=0)  # beyond the table nothing is needed
+        beyond = logical >= per_row
+        ready = beyond | ((page >= 0) & (self.users[page] == 1))
+
+        def take() -> tuple["Pages", Array, Array]:
+            needs = jnp.zeros(self.table.shape, jnp.bool_)
+            needs = needs.at[row, jnp.where(ready, per_row, logical)].set(True, mode="drop")
+            wanted = needs.sum(1)
+            free = self.users == 0
+
+            def serve(left: Array, wanted: Array) -> tuple[Array, Array]:
+                refused = wanted > left
+                return left - jnp.where(refused, 0, wanted), refused
+
+            # In order; a row that wants too much leaves what there is to the next.
+            _, refused = lax.scan(serve, free.sum(), wanted)
+            needs = needs & ~refused[:, None]
+            number = (jnp.cumsum(needs.reshape(-1)) - 1).reshape(needs.shape)  # this entry gets that free page
+            (found,) = jnp.nonzero(free, size=free.shape[0], fill_value=0)
+            table = jnp.where(needs, found[number].astype(jnp.int32), self.table)
+            return self.of_table(table), refused, jnp.where(needs, self.table, -1)
+
+        def keep() -> tuple["Pages", Array, Array]:
+            return self, jnp.zeros(batch_size, jnp.bool_), jnp.full(self.table.shape, -1, jnp.int32)
+
+        # Most steps need no page.
+        return lax.cond(ready.all(), keep, take)
+
+    def copy(self, sources: Array, pools: tuple[Stored, Stored]) -> tuple[Stored, Stored]:
+        """The pools after the copies that :meth:`reserve` asked for; pages that are not concerned are not touched."""
+        targets, sources = self.table.reshape(-1), sources.reshape(-1)
+        (entries,) = jnp.nonzero(sources >= 0, size=sources.shape[0], fill_value=0)
+
+        def copy_page(n: Array, pools: tuple[Stored, Stored]) -> tuple[Stored, Stored]:
+            source, target = sources[entries[n]], targets[entries[n]]
+            return jax.tree.map(
+                lambda pool: lax.dynamic_update_index_in_dim(
+                    pool, lax.dynamic_index_in_dim(pool, source, keepdims=False), target, 0
+                ),
+                pools,
+            )
+
+        return lax.fori_loop(0, (sources >= 0).sum(), copy_page, pools)
+
+    def release(self, held: Array) -> "Pages":
+        """Frees the pages in which nothing is: bool ``held`` ``[B, capacity]``."""
+        per_row = self.table.shape[1]
+        in_use = held.reshape(held.shape[0], per_row, -1).any(-1)
+        return self.of_table(jnp.where(in_use, self.table, -1))
