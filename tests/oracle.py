@@ -228,6 +228,10 @@ class Score:
                 return self._read(x, pairs) / (1 + np.abs(x)) ** 2
         return np.ones_like(x)
 
+    def slope_summed(self, slope: np.ndarray) -> np.ndarray:
+        """The same with what is added up in it taken as positive: softcap's ``1 - tanh^2`` cancels where it is flat."""
+        return 2 - slope if self.kind == "softcap" else np.abs(slope)
+
     def slope_of_element(self, x: np.ndarray, pairs: Pairs) -> np.ndarray:
         """The derivative by the element that the pair reads."""
         match self.kind:
@@ -276,13 +280,18 @@ _CUSTOM = {
 
 
 class Gradients(NamedTuple):
-    """Of everything that has one; ``scores`` holds an array for every score that has an array."""
+    """Of everything that has one; ``scores`` holds an array for every score that has an array.
+
+    ``summed`` has, for query, key, value and each of these arrays, the largest sum of what is added up in an element,
+    all of it taken as positive: much may come in and cancel, and what is rounded is what comes in.
+    """
 
     query: np.ndarray
     key: np.ndarray
     value: np.ndarray
     scores: list[np.ndarray]
     sinks: np.ndarray | None
+    summed: list[float]
 
 
 def attention(
@@ -460,24 +469,31 @@ def gradients(
     mean = summands.sum(-1, keepdims=True)
     d_logits = p * (d_p - mean + d_lse)
     d_sinks = None if sinks is None else (p_sink * (d_lse - mean)).sum((0, 2, 3))
-    d_arrays = []
+    size = p * (np.abs(d_p) + np.abs(mean) + np.abs(d_lse))
+    d_arrays, summed = [], []
     for score, before in zip(reversed(scores), reversed(f.logits[:-1]), strict=True):
         if score.has_array:
-            d_array = np.zeros(score.argument.size, dtype)
-            each = d_logits * score.slope_of_element(before, pairs)
-            np.add.at(d_array, score.element(pairs)[visible], each[visible])
-            d_arrays.insert(0, d_array.reshape(score.argument.shape))
-        d_logits = np.where(visible, d_logits * score.slope(before, pairs), dtype(0))
+            slope = score.slope_of_element(before, pairs)
+            for sums, each in ((d_arrays, d_logits * slope), (summed, size * np.abs(slope))):
+                d_array = np.zeros(score.argument.size, dtype)
+                np.add.at(d_array, score.element(pairs)[visible], each[visible])
+                sums.insert(0, d_array.reshape(score.argument.shape))
+        slope = score.slope(before, pairs)
+        d_logits = np.where(visible, d_logits * slope, dtype(0))
+        size = np.where(visible, size * score.slope_summed(slope), dtype(0))
     d_logits = rounded(d_logits)
     kv_heads = key.shape[2]
 
     def of_group(x: np.ndarray) -> np.ndarray:
         return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:]).sum(2).swapaxes(1, 2)
 
+    terms = np.matmul(size, np.abs(f.key)), np.matmul(size.swapaxes(2, 3), np.abs(f.query))
+    terms = *(abs(scale) * x for x in terms), np.matmul(p.swapaxes(2, 3), np.abs(d_out))
+    summed = [float(x.max()) for x in (*terms, *summed)]
     d_query = np.matmul(d_logits, f.key).swapaxes(1, 2) * dtype(scale)
     d_key = of_group(np.matmul(d_logits.swapaxes(2, 3), f.query)) * dtype(scale)
     d_value = of_group(np.matmul(rounded(p).swapaxes(2, 3), d_out))
-    return Gradients(*(rounded(x) for x in (d_query, d_key, d_value)), d_arrays, d_sinks)
+    return Gradients(*(rounded(x) for x in (d_query, d_key, d_value)), d_arrays, d_sinks, summed)
 
 
 def block_classes(

@@ -28,6 +28,11 @@ def recomputed_limit(largest_logit: float) -> float:
     return 2.0**-21 * largest_logit
 
 
+# Relative to the sum of what is added up in a gradient, taken as positive, where few pairs make it up: eight float32
+# roundings. Plain attention may have none by luck (one key: its probability is exactly 1).
+SUMMED = 2.0**-21
+
+
 # --- quantised arrays ---
 
 
