@@ -185,7 +185,7 @@ def assert_gradient(
     error, plain_error = np.abs(actual - expected).max(), max(np.abs(x - expected).max() for x in plain)
     largest = np.abs(expected).max()
     limit = tolerances.gradient_limit(plain_error, largest, dtype)
-    limit += recomputed * max(largest, summed) + tolerances.SUMMED * summed
+    limit += recomputed * max(largest, summed) + tolerances.summed_limit(summed, dtype)
     message = f"gradient of {name}: error {error:.3g}, plain attention {plain_error:.3g}, limit {limit:.3g}"
     assert error <= limit, message
 

@@ -28,9 +28,13 @@ def recomputed_limit(largest_logit: float) -> float:
     return 2.0**-21 * largest_logit
 
 
-# Relative to the sum of what is added up in a gradient, taken as positive, where few pairs make it up: eight float32
-# roundings. Plain attention may have none by luck (one key: its probability is exactly 1).
-SUMMED = 2.0**-21
+def summed_limit(summed: float, dtype) -> float:
+    """What few pairs make up, by the sum of what is added up in it, taken as positive: plain attention may be exact.
+
+    Eight float32 roundings (of one key alone the probability is exactly 1 in plain attention); and where outputs are
+    shorter, an eighth of their last bit, for ``d_out . out`` takes the rounded output.
+    """
+    return max(2.0**-21, float(jnp.finfo(dtype).eps) / 8) * summed
 
 
 # --- quantised arrays ---
