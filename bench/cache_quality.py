@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shipped = Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
         model = load_hf(options.model or shipped, dtype=jnp.float32)
     except (ValueError, OSError, ResultsError) as error:
-        console.print(f"python -m bench.cache_quality: {error}", style="red", markup=False, highlight=False)
+        text = f"python -m bench.cache_quality: {error}"
+        console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
         return _USAGE
     for result in measure(model, options.slots, options.prompts, console):
         file.add(result)
