@@ -190,7 +190,7 @@ def test_the_gradients_of_the_oracle_are_those_of_its_outputs(name, has_sinks):
         *(*arrays[:3], case.visible, case.factor, d_out, d_lse, case.scores, arrays.sinks, case.pairs)
     )
     step = 1e-5
-    for array, gradient in zip(jax.tree.leaves(arrays), jax.tree.leaves(tuple(gradients)), strict=True):
+    for array, gradient in zip(jax.tree.leaves(arrays), jax.tree.leaves(gradients._replace(summed=[])), strict=True):
         expected = np.zeros(array.shape)
         for at in np.ndindex(array.shape):
             value, losses = array[at], []
