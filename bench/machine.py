@@ -10,6 +10,7 @@ import jax
 
 import pallas_attn as pa
 from bench.physics import Peaks
+from bench.results_file import ResultsError
 
 # Dense bfloat16 TFLOP/s and GB/s, from NVIDIA's datasheets of the A100 (2021), H100 (2023) and H200 (2024). The first
 # name that is part of JAX's device kind counts.
@@ -22,6 +23,7 @@ _PEAKS = {
     "A100 80GB PCIe": Peaks(312.0, 1935),
     "A100": Peaks(312.0, 1555),
 }
+UNKNOWN_REVISION = "This is no clone of the repository: without --revision, no one will know what was measured."
 # At least the L2 of each of these.
 L2_BYTES = 64 * 2**20
 
@@ -36,18 +38,27 @@ def peaks() -> Peaks | None:
     return next((peaks for name, peaks in _PEAKS.items() if name in device.device_kind), None)
 
 
-def describe() -> dict:
-    """The result file's ``machine``."""
-    known = peaks()
+def describe(revision: str | None = None) -> dict:
+    """The result file's ``machine``. ``revision``: of a copy that is no clone and cannot know it.
+
+    Raises:
+      ResultsError: ``revision`` is given in a clone.
+    """
+    known, found = peaks(), commit()
+    if revision is not None and found is not None:
+        raise ResultsError(
+            f"--revision: expected none in a clone of the repository, which is at {found}; got {revision}"
+        )
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),
         "python": platform.python_version(),
-        "revision": _revision(),
+        "revision": found or revision,
         "versions": {"pallas_attn": pa.__version__, **_versions()},
         "peak_tflops": known and known.tflops,
         "peak_gbps": known and known.gbps,
+        "measured": None,
     }
 
 
@@ -70,18 +81,19 @@ def _processor() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
 
 
-def _revision() -> str | None:
+def commit(root: Path = Path(__file__).parents[1]) -> str | None:
     """The commit, with ``-dirty`` where the tree differs from it in more than results; None outside of a clone."""
-    root = Path(__file__).parents[1]
 
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(("git", "-C", str(root), *arguments), capture_output=True, text=True)
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(("git", "-C", str(root), *arguments), capture_output=True, text=True)
+        return None if done.returncode else done.stdout.strip()
 
     try:
-        head = git("rev-parse", "HEAD")
+        # A copy inside another repository is no clone.
+        if git("rev-parse", "--show-prefix") != "":
+            return None
     except FileNotFoundError:
         return None
-    if head.returncode:
-        return None
-    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results").returncode
-    return head.stdout.strip() + ("-dirty" if changed else "")
+    head = git("rev-parse", "--verify", "HEAD")
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results")
+    return head and head + ("-dirty" if changed else "")

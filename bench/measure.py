@@ -15,6 +15,7 @@ from bench import generation, machine
 from bench.cases import Case
 from bench.check import Oracle, Verdict
 from bench.peers import Peer
+from bench.physics import Peaks
 from bench.timing import Contender, Prepared, median_ratio, prepare, summary, take_turns
 from bench.workloads import Append, Attention, Generation, MaskBuild, Size, Workload
 
@@ -39,12 +40,19 @@ class Effort:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is the same for all cases of a run. ``interpret``: our Triton kernels in Pallas' interpreter."""
+    """What is the same for all cases of a run.
+
+    Attributes:
+      suite, peers, effort: which, against whom, and how long.
+      toy: toy sizes, our Triton kernels in Pallas' interpreter.
+      measured: what the machine reaches at best.
+    """
 
     suite: str
     peers: dict[str, Peer]
     effort: Effort
     toy: bool = False
+    measured: Peaks | None = None
 
     @property
     def by_device(self) -> bool:
@@ -81,9 +89,9 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
             other = prepare(_our_contender(build(), 1, setting), by_device=False)
             pair, effort = {OURS: ours.turn, name: other.turn}, setting.effort
             times = take_turns(pair, rounds=4 * effort.rounds, budget=effort.seconds / 4)
-            _report(result, workload, {name: times[name]}, times[OURS])
+            _report(result, workload, {name: times[name]}, times[OURS], setting)
     times = take_turns(turns, rounds=setting.effort.rounds, budget=setting.effort.seconds)
-    _report(result, workload, times, times[OURS])
+    _report(result, workload, times, times[OURS], setting)
     return result
 
 
@@ -198,8 +206,12 @@ def _reason(error: Exception) -> str:
     return text if isinstance(error, NotImplementedError) else f"failed: {type(error).__name__}: {text}"
 
 
-def _report(result: dict[str, Any], workload: Workload, times: dict[str, list[float]], ours: list[float]) -> None:
+def _report(
+    result: dict[str, Any], workload: Workload, times: dict[str, list[float]], ours: list[float], setting: Setting
+) -> None:
     """Adds what was timed to the result."""
+    # Decode moves bytes and computes little: what it could reach is what a copy does.
+    copy = setting.measured.gbps if setting.measured and result["kind"] == "decode" else None
     for name, seconds in times.items():
         median = float(np.median(seconds))
         flops, nbytes = result["flops"], result["bytes"]
@@ -207,6 +219,7 @@ def _report(result: dict[str, Any], workload: Workload, times: dict[str, list[fl
             "ms": summary(seconds),
             "tflops": flops and flops / median / 1e12,
             "gbps": nbytes and nbytes / median / 1e9,
+            "of_copy": copy and nbytes / median / 1e9 / copy,
             "tokens_per_second": (
                 workload.size.batch * workload.size.new / median if isinstance(workload, Generation) else None
             ),

@@ -45,6 +45,15 @@ class Peaks:
     tflops: float
     gbps: float
 
+    @property
+    def ridge(self) -> float:
+        """FLOP per byte above which arithmetic is the bound, and below which it is memory."""
+        return 1e3 * self.tflops / self.gbps
+
+    def ceiling(self, intensity: float) -> float:
+        """FLOP/s that no work of so many FLOP per byte exceeds."""
+        return min(1e12 * self.tflops, 1e9 * self.gbps * intensity)
+
 
 def count(mask: pa.masks.Mask, q_positions: Array, kv_positions: Array, batch: int) -> Counts:
     """Looks at every pair, a piece of the queries at a time, so that no T x S array is held.

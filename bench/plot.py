@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.physics import Peaks
 from pallas_attn.picture import plain_style, save_figure
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Suite:
     name: str
     about: str
     left_out: dict[str, str]  # cases without a right result of ours, and why: nothing of theirs is drawn
-    peak_tflops: float | None
-    peak_gbps: float | None
+    published: Peaks | None  # by the datasheet
+    measured: Peaks | None  # in the same run
     results: tuple[Result, ...]
 
     @property
@@ -126,7 +127,15 @@ def read(path: Path) -> Suite:
         versions = machine["versions"]
         date = str(machine["date"])[: len("2000-01-01")]
         about = f"{machine['device']}, jax {versions['jax']}, pallas_attn {versions['pallas_attn']}, {date}"
-        suite = Suite(path.stem, about, left_out, machine["peak_tflops"], machine["peak_gbps"], results)
+        suite = Suite(
+            path.stem,
+            about,
+            left_out,
+            _peaks(machine["peak_tflops"], machine["peak_gbps"]),
+            # Files that were written before peaks were measured have none.
+            _peaks(**{name: (machine.get("measured") or {}).get(name) for name in ("tflops", "gbps")}),
+            results,
+        )
     except KeyError as error:
         raise ValueError(f"{path}: expected a result file of schema {_SCHEMA}, got one without {error}") from error
     except (TypeError, AttributeError, ValueError) as error:
@@ -134,6 +143,10 @@ def read(path: Path) -> Suite:
     if not results:
         raise ValueError(f"{path}: expected results that are right, got none")
     return suite
+
+
+def _peaks(tflops: float | None, gbps: float | None) -> Peaks | None:
+    return Peaks(float(tflops), float(gbps)) if tflops and gbps else None
 
 
 def _draw_all(suite: Suite, directory: Path, suffix: str) -> None:
@@ -297,7 +310,10 @@ def peers(suite: Suite) -> "Figure":
 
 
 def roofline(suite: Suite) -> "Figure":
-    """Our rates of arithmetic against arithmetic intensity, under the machine's ceilings where they are known."""
+    """Our rates of arithmetic against arithmetic intensity, under the machine's ceilings.
+
+    Shares are of those that its datasheet promises, where it is known, else of those that it reached in the same run.
+    """
     results = [one for one in suite.results if one.flops and one.bytes and _OURS in one.ms]
     if not results:
         raise NoData("needs a case with operations and bytes")
@@ -316,16 +332,19 @@ def roofline(suite: Suite) -> "Figure":
         label = ", ".join(map(str, numbers))
         at = points[numbers[-1] - 1]
         axes.annotate(label, at, xytext=(4, 4), textcoords="offset points", fontsize=7, color=_DARK, zorder=5)
-    if suite.peak_tflops and suite.peak_gbps:
-        flops, bandwidth = suite.peak_tflops * 1e12, suite.peak_gbps * 1e9
-        ridge = flops / bandwidth
-        x = [min(ridge, *(x for x, _ in points)) / 2, ridge, max(ridge, *(x for x, _ in points)) * 2]
-        axes.plot(x, [min(flops, bandwidth * at) for at in x], color=_DARK, linewidth=1.4, zorder=2)
-        note = f"ceilings: {suite.peak_tflops:g} TFLOP/s, {suite.peak_gbps:g} GB/s"
-        shares = [f", {y / min(flops, bandwidth * x):.0%} of the ceiling" for x, y in points]
-    else:
-        note = "no ceilings: the file does not know the machine's peaks"
-        shares = [""] * len(points)
+    ceilings = {"published": suite.published, "measured in the same run": suite.measured}
+    ceilings = {name: peaks for name, peaks in ceilings.items() if peaks is not None}
+    for peaks, line in zip(ceilings.values(), ("-", "--"), strict=False):
+        x = [point[0] for point in points]
+        x = [min(peaks.ridge, *x) / 2, peaks.ridge, max(peaks.ridge, *x) * 2]
+        axes.plot(x, [peaks.ceiling(at) for at in x], line, color=_DARK, linewidth=1.4, zorder=2)
+    note = "no ceilings: the file does not know the machine's peaks"
+    shares = [""] * len(points)
+    if ceilings:
+        notes = (f"{_si(1e12 * x.tflops)}FLOP/s, {_si(1e9 * x.gbps)}B/s, {name}" for name, x in ceilings.items())
+        note = "ceilings: " + "; ".join(notes)
+        highest = next(iter(ceilings.values()))
+        shares = [f", {y / highest.ceiling(x):.0%} of the ceiling" for x, y in points]
     numbered = enumerate(zip(results, points, shares, strict=True), start=1)
     listing = [f"{i}  {one.case}: {_si(y)}FLOP/s{share}" for i, (one, (_, y), share) in numbered]
     axes.text(1.03, 1, "\n".join(listing), transform=axes.transAxes, va="top", fontsize=7, color=_TEXT, linespacing=1.5)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import subprocess
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import pallas_attn as pa
-from bench import machine
+from bench import machine, peaks
 from bench.cases import SUITES, Case, named
 from bench.measure import OURS, Effort, Setting, failed, free_memory, measure
 from bench.peers import Peer, all_peers
@@ -28,6 +29,7 @@ _ROOT = Path(__file__).parents[1]
 # A case that starts in time may end after it.
 _MINUTES = {"cpu": 14.0, "gpu": 7.5}
 _EFFORT = {"cpu": Effort(), "gpu": Effort(rounds=7, seconds=2.0, prepare_seconds=12.0)}
+_DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
 _TOY_EFFORT = Effort(rounds=1, seconds=0.0)
 _TESTS_SECONDS = 180
 
@@ -54,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _OK
         if "gpu" in suites and not options.toy and (reason := pa.implementations()["triton"]) is not None:
             raise UsageError(f"--suite gpu: {reason}; --toy runs it at toy sizes anywhere")
-        described = machine.describe()
+        described = machine.describe(options.revision)
         files = {suite: _results_file(options, suite, described) for suite in suites}
     except (UsageError, ResultsError) as error:
         console.print(f"python -m bench.run: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return _USAGE
+    if options.out is not None and described["revision"] is None:
+        console.print(machine.UNKNOWN_REVISION, style="red")
     codes = [_run_suite(suite, files[suite], peers, options, console) for suite in suites]
     return next((code for code in (_WRONG, _UNFINISHED) if code in codes), _OK)
 
@@ -77,6 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=_positive, help="no case starts after them (default 14 for cpu, 7.5 for gpu)")
     parser.add_argument("--toy", action="store_true", help="toy sizes, our kernels interpreted: a rehearsal, no result")
     parser.add_argument("--even-if-tests-fail", action="store_true", help="suite gpu: go on if the GPU tests fail")
+    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
     parser.add_argument("--list", action="store_true", help="show cases and peers, and why some cannot run here")
     return parser.parse_args(argv)
 
@@ -126,7 +131,13 @@ def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, c
     if suite == "gpu" and not _gpu_tests_pass(options.toy, console) and not options.even_if_tests_fail:
         console.print("The GPU tests must pass first; --even-if-tests-fail goes on without that.", style="red")
         return _WRONG
-    setting = Setting(suite, peers, _TOY_EFFORT if options.toy else _EFFORT[suite], options.toy)
+    setting = Setting(
+        suite,
+        peers,
+        _TOY_EFFORT if options.toy else _EFFORT[suite],
+        options.toy,
+        _measured_peaks(file, suite, options.toy),
+    )
     cases, late = _chosen(suite, options.case), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -141,13 +152,23 @@ def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, c
                 file.add(_measured(case, setting))
             progress.advance(task)
     out = Console(width=None if sys.stdout.isatty() else 160)
-    out.print(table(file.results, machine.peaks()))
+    out.print(table(file.results, machine.peaks() or setting.measured))
     _print_skipped(file.results, out)
     if late:
         out.print(f"After {minutes:g} minutes no time was left for: {', '.join(late)}. --resume goes on.")
     # A case that could not run, for a reason that it gives, is not wrong.
     wrong = any(result["correct"] is False for result in file.results)
     return _WRONG if wrong else _UNFINISHED if late else _OK
+
+
+def _measured_peaks(file: ResultsFile, suite: str, toy: bool) -> Peaks:
+    """What the machine reaches now, in the dtype of the suite. The file has it, too."""
+    dtype, sizes = _DTYPES[suite], peaks.TOY if toy else peaks.SIZES[suite]
+    found = peaks.measure(dtype, sizes, by_device=suite == "gpu")
+    file.machine = file.machine | {
+        "measured": {"dtype": dtype, **dataclasses.asdict(sizes), **dataclasses.asdict(found)}
+    }
+    return found
 
 
 def _measured(case: Case, setting: Setting) -> dict:
@@ -180,9 +201,9 @@ def _gpu_tests_pass(toy: bool, console: Console) -> bool:
 
 
 def table(results: list[dict], peaks: Peaks | None) -> Table:
-    """One line per case: our time and rate, the share of the bound, and each peer's time over ours."""
+    """One line per case: our time and rate, the shares of the bound and of a copy, and each peer's time over ours."""
     names = list(dict.fromkeys(name for result in results for name in (*result["ratios"], *_wrong_peers(result))))
-    columns = ("case", "active", "ours, ms", "rate", "of bound", *names, "claims")
+    columns = ("case", "active", "ours, ms", "rate", "of bound", "of copy", *names, "claims")
     out = Table(*columns, title="median of turns; under a peer's name its time over ours", title_justify="left")
     for result in results:
         mine = result["contenders"].get(OURS, {})
@@ -193,7 +214,8 @@ def table(results: list[dict], peaks: Peaks | None) -> Table:
         cells = [f"{result['ratios'][n]:.2f}" if n in result["ratios"] else _wrong(result, n) for n in names]
         milliseconds = mine["ms"]["median"]
         share = _share_of_bound(result, milliseconds, peaks)
-        out.add_row(result["case"], active, f"{milliseconds:.3g}", _rate(result), share, *cells, _claims(result))
+        copy = "" if mine["of_copy"] is None else f"{100 * mine['of_copy']:.0f} %"
+        out.add_row(result["case"], active, f"{milliseconds:.3g}", _rate(result), share, copy, *cells, _claims(result))
     return out
 
 

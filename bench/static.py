@@ -5,24 +5,26 @@ then the difference from the committed report. bench/README.md explains the colu
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import multiprocessing
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax.numpy as jnp
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import static_report, static_sweep
+from bench import machine, static_report, static_sweep
 from bench.kernel_cases import CASES, DTYPES, KernelCase, Setting
 from bench.static_sweep import Candidate
 from pallas_attn import BlockSizes
@@ -33,6 +35,7 @@ _CAPABILITIES = (80, 90)
 _HEAD_DIMS = (64, 128, 256)
 _DEFAULT_DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in the names of its instructions alone
 _CASES = {case.name: case for case in CASES}
+_TABLE_KEY = ("kernel", "capability", "head_dim", "itemsize")  # of an entry of the tuning table
 
 
 class _Refused(Exception):
@@ -59,12 +62,15 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
     parser.add_argument("--baseline", type=Path, help=f"report to compare with (default {BASELINE.name} in results/)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--resume", action="store_true", help="go on with --out of a sweep: skip what it has")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="exit 1 if an entry spills, masks full blocks, or loses")
     action.add_argument("--sweep", action="store_true", help="rank block sizes instead, and compare with the table")
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"argument --jobs: expected at least 1, got {options.jobs}")
+    if options.resume and not (options.sweep and options.out):
+        parser.error("argument --resume: expected --sweep and --out with it, the file to go on with")
     return options
 
 
@@ -81,8 +87,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.sweep:
         return _sweep(options, console)
 
-    entries = _compiled([(case.name, setting) for case, setting in _defaults(options)], _default_entry, options.jobs)
-    report = {"schema": SCHEMA, "suite": "static", "versions": _versions(), "entries": entries}
+    work = [(case.name, setting) for case, setting in _defaults(options)]
+    with _compilers(options.jobs, len(work)) as compiled:
+        entries = compiled("compiling", _default_entry, work)
+    report = {**_report_head("static"), "entries": entries}
     console.print(_resources_table(entries), _loops_table(entries))
     for line in differences(baseline, report) if baseline else [f"no baseline at {BASELINE}"]:
         console.print(line, highlight=False)
@@ -134,56 +142,110 @@ def _candidate(names: tuple[str, ...], setting: Setting) -> Candidate:
     return Candidate(setting, tuple(entries), None)
 
 
-def _compiled(work: list[tuple], function: Callable, jobs: int) -> list:
-    """``function`` of each piece of work, in its order; Triton's own cache makes a second run short."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=len(work))
-        if jobs == 1:
-            results = []
-            for piece in work:
-                results.append(function(*piece))
+@contextlib.contextmanager
+def _compilers(jobs: int, total: int) -> Iterator[Callable[[str, Callable, list[tuple]], list]]:
+    """Processes that compile, and a bar of ``total`` pieces of work.
+
+    Yields a function of what the work is about, of a function, and of pieces of work, that gives the function's results
+    in their order. Triton's own cache makes a second run short.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    task = progress.add_task("", total=total)
+    # Not forked: JAX has threads.
+    spawn = multiprocessing.get_context("spawn")
+    pool = None if jobs == 1 else ProcessPoolExecutor(jobs, mp_context=spawn)
+
+    def results(function: Callable, work: list[tuple]) -> Iterator:
+        if pool is None:
+            yield from itertools.starmap(function, work)
+            return
+        futures = [pool.submit(function, *piece) for piece in work]
+        for future in futures:
+            yield future.result()
+
+    def compiled(about: str, function: Callable, work: list[tuple]) -> list:
+        progress.update(task, description=about)
+        with progress:  # gone when it is over: what is found is printed in between
+            found = []
+            for result in results(function, work):
+                found.append(result)
                 progress.advance(task)
-            return results
-        # Not forked: JAX has threads.
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(function, *piece) for piece in work]
-            for future in futures:
-                future.add_done_callback(lambda _: progress.advance(task))
-            try:
-                return [future.result() for future in futures]
-            except BrokenProcessPool:
-                raise _Refused("a compiler ended its process; --jobs 1 shows at which kernel") from None
+            return found
+
+    try:
+        yield compiled
+    except BrokenProcessPool:
+        raise _Refused("a compiler ended its process; --jobs 1 shows at which kernel") from None
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)  # what waits when a run is stopped is not compiled
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Ranks candidates per entry of the tuning table; float16 and bfloat16 share entries."""
-    rankings = {}
     if fixed := [name for name in options.kernel or () if _CASES[name].kernel not in static_sweep.HELD]:
         raise _Refused(f"--sweep: {', '.join(fixed)} has one size of blocks, which no table holds")
+    report = {**_report_head("static sweep"), "rankings": _done_rankings(options)}
+    done = [tuple(ranking[name] for name in _TABLE_KEY) for ranking in report["rankings"]]
+    todo: dict[tuple, tuple[KernelCase, list[Setting]]] = {}
     for case, capability, head_dim, dtype in _settings(options):
         itemsize = jnp.dtype(dtype).itemsize
         key = (case.kernel, capability, head_dim, itemsize)
-        if key in rankings or case.kernel not in static_sweep.HELD:
-            continue
-        choices = static_sweep.candidates(case.kernel, head_dim, itemsize)
-        settings = [Setting(capability, head_dim, dtype, x) for x in choices]
-        tried = _compiled([((case.name,), x) for x in settings], _candidate, options.jobs)
-        leaders = [x.setting for x in static_sweep.ranked(tried)[: static_sweep.FINALISTS]]
-        cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel and dtype in x.dtypes)
-        finalists = _compiled([(cases, x) for x in leaders], _candidate, options.jobs)
-        order = static_sweep.ranked(finalists)
-        current = case.default_sizes(head_dim, dtype, capability)
-        title = f"{case.kernel}, sm_{capability}, D {head_dim}, {itemsize} bytes: {len(settings)} tried"
-        console.print(_ranking_table(title, order, current))
-        rankings[key] = {
-            **dict(zip(("kernel", "capability", "head_dim", "itemsize"), key, strict=True)),
-            "ranking": [x.entries for x in order],
-            "out": [{"blocks": str(x.setting.sizes), "reason": x.reason} for x in (*tried, *finalists) if x.reason],
-        }
-    if options.out:
-        report = {"schema": SCHEMA, "suite": "static sweep", "versions": _versions()}
-        _write(options.out, _as_json({**report, "rankings": list(rankings.values())}, "rankings"))
+        if case.kernel in static_sweep.HELD and key not in done and key not in todo:
+            choices = static_sweep.candidates(case.kernel, head_dim, itemsize)
+            todo[key] = case, [Setting(capability, head_dim, dtype, sizes) for sizes in choices]
+    if done:
+        console.print(f"{options.out} has {len(done)} entries; {len(todo)} are left", highlight=False, soft_wrap=True)
+    total = sum(len(settings) + min(static_sweep.FINALISTS, len(settings)) for _, settings in todo.values())
+    with _compilers(options.jobs, total) as compiled:
+        for key, (case, settings) in todo.items():
+            ranking, order = _ranked_entry(key, case, settings, compiled)
+            _, capability, head_dim, _ = key
+            current = case.default_sizes(head_dim, settings[0].dtype, capability)
+            console.print(_ranking_table(f"{_about(key)}: {len(settings)} tried", order, current))
+            report["rankings"].append(ranking)
+            if options.out:
+                _write(options.out, _as_json(report, "rankings"))
     return 0
+
+
+def _ranked_entry(
+    key: tuple, case: KernelCase, settings: list[Setting], compiled: Callable[[str, Callable, list[tuple]], list]
+) -> tuple[dict, list[Candidate]]:
+    """An entry of the tuning table as the sweep's report has it, and its candidates in order."""
+    tried = compiled(_about(key), _candidate, [((case.name,), x) for x in settings])
+    leaders = [x.setting for x in static_sweep.ranked(tried)[: static_sweep.FINALISTS]]
+    cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel and settings[0].dtype in x.dtypes)
+    finalists = compiled(_about(key) + ", the best", _candidate, [(cases, x) for x in leaders])
+    order = static_sweep.ranked(finalists)
+    ranking = {
+        **dict(zip(_TABLE_KEY, key, strict=True)),
+        "ranking": [x.entries for x in order],
+        "out": [{"blocks": str(x.setting.sizes), "reason": x.reason} for x in (*tried, *finalists) if x.reason],
+    }
+    return ranking, order
+
+
+def _about(key: tuple) -> str:
+    return "{}, sm_{}, D {}, {} bytes".format(*key)
+
+
+def _done_rankings(options: argparse.Namespace) -> list[dict]:
+    """What ``--resume`` finds in the file."""
+    if not options.resume:
+        return []
+    try:
+        found = json.loads(options.out.read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise _Refused(f"--resume: {options.out}: cannot be read: {error}") from None
+    for name, here in _report_head("static sweep").items():
+        there = found.get(name) if isinstance(found, dict) else None
+        if there != here:
+            raise _Refused(f"--resume: {options.out}: its {name} is {there}, and here it is {here}")
+    return found["rankings"]
 
 
 def _ranking_table(title: str, order: list[Candidate], current: BlockSizes) -> Table:
@@ -322,8 +384,11 @@ def _as_json(report: dict, rows: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
+    """Puts a new file in the old one's place: a run that is stopped leaves no half of one."""
+    scratch = path.with_name(f".{path.name}.part")
     try:
-        path.write_text(text)
+        scratch.write_text(text)
+        os.replace(scratch, path)
     except OSError as error:
         raise _Refused(f"--out {path}: cannot be written: {error.strerror}") from None
 
@@ -339,8 +404,9 @@ def _check_writable(path: Path) -> None:
         path.unlink()
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "triton", "pallas-attn")}
+def _report_head(suite: str) -> dict:
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "triton", "pallas-attn")}
+    return {"schema": SCHEMA, "suite": suite, "revision": machine.commit(), "versions": versions}
 
 
 if __name__ == "__main__":

@@ -53,16 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write results there as JSON, and losses beside as PNG"
     )
+    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
         phases = train.scaled(train.PHASES, options.steps)
         if min(phase.steps for phase in phases) < 2:
             raise ValueError(f"--steps: expected two or more for each phase, got {options.steps}")
-        file = ResultsFile(options.out, suite="training", machine=machine.describe())
+        file = ResultsFile(options.out, suite="training", machine=machine.describe(options.revision))
     except (ValueError, ResultsError) as error:
         console.print(f"python -m bench.training: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return _USAGE
+    if options.out is not None and file.machine["revision"] is None:
+        console.print(machine.UNKNOWN_REVISION, style="red")
     for result in compare(phases, options.seed, console):
         file.add(result)
     Console(width=None if sys.stdout.isatty() else 160).print(table(file.results))

@@ -89,7 +89,7 @@ def operands(mask: Mask) -> list[Array]:
 
 
 def with_keys(mask: Mask, kv_len: int) -> Mask:
-    """The same mask for S = ``kv_len`` keys: a tree, which counts from the last key, becomes a dense mask.
+    """The same mask for S = ``kv_len`` keys: a tree, which is about keys and not positions, becomes a dense mask.
 
     Raises:
       ValueError: a tree of more nodes than there are keys.
@@ -230,12 +230,20 @@ class Dense(Mask):
         return self.array.max, self.array.min
 
 
-@_mask(data=("ancestors",))
+@_mask(data=("ancestors", "start"))
 class Tree(Mask):
     ancestors: Operand  # [B|1, 1, T, T]
+    start: Operand | None  # [B, 1, 1, 1]
 
     def as_dense(self, kv_len: int) -> Dense:
         nodes = self.ancestors.shape[-1]
+        if self.start is not None:
+            # What runs past the last key is cut off.
+            shape = (self.start.shape[0], 1, nodes, kv_len + nodes)
+            earlier = jax.lax.broadcasted_iota(jnp.int32, shape, 3) < self.start
+            ancestors = jnp.broadcast_to(self.ancestors, (shape[0], *self.ancestors.shape[1:]))
+            put = jax.vmap(lambda x, nodes, start: jax.lax.dynamic_update_slice_in_dim(x, nodes, start, axis=2))
+            return Dense(put(earlier, ancestors, self.start.reshape(-1))[..., :kv_len])
         if nodes > kv_len:
             raise ValueError(f"tree: ancestors: expected at most as many nodes as keys, S={kv_len}, got {nodes}")
         earlier = jnp.ones((*self.ancestors.shape[:-1], kv_len - nodes), jnp.bool_)
@@ -377,17 +385,23 @@ def dense(array: Array) -> Mask:
     return Dense(array if rank == 4 else array[None, None])
 
 
-def tree(ancestors: Array) -> Mask:
-    """A draft tree in verification (SpecInfer, arXiv:2305.09781): the last T keys are its nodes, in the queries' order.
+def tree(ancestors: Array, start: Array | None = None) -> Mask:
+    """A draft tree in verification (SpecInfer, arXiv:2305.09781): T keys are its nodes, in the queries' order.
 
     Args:
       ancestors: bool ``[T, T]`` or ``[B|1, T, T]``: True where the node of the column is the node of the row or one of
-        its ancestors. All keys before the last T are visible.
+        its ancestors. All keys before the nodes are visible, and none after them.
+      start: integers ``[B]``, 0 to S: the key that is node 0 of each row, where a row has fewer keys left than nodes
+        the last nodes have none; default S - T: the nodes are the last keys.
     """
     ancestors = _operand("tree: ancestors", ancestors, jnp.bool_, rank=2 if np.ndim(ancestors) == 2 else 3)
     if ancestors.shape[-1] != ancestors.shape[-2]:
         raise ValueError(f"tree: ancestors: expected [T, T] or [B|1, T, T], got shape {tuple(ancestors.shape)}")
-    return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None])
+    if start is not None:
+        start = _operand("tree: start", start, jnp.integer, rank=1)[:, None, None, None]
+        if ancestors.ndim == 3 and ancestors.shape[0] not in (1, start.shape[0]):
+            raise ValueError(f"tree: start: expected [{ancestors.shape[0]}], as ancestors, got [{start.shape[0]}]")
+    return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None], start)
 
 
 def custom(function: Callable[..., Array], *arrays: Array) -> Mask:

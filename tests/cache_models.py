@@ -82,6 +82,16 @@ class Dense(Row):
         self.overflowed &= length > self.length
         self.drop_from(min(max(length, 0), self.length))
 
+    def keep(self, first, path):
+        """Of the tokens from number ``first`` on these nodes alone, which follow each other then."""
+        first = min(max(first, 0), self.length)
+        there = [first + node for node in path if first + node < self.length]
+        self.overflowed &= len(there) < len(path)
+        for head in self.slots:
+            chosen = [dataclasses.replace(head[number], number=first + n) for n, number in enumerate(there)]
+            head[first:] = chosen + [None] * (self.capacity - first - len(chosen))
+        self.length = first + len(there)
+
 
 class Window(Row):
     """The first ``sinks`` tokens stay, all others go round in the slots behind them."""

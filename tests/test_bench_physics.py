@@ -62,6 +62,12 @@ def test_the_bound_is_the_larger_time():
     assert physics.bound_seconds(None, 10**11, peaks) == 1.0
 
 
+def test_the_ceiling_bends_at_the_ridge():
+    peaks = physics.Peaks(tflops=2.0, gbps=100.0)
+    assert peaks.ridge == 20.0
+    assert [peaks.ceiling(x) for x in (5.0, 20.0, 80.0)] == [5e11, 2e12, 2e12]
+
+
 def test_published_flops():
     """Causal, B4 S4096 N16 D128: half of 4 B N S S D operations, and the diagonal."""
     (case,) = (case for case in CASES if case.name == "causal")

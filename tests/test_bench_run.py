@@ -17,7 +17,8 @@ from bench.physics import Peaks
 CACHE, ATTENTION = "append-token", "decode-llama-8b"
 
 # Schema 1.
-MACHINE_FIELDS = {"date", "device", "processor", "python", "revision", "versions", "peak_tflops", "peak_gbps"}
+MACHINE_FIELDS = {"date", "device", "processor", "python", "revision", "versions"}
+MACHINE_FIELDS |= {"peak_tflops", "peak_gbps", "measured"}
 RESULT_FIELDS = {"case", "about", "kind", "shape", "dtype", "active_fraction", "visited_fraction", "capacity", "flops"}
 RESULT_FIELDS |= {"bytes", "correct", "error", "allowed_error", "contenders", "ratios", "claims", "skipped"}
 
@@ -113,8 +114,33 @@ def test_entries_have_the_fields_of_schema_1(tmp_path):
     (result,) = content["results"]
     assert set(result) == RESULT_FIELDS
     assert set(result["shape"]) == set("BTSNKD")
-    assert set(result["contenders"]["pallas_attn"]) == {"ms", "tflops", "gbps", "tokens_per_second"}
+    assert set(result["contenders"]["pallas_attn"]) == {"ms", "tflops", "gbps", "of_copy", "tokens_per_second"}
     assert result["capacity"] == 256
+
+
+def test_peaks_are_measured_in_the_same_run(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(run.peaks, "measure", lambda *_, **__: Peaks(0.5, 40.0))
+    assert toy("--case", f"{ATTENTION},{CACHE}", "--peers", "none", "--out", str(path)) == 0
+    measured = json.loads(path.read_text())["machine"]["measured"]
+    assert measured == {"dtype": "bfloat16", "tflops": 0.5, "gbps": 40.0, "side": 64, "nbytes": 2**16}
+    decode, append = (results(path)[name]["contenders"]["pallas_attn"] for name in (ATTENTION, CACHE))
+    assert decode["of_copy"] == pytest.approx(decode["gbps"] / 40)
+    assert append["of_copy"] is None, "of decode alone"
+    assert "of copy" in capsys.readouterr().out
+
+
+def test_what_cannot_know_its_revision_asks_for_it(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(run.machine, "commit", lambda: None)
+    assert toy("--case", CACHE, "--out", str(path)) == 0
+    assert "without --revision, no one will know" in capsys.readouterr().err
+    assert toy("--case", CACHE, "--out", str(path), "--revision", "abc123") == 0
+    assert json.loads(path.read_text())["machine"]["revision"] == "abc123"
+    assert "without --revision" not in capsys.readouterr().err
+    monkeypatch.setattr(run.machine, "commit", lambda: "def456")
+    assert toy("--case", CACHE, "--out", str(path), "--revision", "abc123") == 2
+    assert "expected none in a clone of the repository, which is at def456; got abc123" in capsys.readouterr().err
 
 
 # --- going on ---
@@ -260,7 +286,7 @@ def test_gpu_tests_are_run(body, passes, tmp_path, monkeypatch, capsys):
 
 
 def entry(**changes) -> dict:
-    mine = {"ms": {"median": 2.0}, "tflops": 100.0, "gbps": 500.0, "tokens_per_second": None}
+    mine = {"ms": {"median": 2.0}, "tflops": 100.0, "gbps": 500.0, "of_copy": 0.4, "tokens_per_second": None}
     return {
         "case": "one",
         "kind": "forward",
@@ -280,7 +306,7 @@ def line(result, peaks=None) -> list[str]:
 
 
 def test_table():
-    assert line(entry()) == ["one", "25.0 %", "2", "100 TFLOP/s", "", "1.50", ""]
+    assert line(entry()) == ["one", "25.0 %", "2", "100 TFLOP/s", "", "40 %", "1.50", ""]
     assert line(entry(kind="decode"))[3] == "500 GB/s"
     # 2e11 operations need 0.2 ms at 1000 TFLOP/s, 1e9 bytes 1 ms at 1000 GB/s.
     assert line(entry(), Peaks(1000.0, 1000.0))[4] == "50 %"
@@ -311,6 +337,7 @@ def test_ratios_are_peer_over_ours(tmp_path, monkeypatch):
 
 def test_tokens_per_second():
     workload = named("cpu")["generation"].build(named("cpu")["generation"].size("cpu"))
-    result = {"flops": None, "bytes": None, "contenders": {}, "ratios": {}}
-    measure._report(result, workload, {"pallas_attn": [4.0]}, [4.0])
+    result = {"kind": "generation", "flops": None, "bytes": None, "contenders": {}, "ratios": {}}
+    setting = measure.Setting("cpu", {}, measure.Effort())
+    measure._report(result, workload, {"pallas_attn": [4.0]}, [4.0], setting)
     assert result["contenders"]["pallas_attn"]["tokens_per_second"] == 8 * 128 / 4

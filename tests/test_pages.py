@@ -70,6 +70,23 @@ class Pool:
             for slot in slots
         )
 
+    def keep(self, firsts, paths) -> None:
+        """A row that needs more pages than are free keeps what comes before the first token that would move."""
+        free = self.num_pages - len(set(self.named))
+        named = self.named
+        for b, (row, first, path) in enumerate(zip(self.rows, firsts, paths, strict=True)):
+            there = [node for node in path if first + node < row.length]
+            moving = [n for n, node in enumerate(there) if node != n]
+            needed = {page for page in ((first + n) // PAGE for n in moving) if named.count(self.tables[b][page]) > 1}
+            if len(needed) > free:
+                row.keep(first, there[: moving[0]])
+                row.overflowed = True
+                continue
+            free -= len(needed)
+            row.keep(first, path)
+            for page in needed:
+                self.tables[b][page] = next(self.fresh)
+
     def release(self) -> None:
         for row, table in zip(self.rows, self.tables, strict=True):
             for page in range(CAPACITY // PAGE):
@@ -89,8 +106,9 @@ class Pool:
         np.testing.assert_array_equal(actual[:, None] == actual, expected[:, None] == expected)
 
 
-append, observe, truncate, reset, fork = (
-    jax.jit(getattr(pa.caches.KVCache, name)) for name in ("append", "observe", "truncate", "reset", "fork")
+append, observe, truncate, reset, fork, copy_rows, keep = (
+    jax.jit(getattr(pa.caches.KVCache, name))
+    for name in ("append", "observe", "truncate", "reset", "fork", "copy_rows", "keep")
 )
 
 
@@ -109,7 +127,8 @@ def new_tokens(rng: np.random.Generator, starts, length: int, share: float = 1.0
     return positions, key, value
 
 
-STEPS = ("append", "append", "append", "truncate", "reset", "fork", "fork a prefix")
+STEPS = ("append", "append", "append", "truncate", "reset", "fork", "fork a prefix", "copy rows", "keep")
+PATH = 6  # nodes of a path at most
 
 
 def run(name: str, num_pages: int, program) -> None:
@@ -131,6 +150,21 @@ def run(name: str, num_pages: int, program) -> None:
             sources = rng.integers(0, B, B)
             cache = fork(cache, sources.astype(np.int32))
             pool.rows, pool.tables = [pool.rows[b].fork() for b in sources], [[*pool.tables[b]] for b in sources]
+        if step == "copy rows":
+            sources, targets = rng.integers(-1, B + 1, (2, 4)).astype(np.int32)
+            count = rng.integers(0, 5)
+            cache = copy_rows(cache, sources, targets, count)
+            for source, target in zip(sources[:count], targets[:count], strict=True):
+                if 0 <= source < B and 0 <= target < B:
+                    pool.rows[target], pool.tables[target] = pool.rows[source].fork(), [*pool.tables[source]]
+        if step == "keep" and policy.ordered:
+            firsts = np.maximum([row.length for row in pool.rows] - rng.integers(0, 12, B), 0).astype(np.int32)
+            paths = np.sort(rng.permuted(np.tile(np.arange(12), (B, 1)), axis=1)[:, :PATH]).astype(np.int32)
+            paths = np.where(rng.random((B, 1)) < 0.3, np.arange(PATH, dtype=np.int32), paths)
+            counts = rng.integers(0, PATH + 1, B).astype(np.int32)
+            cache = keep(cache, firsts, paths, counts)
+            pool.keep(firsts, [path[:count].tolist() for path, count in zip(paths, counts, strict=True)])
+            pool.release()
         if step in ("truncate", "fork a prefix") and not policy.observes:
             lengths = np.array([row.length for row in pool.rows]) - rng.integers(-1, 20, B)
             cache = truncate(cache, lengths.astype(np.int32))

@@ -94,6 +94,7 @@ def content(results: list[dict], **machine) -> dict:
         "versions": {"jax": "0.10.2", "jaxlib": "0.10.2", "pallas_attn": "0.1.0"},
         "peak_tflops": None,
         "peak_gbps": None,
+        "measured": None,
     }
     return {"schema": 1, "suite": "cpu", "machine": known | machine, "results": results}
 
@@ -276,7 +277,7 @@ def test_roofline_shows_rates_against_intensity(axes):
     share = wanted[0][1] / min(2e12, wanted[0][0] * 50e9)
     assert f"1  causal-forward: {wanted[0][1] / 1e9:.3g} GFLOP/s, {share:.0%} of the ceiling\n" in listing
     assert "no-flops" not in listing
-    assert "ceilings: 2 TFLOP/s, 50 GB/s" in texts(panel)
+    assert "ceilings: 2 TFLOP/s, 50 GB/s, published" in texts(panel)
     numbers = [int(number) for text in texts(panel) if re.fullmatch(r"[\d, ]+", text) for number in text.split(",")]
     assert sorted(numbers) == list(range(1, 7)), "each point is numbered, those that coincide together"
 
@@ -286,6 +287,37 @@ def test_without_peaks_there_are_no_ceilings_and_a_note(axes, peaks):
     (panel,) = axes("roofline", masks(), **peaks)
     assert all(len(line.get_xdata()) == 1 for line in panel.lines)
     assert "no ceilings: the file does not know the machine's peaks" in texts(panel)
+
+
+MEASURED = {"dtype": "float32", "tflops": 0.2, "gbps": 25.0, "side": 2048, "nbytes": 2**28}
+
+
+def test_ceilings_that_were_measured_are_drawn(axes):
+    (panel,) = axes("roofline", masks(), measured=MEASURED)
+    (ceiling,) = [line for line in panel.lines if len(line.get_xdata()) == 3]
+    assert ceiling.get_xydata()[1] == pytest.approx((8.0, 2e11))
+    assert "ceilings: 200 GFLOP/s, 25 GB/s, measured in the same run" in texts(panel)
+    assert any("% of the ceiling" in text for text in texts(panel))
+
+
+def test_shares_are_of_the_published_ceilings_where_both_are_known(axes):
+    (panel,) = axes("roofline", masks(), measured=MEASURED, peak_tflops=2.0, peak_gbps=50.0)
+    solid, dashed = [line for line in panel.lines if len(line.get_xdata()) == 3]
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    assert solid.get_ydata()[2] == 2e12
+    assert dashed.get_ydata()[2] == pytest.approx(2e11)
+    note = "ceilings: 2 TFLOP/s, 50 GB/s, published; 200 GFLOP/s, 25 GB/s, measured in the same run"
+    assert note in texts(panel)
+    (listing,) = [text for text in texts(panel) if text.startswith("1  ")]
+    (alone,) = axes("roofline", masks(), peak_tflops=2.0, peak_gbps=50.0)
+    assert listing in texts(alone)
+
+
+def test_files_from_before_peaks_were_measured_can_be_read(write, run):
+    data = content(masks())
+    del data["machine"]["measured"]
+    code, _, err = run(write(data))
+    assert (code, err) == (0, "")
 
 
 def test_a_wrong_result_is_never_drawn(axes, write, run):

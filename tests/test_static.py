@@ -439,10 +439,42 @@ def test_sweep(one_case, monkeypatch, tmp_path, capsys):
     assert pa.BlockSizes(**best["blocks"]) == SIZES
 
 
+def test_a_sweep_goes_on_where_it_was_stopped(one_case, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "sweep.json"
+    sweep = [*ONE, "--sweep", "--resume", "--out", str(out)]
+    compiled = []
+
+    def candidate(names, setting):
+        if setting.head_dim == 128 and len(compiled) == 2:
+            raise KeyboardInterrupt
+        compiled.append(setting.head_dim)
+        loops = {name: {"cycles": 1, "bound": "issue"} for name in ("full", "partial")}
+        entry = {"registers": 1, "stack_bytes": 0, "loops": loops, "occupancy": {"warps": 8}, "has_scores": False}
+        return static_sweep.Candidate(setting, (entry,), None)
+
+    monkeypatch.setattr(static, "_candidate", candidate)
+    monkeypatch.setattr(static_sweep, "candidates", lambda *_: [SIZES])
+    with pytest.raises(KeyboardInterrupt):
+        static.main([*sweep, "--head-dim", "128"])
+    assert compiled == [64, 64], "the one of 64 columns, and it again as the best"
+    compiled[:] = [0, 0, 0]
+    assert static.main([*sweep, "--head-dim", "128"]) == 0
+    assert compiled[3:] == [128, 128], "what the file has is not compiled again"
+    assert "has 1 entries; 1 are left" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert [x["head_dim"] for x in report["rankings"]] == [64, 128]
+
+    out.write_text(json.dumps(report | {"revision": "another"}))
+    assert_refused(sweep, "its revision is another, and here it is", capsys)
+    out.write_text("{")
+    assert_refused(sweep, "cannot be read", capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--kernel", "sideways"], "invalid choice: 'sideways'"),
+        (["--resume"], "argument --resume: expected --sweep and --out with it"),
         (["--capability", "75"], "invalid choice: 75"),
         (["--jobs", "0"], "argument --jobs: expected at least 1, got 0"),
         (["--check", "--sweep"], "not allowed with argument"),

@@ -76,6 +76,32 @@ def test_a_tree_for_the_whole_batch_and_nothing_before_it():
     np.testing.assert_array_equal(mask.bitmap()[0, 0, :, : (S - T) // 5], 0)  # only nodes are forbidden
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("starts", [(0, S - T), (17, S - 2), (S, 3)], ids=str)
+def test_a_tree_that_begins_at_a_key_of_each_row(implementation, starts):
+    query, key, value = tokens()
+    written_out = np.zeros((B, 1, T, S), bool)
+    for row, start in enumerate(starts):
+        written_out[row, :, :, :start] = True
+        for node in range(min(T, S - start)):  # what runs past the last key is nowhere
+            written_out[row, 0, :, start + node] = TREES[row][:, node]
+    mask = pa.masks.tree(TREES, start=jnp.array(starts, jnp.int32))
+    np.testing.assert_array_equal(mask.dense_array(jnp.arange(T)[None], jnp.arange(S)[None]), written_out)
+    expected = pa.attention(query, key, value, jnp.asarray(written_out), implementation="reference")
+    close(pa.attention(query, key, value, mask, **IMPLEMENTATIONS[implementation]), expected)
+    same = pa.masks.tree(TREES[0], start=np.array(starts)).dense_array(jnp.arange(T)[None], jnp.arange(S)[None])
+    np.testing.assert_array_equal(same[0], written_out[0])
+
+
+def test_a_start_that_does_not_fit():
+    with pytest.raises(ValueError, match="tree: start: expected integers, got dtype float64"):
+        pa.masks.tree(TREES, start=np.zeros(2))
+    with pytest.raises(ValueError, match=r"tree: start: expected rank 1, got shape \(\)"):
+        pa.masks.tree(TREES, start=np.int32(3))
+    with pytest.raises(ValueError, match=r"tree: start: expected \[2\], as ancestors, got \[3\]"):
+        pa.masks.tree(TREES, start=np.zeros(3, np.int32))
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [

@@ -99,6 +99,8 @@ TRAINING_LOSS = 1e-3
 
 # A right sampler fails a chi-square test at this level once in a thousand seeds; the seeds of the tests are fixed.
 CHI_SQUARE_LEVEL = 1e-3
+# Absolute, float32: logits of size about 10 after some products and sums, against float64 or PyTorch.
+PROCESSED_LOGITS = 1e-5
 
 # --- benchmarks ---
 

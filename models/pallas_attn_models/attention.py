@@ -34,36 +34,36 @@ class Attention(nnx.Module):
         self,
         x: Array,
         rotary: tuple[Array, Array],
-        positions: Array,
         block_mask: pa.BlockMask,
         cache: pa.caches.KVCache | None,
+        reservation: pa.caches.Reservation | None,
     ) -> tuple[Array, pa.caches.KVCache | None]:
         """Attends over these tokens, or, with a cache, over all that the cache holds once they are in it.
 
         Args:
           x: ``[B, T, E]``, normalised.
           rotary: cosine and sine from :func:`~pallas_attn_models.layers.rotary_tables`.
-          positions: int32 ``[B, T]``, or ``[1, T]`` without a cache; -1 is padding.
           block_mask: which queries see which keys: ``[T, T]`` tokens, or ``[T, capacity]`` with a cache.
           cache: this layer's cache, before these tokens.
+          reservation: with a cache, the slots of these tokens in it.
 
         Returns:
           ``[B, T, E]``, and the cache with these tokens in it.
         """
         query, key, value = (self._heads(projection(x)) for projection in (self.query, self.key, self.value))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if cache is None:
+        if cache is None or reservation is None:
             out = pa.attention(query, key, value, block_mask, implementation=self.implementation)
         else:
-            cache = cache.append(key, value, positions)
-            out, cache = self._attend(query, cache, block_mask)
+            cache = cache.write(key, value, reservation)
+            out, cache = self._attend(query, cache, block_mask, reservation.rows)
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 
     def _attend(
-        self, query: Array, cache: pa.caches.KVCache, block_mask: pa.BlockMask
+        self, query: Array, cache: pa.caches.KVCache, block_mask: pa.BlockMask, rows: Array | None
     ) -> tuple[Array, pa.caches.KVCache]:
-        """Over all that the cache holds; a policy that asks for it is told how much attention every slot got."""
-        view, observes = cache.view(), cache.policy.observes
+        """Over all that these rows hold; a policy that asks for it is told how much attention every slot got."""
+        view, observes = cache.view(rows), cache.policy.observes
         out = pa.attention(
             query,
             view.key,
@@ -75,7 +75,7 @@ class Attention(nnx.Module):
         )
         if isinstance(out, pa.AttentionOutput):
             assert out.key_weights is not None
-            return out.out, cache.observe(out.key_weights)
+            return out.out, cache.observe(out.key_weights, rows)
         return out, cache
 
     def _heads(self, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Which keys the queries of each layer see, as BlockMasks: built before the layers run, and shared where they agree."""
+"""What layers share where they agree, made before they run: the slots of new tokens, and which keys queries see."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,37 +36,61 @@ class Sizes:
         return sizes if sizes.chunk is not None else dataclasses.replace(sizes, chunk=DECODE_CHUNK)
 
 
+def reservations(
+    positions: Array, rows: Array | None, caches: Sequence[pa.caches.KVCache]
+) -> tuple[pa.caches.Reservation, ...]:
+    """One for each layer; layers with the same kind of cache get the same object.
+
+    Args:
+      positions: int32 ``[R, T]`` of the new tokens.
+      rows: int32 ``[R]``, the rows of the caches to which they belong, or None.
+      caches: one per layer. Those of the same policy, storage and capacity hold the same tokens, unless the policy lets
+        every head choose (``policy.per_head``).
+    """
+    made: dict[tuple, pa.caches.Reservation] = {}
+    layers = []
+    for layer, cache in enumerate(caches):
+        key = _kind(cache, layer)
+        if key not in made:
+            made[key] = cache.reserve(positions, rows)
+        layers.append(made[key])
+    return tuple(layers)
+
+
 def block_masks(
     config: DecoderConfig,
     positions: Array,
-    segment_ids: Array | None,
+    extra: pa.masks.Mask | None,
     caches: Sequence[pa.caches.KVCache] | None,
+    reserved: Sequence[pa.caches.Reservation] | None,
     sizes: Sizes,
 ) -> tuple[pa.BlockMask, ...]:
     """One for each layer; layers with the same window and the same kind of cache get the same object.
 
     Args:
       positions: int32 ``[B|1, T]`` of the new tokens, which are not in the caches yet.
-      segment_ids: int32 ``[B|1, T]`` or None.
-      caches: one per layer, or None. Those of the same policy, storage and capacity hold the same tokens, unless the
-        policy lets every head choose (``policy.per_head``).
+      extra: what every layer's mask is combined with, or None.
+      caches, reserved: one per layer, and what :func:`reservations` says of them; or None.
     """
     made: dict[tuple, pa.BlockMask] = {}
     layers = []
     for layer in range(config.num_layers):
         window = config.sliding_window(layer)
         cache = None if caches is None else caches[layer]
-        key = (window,)
-        if cache is not None:
-            key = (window, cache.policy, cache.storage, cache.capacity, layer if cache.policy.per_head else None)
+        key = (window, None if cache is None else _kind(cache, layer))
         if key not in made:
             mask = pa.masks.causal() if window is None else pa.masks.sliding_window(window)
-            if segment_ids is not None:
-                mask = mask & pa.masks.segments(segment_ids)
+            if extra is not None:
+                mask = mask & extra
             if cache is not None and cache.mask is not None:
                 mask = mask & cache.mask
-            kv_positions = positions if cache is None else cache.positions_after(positions)
-            cut = sizes.of(mask, positions.shape[-1], kv_positions.shape[-1])
-            made[key] = pa.BlockMask.from_mask(mask, positions, kv_positions, cut)
+            held = positions if cache is None or reserved is None else cache.positions_with(reserved[layer])
+            cut = sizes.of(mask, positions.shape[-1], held.shape[-1])
+            made[key] = pa.BlockMask.from_mask(mask, positions, held, cut)
         layers.append(made[key])
     return tuple(layers)
+
+
+def _kind(cache: pa.caches.KVCache, layer: int) -> tuple:
+    """Equal for the caches of layers that hold the same tokens in the same slots."""
+    return cache.policy, cache.storage, cache.capacity, layer if cache.policy.per_head else None

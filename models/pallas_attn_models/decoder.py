@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 import pallas_attn as pa
 from pallas_attn_models.attention import Attention
-from pallas_attn_models.block_masks import Sizes, block_masks
+from pallas_attn_models.block_masks import Sizes, block_masks, reservations
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.layer_caches import init_caches
 from pallas_attn_models.layers import MLP, Embedding, RMSNorm, linear, rotary_tables
@@ -63,12 +63,12 @@ class DecoderLayer(nnx.Module):
         self,
         hidden: Array,
         rotary: tuple[Array, Array],
-        positions: Array,
         block_mask: pa.BlockMask,
         cache: pa.caches.KVCache | None,
+        reservation: pa.caches.Reservation | None,
     ) -> tuple[Array, pa.caches.KVCache | None]:
         """``[B, T, E] -> [B, T, E]``, and the cache; arguments as in :meth:`Attention.__call__`."""
-        attended, cache = self.attention(self.attention_norm(hidden), rotary, positions, block_mask, cache)
+        attended, cache = self.attention(self.attention_norm(hidden), rotary, block_mask, cache, reservation)
         hidden = hidden + attended
         return hidden + self.mlp(self.mlp_norm(hidden)), cache
 
@@ -122,6 +122,8 @@ class Decoder(nnx.Module):
         segment_ids: ArrayLike | None = None,
         layer_hook: Callable[[int, Array], Array] | None = None,
         apply_head: bool = True,
+        rows: ArrayLike | None = None,
+        tree: ArrayLike | None = None,
     ) -> DecoderOutput:
         """Runs the decoder over ``tokens``, each of which sees itself and what comes before it.
 
@@ -134,28 +136,41 @@ class Decoder(nnx.Module):
             knows only distances, so positions may start anew in each document or run on. Not together with caches.
           layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[B, T, E]``, called before each layer.
           apply_head: False leaves the logits out; :meth:`logits` gives them for chosen rows of ``hidden``.
+          rows: int32 ``[B]``, distinct: the rows of the caches to which the rows of ``tokens`` belong, where these are
+            only some of them; no copy is made. What is no row of the caches is an unused entry: all of its tokens count
+            as padding. The caches of all other rows stay as they are.
+          tree: bool ``[T, T]`` or ``[B|1, T, T]``: the tokens are the nodes of a draft tree, and a node sees itself,
+            its ancestors (True), and what its row's caches hold, as ``pa.masks.tree`` says. Then positions are needed,
+            of each node by its depth; what is padding comes last in its row. Only together with caches that keep every
+            token in order (``pa.caches.Dense``); ``KVCache.keep`` takes back all but one path.
 
         Raises:
           ValueError: a shape, dtype or count that does not fit; names the argument, what was expected and what came.
         """
         tokens = _as_int32("tokens", tokens)
-        batch_size, length = tokens.shape
-        if caches is not None:
-            self._check_caches(caches, batch_size)
+        rows = self._check_caches(caches, rows, tokens.shape[0])
+        has_positions = positions is not None
         if positions is None:
-            positions = jnp.arange(length, dtype=jnp.int32)[None]
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
             if caches is not None:
-                positions = positions + caches[0].lengths[:, None]
+                positions = positions + _lengths(caches[0], rows)[:, None]
         positions = _per_token("positions", positions, tokens)
 
+        extra, reserved = None, None
         if segment_ids is not None:
             if caches is not None:
                 raise ValueError("segment_ids: expected None together with caches, which hold one document a row")
-            segment_ids = _per_token("segment_ids", segment_ids, tokens)
+            extra = pa.masks.segments(_per_token("segment_ids", segment_ids, tokens))
+        if tree is not None:
+            extra = _tree_mask(tree, tokens, has_positions, caches, rows)
         if caches is not None:
             positions = jnp.broadcast_to(positions, tokens.shape)
+            if rows is not None:
+                exist = (rows >= 0) & (rows < caches[0].batch_size)
+                positions = jnp.where(exist[:, None], positions, -1)
+            reserved = reservations(positions, rows, caches)
         sizes = Sizes(self.block_sizes, self.implementation, self.config.head_dim, self.dtype)
-        masks = block_masks(self.config, positions, segment_ids, caches, sizes)
+        masks = block_masks(self.config, positions, extra, caches, reserved, sizes)
 
         # What stands at padding may be no token at all, and the embedding answers that with NaN.
         hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))
@@ -165,7 +180,8 @@ class Decoder(nnx.Module):
             if layer_hook is not None:
                 hidden = layer_hook(index, hidden)
             cache = None if caches is None else caches[index]
-            hidden, cache = layer(hidden, rotary, positions, masks[index], cache)
+            reservation = None if reserved is None else reserved[index]
+            hidden, cache = layer(hidden, rotary, masks[index], cache, reservation)
             new_caches.append(cache)
         hidden = self.norm(hidden)
         return DecoderOutput(
@@ -213,14 +229,54 @@ class Decoder(nnx.Module):
             chunk=chunk,
         )
 
-    def _check_caches(self, caches: Sequence[pa.caches.KVCache], batch_size: int) -> None:
+    def _check_caches(
+        self, caches: Sequence[pa.caches.KVCache] | None, rows: ArrayLike | None, batch_size: int
+    ) -> Array | None:
+        """The rows, if they and the caches fit tokens of so many rows."""
+        if rows is not None:
+            rows = jnp.asarray(rows)
+            if caches is None:
+                raise ValueError("rows: expected None without caches, of which they are rows")
+            if rows.shape != (batch_size,) or rows.dtype != jnp.int32:
+                raise ValueError(f"rows: expected int32 [{batch_size}], as tokens, got {rows.dtype} {list(rows.shape)}")
+        if caches is None:
+            return None
         if len(caches) != self.config.num_layers:
             raise ValueError(f"caches: expected one per layer, {self.config.num_layers}, got {len(caches)}")
+        expected, of = (batch_size, "tokens") if rows is None else (caches[0].batch_size, "caches[0]")
         for index, cache in enumerate(caches):
-            if cache.batch_size != batch_size:
+            if cache.batch_size != expected:
                 raise ValueError(
-                    f"caches[{index}]: expected the batch size of tokens, {batch_size}, got {cache.batch_size}"
+                    f"caches[{index}]: expected the batch size of {of}, {expected}, got {cache.batch_size}"
                 )
+        return rows
+
+
+def _lengths(cache: pa.caches.KVCache, rows: Array | None) -> Array:
+    """int32 ``[B]``, of the rows of tokens."""
+    return cache.lengths if rows is None else jnp.take(cache.lengths, rows, mode="clip")
+
+
+def _tree_mask(
+    tree: ArrayLike,
+    tokens: Array,
+    has_positions: bool,
+    caches: Sequence[pa.caches.KVCache] | None,
+    rows: Array | None,
+) -> pa.masks.Mask:
+    """Of nodes that come after all that the caches hold."""
+    if caches is None or not all(cache.policy.ordered for cache in caches):
+        got = "no caches" if caches is None else ", ".join(type(cache.policy).__name__ for cache in caches)
+        raise ValueError(f"tree: expected caches that are Dense in every layer, got {got}")
+    if not has_positions:
+        raise ValueError("tree: expected positions with it, of each node by its depth, got None")
+    tree = jnp.asarray(tree)
+    batch_size, length = tokens.shape
+    shapes = [(length, length), (batch_size, length, length), (1, length, length)]
+    if tree.dtype != jnp.bool_ or tree.shape not in shapes:
+        wanted = f"bool [{length}, {length}] or [{batch_size}|1, {length}, {length}]"
+        raise ValueError(f"tree: expected {wanted}, got {tree.dtype} {list(tree.shape)}")
+    return pa.masks.tree(tree, start=_lengths(caches[0], rows))
 
 
 def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:

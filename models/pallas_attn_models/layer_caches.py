@@ -9,6 +9,9 @@ from jax.typing import DTypeLike
 import pallas_attn as pa
 from pallas_attn_models.config import DecoderConfig
 
+# Some rows of a cache that is not paged are read as pages of their own, which are multiples of so many slots long.
+ROW_MULTIPLE = 16
+
 
 def init_caches(
     config: DecoderConfig,
@@ -54,7 +57,7 @@ def _of_window(
     window: int, chunk: int, batch_size: int, capacity: int, policy: pa.caches.Policy, storage: pa.caches.Storage
 ) -> tuple[int, pa.caches.Policy, pa.caches.Storage]:
     """What a layer with a sliding window needs to take ``chunk`` tokens at once, if that is less than it was given."""
-    page_size = storage.page_size if isinstance(storage, pa.caches.Paged) else 1
+    page_size = storage.page_size if isinstance(storage, pa.caches.Paged) else ROW_MULTIPLE
     slots = -(-(window + chunk - 1) // page_size) * page_size
     if slots >= capacity:
         return capacity, policy, storage

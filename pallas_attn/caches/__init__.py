@@ -2,6 +2,7 @@
 
 from pallas_attn.caches.cache import CacheView as CacheView
 from pallas_attn.caches.cache import KVCache as KVCache
+from pallas_attn.caches.cache import Reservation as Reservation
 from pallas_attn.caches.cache import init as init
 from pallas_attn.caches.cache import nbytes as nbytes
 from pallas_attn.caches.heavy_hitters import H2O as H2O

@@ -12,24 +12,47 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn import masks
+from pallas_attn.caches import rows as row_sets
 from pallas_attn.caches.pages import Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
-from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, bits, from_bits, write
+from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, bits, from_bits, read, write
 
 
 class CacheView(NamedTuple):
     """What attention reads.
 
     Attributes:
-      key, value: ``[B, capacity, K, D]``, arrays or ``pa.QuantizedArray``; paged: the pool ``[P, page_size, K, D]``.
-      positions: int32 ``[B, 1|K, capacity]``; -1 is an empty slot, whatever it holds.
-      page_table: None, or int32 ``[B, capacity // page_size]`` for paged storage.
+      key, value: ``[B, capacity, K, D]``, arrays or ``pa.QuantizedArray``; paged: the pool ``[P, page, K, D]``.
+      positions: int32 ``[R, 1|K, capacity]``; -1 is an empty slot, whatever it holds.
+      page_table: None, or int32 ``[R, capacity // page]`` where the view is paged.
     """
 
     key: Stored
     value: Stored
     positions: Array
     page_table: Array | None = None
+
+
+class Reservation(NamedTuple):
+    """Slots for new tokens, and what a cache knows once they are in it.
+
+    Attributes:
+      rows: int32 ``[R]``, the rows of the cache to which the tokens belong; None: all.
+      positions: int32 ``[R, t]``, of the tokens.
+      slots: int32 ``[R, M, t]``; ``capacity`` where a token is not stored.
+      lengths: int32 ``[R]``, tokens that came in, with these.
+      lost: bool ``[R]``, rows that lose a token which the policy would have kept.
+      pages: for paged storage, who has which page then.
+      sources: for paged storage, int32 ``[B, L]``: the pages of which the row's own are copies, -1: none.
+    """
+
+    rows: Array | None
+    positions: Array
+    slots: Array
+    lengths: Array
+    lost: Array
+    pages: Pages | None
+    sources: Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -81,19 +104,50 @@ class KVCache:
         """What the policy lets queries see of the cache, to be combined (``&``) with the model's own; None: all."""
         return self.policy.mask
 
-    def append(self, key: Array, value: Array, positions: Array) -> "KVCache":
+    def append(self, key: Array, value: Array, positions: Array, rows: Array | None = None) -> "KVCache":
         """Stores each row's real tokens; what has to go for them goes now.
 
         Args:
-          key, value: ``[B, t, K, D]``; keys already rotated.
-          positions: int32 ``[B, t]``; -1 marks padding, which is not stored.
+          key, value: ``[R, t, K, D]``; keys already rotated.
+          positions: int32 ``[R, t]``; -1 marks padding, which is not stored.
+          rows: int32 ``[R]``, distinct: the rows to which the tokens belong; the others stay as they are. An entry
+            outside of ``[0, B)`` is unused: its tokens are padding. Default: all B rows in order.
 
         Raises:
           TypeError: what is not an array.
           ValueError: shapes or dtypes that do not fit the cache. A row without room (known only when it runs) keeps
             what it has and sets ``overflowed``.
         """
-        self._check_positions(positions)
+        return self.write(key, value, self.reserve(positions, rows))
+
+    def reserve(self, positions: Array, rows: Array | None = None) -> Reservation:
+        """The first half of :meth:`append`: where its tokens go. Caches that hold the same tokens can share it.
+
+        Args:
+          positions, rows: as :meth:`append` takes them.
+        """
+        rows = row_sets.check(rows, self.batch_size)
+        self._check_positions(positions, rows)
+        slots, lengths, lost = self.policy.place(self._slots_of(rows), positions >= 0)
+        pages, sources = self.pages, None
+        if pages is not None:
+            page_size = self.key.shape[1]
+            pages, refused, sources = pages.reserve(slots.reshape(slots.shape[0], -1) // page_size, rows)
+            refused = row_sets.take(refused, rows)
+            slots = jnp.where(refused[:, None, None], self.capacity, slots)
+            lengths = jnp.where(refused, row_sets.take(self.lengths, rows), lengths)
+            lost = lost | refused
+        return Reservation(rows, positions, slots, lengths, lost, pages, sources)
+
+    def write(self, key: Array, value: Array, reservation: Reservation) -> "KVCache":
+        """The second half of :meth:`append`: stores tokens ``[R, t, K, D]`` where there is room for them.
+
+        Args:
+          key, value: as :meth:`append` takes them.
+          reservation: from :meth:`reserve` of this cache, or of another of the same policy, storage and capacity that
+            holds the same tokens; with a policy whose heads choose by themselves that can only be this one.
+        """
+        rows, positions, slots, lengths, lost, pages, sources = reservation
         for name, x, buffer in (("key", key, self.key), ("value", value, self.value)):
             expected = (*positions.shape, *buffer.shape[2:])
             if not hasattr(x, "dtype"):
@@ -103,47 +157,75 @@ class KVCache:
             if not jnp.issubdtype(x.dtype, jnp.floating):
                 raise ValueError(f"{name}: expected floating point numbers, got {x.dtype}")
         encoded = self.storage.encode(key, self.dtype), self.storage.encode(value, self.dtype)
-        after, slots, sources = self._place(positions)
-        first, second = after._addresses(slots)
+        after = dataclasses.replace(self, pages=pages)
+        first, second = after._addresses(slots, rows)
         new_state = self.policy.new_state(Tokens(key, value, *encoded))
         state_slots = jnp.broadcast_to(slots, (slots.shape[0], key.shape[2], slots.shape[2]))
         buffers = bits(self.key), bits(self.value)
-        if after.pages is not None and sources is not None:
-            buffers = after.pages.copy(sources, buffers)
+        if pages is not None and sources is not None:
+            buffers = pages.copy(sources, buffers)
         new_key, new_value = (write(into, first, second, bits(x)) for into, x in zip(buffers, encoded, strict=True))
         return dataclasses.replace(
             after,
             key=from_bits(new_key, self.key),
             value=from_bits(new_value, self.value),
-            state={name: at_slots(x, state_slots, new_state[name].swapaxes(1, 2)) for name, x in self.state.items()},
+            positions=at_slots(self.positions, slots, _of_heads(positions, slots), rows),
+            lengths=row_sets.put(self.lengths, rows, lengths),
+            overflowed=row_sets.put(self.overflowed, rows, row_sets.take(self.overflowed, rows) | lost),
+            state={
+                name: at_slots(x, state_slots, new_state[name].swapaxes(1, 2), rows) for name, x in self.state.items()
+            },
         )
 
-    def positions_after(self, positions: Array) -> Array:
-        """``view().positions`` as it will be once tokens at ``positions`` ``[B, t]`` are appended.
+    def positions_after(self, positions: Array, rows: Array | None = None) -> Array:
+        """``view(rows).positions`` as it will be once tokens at ``positions`` ``[R, t]`` are appended to ``rows``.
 
         So a model can build the BlockMask of a call before its layers run.
         """
-        self._check_positions(positions)
-        return self._place(positions)[0].positions
+        return self.positions_with(self.reserve(positions, rows))
 
-    def view(self) -> CacheView:
-        """What attention reads: no copy is made."""
-        return CacheView(self.key, self.value, self.positions, None if self.pages is None else self.pages.table)
+    def positions_with(self, reservation: Reservation) -> Array:
+        """The same for tokens that have their slots already."""
+        rows, positions, slots, *_ = reservation
+        return at_slots(row_sets.take(self.positions, rows, -1), slots, _of_heads(positions, slots))
 
-    def observe(self, key_weights: Array) -> "KVCache":
+    def view(self, rows: Array | None = None) -> CacheView:
+        """What attention reads, of all rows or of ``rows`` as :meth:`append` takes them: no copy is made.
+
+        Of some rows it is paged whatever the storage: each is then a page of the pool that the whole cache is.
+
+        Raises:
+          ValueError: some rows of a cache whose capacity is not a multiple of 16, as pages are.
+        """
+        rows = row_sets.check(rows, self.batch_size)
+        positions = row_sets.take(self.positions, rows, -1)
+        if self.pages is not None:
+            return CacheView(self.key, self.value, positions, row_sets.take(self.pages.table, rows, -1))
+        if rows is None:
+            return CacheView(self.key, self.value, positions)
+        if self.capacity % 16:
+            raise ValueError(f"rows: expected None, for pages are multiples of 16 slots, got capacity {self.capacity}")
+        return CacheView(self.key, self.value, positions, rows[:, None])
+
+    def observe(self, key_weights: Array, rows: Array | None = None) -> "KVCache":
         """Tells the policy what attention was paid to each slot; a policy that does not ask for it ignores it.
 
         Args:
-          key_weights: float32 ``[B, K, capacity]``, as ``pa.attention(.., return_key_weights=True)`` gives them.
+          key_weights: float32 ``[R, K, capacity]``, as ``pa.attention(.., return_key_weights=True)`` gives them.
+          rows: int32 ``[R]``, as :meth:`append` takes them; the others stay as they are.
 
         Raises:
           ValueError: another shape or dtype.
         """
-        expected = (self.batch_size, self.key.shape[-2], self.capacity)
+        rows = row_sets.check(rows, self.batch_size)
+        expected = (self.batch_size if rows is None else rows.shape[0], self.key.shape[-2], self.capacity)
         if key_weights.shape != expected or key_weights.dtype != jnp.float32:
             got = f"{key_weights.dtype} {list(key_weights.shape)}"
             raise ValueError(f"key_weights: expected float32 {list(expected)}, got {got}")
-        return dataclasses.replace(self, state=self.policy.observe(self._slots, key_weights))
+        state = self.policy.observe(self._slots_of(rows), key_weights)
+        return dataclasses.replace(
+            self, state={name: row_sets.put(x, rows, state[name]) for name, x in self.state.items()}
+        )
 
     def truncate(self, lengths: Array) -> "KVCache":
         """Keeps at most each row's first ``lengths`` (int ``[B]``) tokens and takes the others back.
@@ -153,13 +235,75 @@ class KVCache:
         """
         requested = self._check_rows("lengths", lengths, jnp.integer).astype(jnp.int32)
         lengths = jnp.clip(requested, 0, self.lengths)
-        kept, lost = self.policy.truncate(self._slots, lengths)
+        kept, lost = self.policy.truncate(self._slots_of(None), lengths)
         overflowed = self.overflowed | (lost & (lengths < self.lengths))
         if not self.policy.bounded:
             # What found no room came after all that is stored, so taking any of this back takes that, too.
             overflowed = overflowed & (requested > self.lengths)
         after = dataclasses.replace(
             self, positions=jnp.where(kept, self.positions, -1), lengths=lengths, overflowed=overflowed
+        )
+        return after._release()
+
+    def keep(self, first: Array, path: Array, count: Array) -> "KVCache":
+        """Keeps one path of the tree that each row ends with, closed up, and takes its other nodes back.
+
+        What :func:`pallas_attn.masks.tree` verified (SpecInfer, arXiv:2305.09781, section 4): token number
+        ``first + path[n]`` becomes token number ``first + n``, and the row ends after ``count`` of them. ``n`` tokens
+        are read and written, in place; pages that a row shares are copied first. ``path = arange(n)`` is
+        :meth:`truncate` to ``first + count``.
+
+        Args:
+          first: int32 ``[B]``, the number of the row's token that is node 0.
+          path: int32 ``[B, n]``, nodes in ascending order.
+          count: int32 ``[B]``, how many of them are valid, the first.
+
+        Raises:
+          NotImplementedError: the policy does not hold tokens in order.
+          ValueError: other shapes or dtypes. A row whose nodes had no room, or which has no page to write to, keeps
+            what it can of the path and sets ``overflowed``.
+        """
+        if not self.policy.ordered:
+            raise NotImplementedError(f"{type(self.policy).__name__} cannot keep a path: its slots are not in order")
+        first, count = (self._check_rows(name, x, jnp.integer) for name, x in (("first", first), ("count", count)))
+        path = jnp.asarray(path)
+        if path.ndim != 2 or path.shape[0] != self.batch_size or path.dtype != jnp.int32:
+            raise ValueError(f"path: expected int32 [{self.batch_size}, n], got {path.dtype} {list(path.shape)}")
+        first, count = jnp.clip(first.astype(jnp.int32), 0, self.lengths), count.astype(jnp.int32)
+        number = lax.broadcasted_iota(jnp.int32, path.shape, 1)
+        sources, targets = first[:, None] + path, first[:, None] + number
+        stored = (number < count[:, None]) & (sources < self.lengths[:, None])
+        moved = stored & (path != number)
+        after, refused = self, jnp.zeros_like(self.overflowed)
+        buffers = bits(self.key), bits(self.value)
+        if self.pages is not None:
+            written = jnp.where(moved, targets, self.capacity) // self.key.shape[1]
+            pages, refused, copied = self.pages.reserve(written)
+            # Then what stands before the first token that would have to move is kept.
+            stays = (jnp.cumsum(moved, axis=1) == 0) | ~refused[:, None]
+            stored, moved = stored & stays, moved & stays
+            buffers = pages.copy(copied, buffers)
+            after = dataclasses.replace(self, pages=pages)
+        sources = jnp.where(moved, sources, 0)[:, None]
+        targets = jnp.where(moved, targets, self.capacity)[:, None]
+        places, written = after._addresses(sources, None), after._addresses(targets, None)
+        key, value = (write(x, *written, read(x, *places)) for x in buffers)
+        lengths = first + stored.sum(1, dtype=jnp.int32)
+        missing = jnp.minimum(count, path.shape[1]) > stored.sum(1)
+
+        def move(x: Array) -> Array:
+            into, out_of = (jnp.broadcast_to(slots, (*x.shape[:2], path.shape[1])) for slots in (targets, sources))
+            return at_slots(x, into, jnp.take_along_axis(x, out_of, axis=-1))
+
+        slot = lax.broadcasted_iota(jnp.int32, self.positions.shape, 2)
+        after = dataclasses.replace(
+            after,
+            key=from_bits(key, self.key),
+            value=from_bits(value, self.value),
+            positions=jnp.where(slot < lengths[:, None, None], move(self.positions), -1),
+            lengths=lengths,
+            overflowed=missing & (self.overflowed | refused),
+            state=jax.tree.map(move, self.state),
         )
         return after._release()
 
@@ -206,37 +350,51 @@ class KVCache:
             state=state,
         )
 
-    @property
-    def _slots(self) -> Slots:
-        return Slots(self.positions, self.lengths, self.state)
+    def copy_rows(self, sources: Array, targets: Array, count: Array) -> "KVCache":
+        """For every n below ``count``, in order, row ``targets[n]`` becomes what row ``sources[n]`` is.
 
-    def _place(self, positions: Array) -> tuple["KVCache", Array, Array | None]:
-        """The cache with new tokens in all but keys, values and state; their slots; and the pages to copy first."""
-        placed = self.policy.place(self._slots, positions >= 0)
-        slots, lengths, lost = placed
-        pages, sources = self.pages, None
-        if pages is not None:
-            page_size = self.key.shape[1]
-            pages, refused, sources = pages.reserve(slots.reshape(slots.shape[0], -1) // page_size)
-            slots = jnp.where(refused[:, None, None], self.capacity, slots)
-            lengths = jnp.where(refused, self.lengths, lengths)
-            lost = lost | refused
-        new_positions = jnp.broadcast_to(positions[:, None], slots.shape)
-        after = dataclasses.replace(
-            self,
-            positions=at_slots(self.positions, slots, new_positions),
-            lengths=lengths,
-            overflowed=self.overflowed | lost,
-            pages=pages,
-        )
-        return after, slots, sources
+        Unlike :meth:`fork` it touches no other row, and costs nothing where count is 0. With paged storage no key or
+        value is copied, as there.
 
-    def _addresses(self, slots: Array) -> tuple[Array, Array]:
-        """Where slots int32 ``[B, M, t]`` are in the first two axes of ``key`` and ``value``."""
+        Args:
+          sources, targets: int32 ``[n]``; a pair of which one is no row does nothing.
+          count: int32 scalar; may be traced.
+
+        Raises:
+          ValueError: other shapes or dtypes.
+        """
+        sources, targets = jnp.asarray(sources), jnp.asarray(targets)
+        for name, x in (("sources", sources), ("targets", targets)):
+            if x.ndim != 1 or x.shape != sources.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+                raise ValueError(f"{name}: expected integers [n], got {x.dtype} {list(x.shape)}")
+        count = jnp.asarray(count)
+        if count.ndim or not jnp.issubdtype(count.dtype, jnp.integer):
+            raise ValueError(f"count: expected an integer, got {count.dtype} {list(count.shape)}")
+        exist = row_sets.exist(sources, self.batch_size) & row_sets.exist(targets, self.batch_size)
+        sources, targets = (jnp.where(exist, x, 0).astype(jnp.int32) for x in (sources, targets))
+        count = jnp.minimum(count.astype(jnp.int32), sources.shape[0])
+        after = self
         if self.pages is None:
-            return lax.broadcasted_iota(jnp.int32, slots.shape, 0), slots
+            buffers = row_sets.copy((bits(self.key), bits(self.value)), sources, targets, count)
+            key, value = map(from_bits, buffers, (self.key, self.value))
+            after = dataclasses.replace(after, key=key, value=value)
+        else:
+            table = row_sets.copy(self.pages.table, sources, targets, count)
+            after = dataclasses.replace(after, pages=self.pages.of_table(table))
+        rows = self.positions, self.lengths, self.overflowed, self.state
+        positions, lengths, overflowed, state = row_sets.copy(rows, sources, targets, count)
+        return dataclasses.replace(after, positions=positions, lengths=lengths, overflowed=overflowed, state=state)
+
+    def _slots_of(self, rows: Array | None) -> Slots:
+        state = {name: row_sets.take(x, rows) for name, x in self.state.items()}
+        return Slots(row_sets.take(self.positions, rows, -1), row_sets.take(self.lengths, rows), state)
+
+    def _addresses(self, slots: Array, rows: Array | None) -> tuple[Array, Array]:
+        """Where slots int32 ``[R, M, t]`` of ``rows`` are in the first two axes of ``key`` and ``value``."""
+        row = row_sets.numbers(rows, slots.shape)
+        if self.pages is None:
+            return row, slots
         num_pages, page_size = self.key.shape[:2]
-        row = lax.broadcasted_iota(jnp.int32, slots.shape, 0)
         page = self.pages.table.at[row, slots // page_size].get(mode="fill", fill_value=num_pages)
         return page, slots % page_size
 
@@ -245,11 +403,12 @@ class KVCache:
             return self
         return dataclasses.replace(self, pages=self.pages.release((self.positions >= 0).any(1)))
 
-    def _check_positions(self, positions: Array) -> None:
+    def _check_positions(self, positions: Array, rows: Array | None) -> None:
         if not hasattr(positions, "dtype"):
             raise TypeError(f"positions: expected an array, got {type(positions).__name__}")
-        if positions.ndim != 2 or positions.shape[0] != self.batch_size:
-            raise ValueError(f"positions: expected shape ({self.batch_size}, t), got {positions.shape}")
+        expected = self.batch_size if rows is None else rows.shape[0]
+        if positions.ndim != 2 or positions.shape[0] != expected:
+            raise ValueError(f"positions: expected shape ({expected}, t), got {positions.shape}")
         if positions.dtype != jnp.int32:
             raise ValueError(f"positions: expected int32, got {positions.dtype}")
 
@@ -259,6 +418,11 @@ class KVCache:
             wanted = "bool" if kind is jnp.bool_ else "integers"
             raise ValueError(f"{name}: expected {wanted} of shape ({self.batch_size},), got {x.dtype} {x.shape}")
         return x
+
+
+def _of_heads(positions: Array, slots: Array) -> Array:
+    """int32 ``[R, M, t]`` of ``[R, t]``: what tokens at ``slots`` ``[R, M, t]`` have for positions."""
+    return jnp.broadcast_to(positions[:, None], slots.shape)
 
 
 def init(

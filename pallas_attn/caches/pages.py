@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn.caches.rows import copy as copy_rows
+from pallas_attn.caches.rows import numbers as row_numbers
 from pallas_attn.caches.storage import Stored
 
 
@@ -37,18 +39,19 @@ class Pages:
         users = jnp.zeros_like(self.users).at[jnp.where(table >= 0, table, nowhere)].add(1, mode="drop")
         return Pages(table, users)
 
-    def reserve(self, logical: Array) -> tuple["Pages", Array, Array]:
+    def reserve(self, logical: Array, rows: Array | None = None) -> tuple["Pages", Array, Array]:
         """Gives every row pages that nobody else has for what it will write.
 
         Args:
-          logical: int32 ``[B, n]``, entries of the row's table, any number of times each; L: none.
+          logical: int32 ``[R, n]``, entries of the row's table, any number of times each; L: none.
+          rows: int32 ``[R]``, the rows that these are; None: all.
 
         Returns:
           The pages; bool ``[B]``: rows that cannot be served, for the pool is spent: these get nothing; and int32
           ``[B, L]``: where the contents of an entry must be copied from, -1: from nowhere.
         """
         batch_size, per_row = self.table.shape
-        row = jnp.arange(batch_size, dtype=jnp.int32)[:, None]
+        row = row_numbers(rows, logical.shape)
         page = self.table.at[row, logical].get(mode="fill", fill_value=0)  # beyond the table nothing is needed
         beyond = logical >= per_row
         ready = beyond | ((page >= 0) & (self.users[page] == 1))
@@ -80,18 +83,9 @@ class Pages:
     def copy(self, sources: Array, pools: tuple[Stored, Stored]) -> tuple[Stored, Stored]:
         """The pools after the copies that :meth:`reserve` asked for; pages that are not concerned are not touched."""
         targets, sources = self.table.reshape(-1), sources.reshape(-1)
-        (entries,) = jnp.nonzero(sources >= 0, size=sources.shape[0], fill_value=0)
-
-        def copy_page(n: Array, pools: tuple[Stored, Stored]) -> tuple[Stored, Stored]:
-            source, target = sources[entries[n]], targets[entries[n]]
-            return jax.tree.map(
-                lambda pool: lax.dynamic_update_index_in_dim(
-                    pool, lax.dynamic_index_in_dim(pool, source, keepdims=False), target, 0
-                ),
-                pools,
-            )
-
-        return lax.fori_loop(0, (sources >= 0).sum(), copy_page, pools)
+        wanted = sources >= 0
+        (entries,) = jnp.nonzero(wanted, size=sources.shape[0], fill_value=0)
+        return copy_rows(pools, sources[entries], targets[entries], wanted.sum())
 
     def release(self, held: Array) -> "Pages":
         """Frees the pages in which nothing is: bool ``held`` ``[B, capacity]``."""

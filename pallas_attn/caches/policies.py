@@ -8,11 +8,11 @@ own overrides :meth:`Policy.importance`, and what else it needs (README.md besid
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn import masks
+from pallas_attn.caches.rows import numbers as row_numbers
 from pallas_attn.caches.storage import Stored
 
 State = dict[str, Array]
@@ -66,6 +66,7 @@ class Policy:
     bounded = True  # rows may be longer than the cache: old tokens make room for new ones
     per_head = False  # every KV head keeps tokens of its own
     observes = False  # reads key weights, so attention has to compute them
+    ordered = False  # slot n has the row's token number n
 
     @property
     def mask(self) -> masks.Mask | None:
@@ -133,6 +134,7 @@ class Dense(Policy):
     """Keeps every token, in order of arrival. A row that is full takes no more and says so (``overflowed``)."""
 
     bounded = False
+    ordered = True
 
     def place(self, slots: Slots, real: Array) -> Placement:
         at = slots.lengths[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
@@ -212,7 +214,7 @@ class Window(Policy):
         return jnp.where(slot < lengths, number, -1)
 
 
-def at_slots(target: Array, slots: Array, x: Array) -> Array:
-    """``target`` ``[B, M, capacity]`` with ``x`` ``[B, M, t]`` at ``slots`` int32 ``[B, M, t]``."""
-    row, head = (jax.lax.broadcasted_iota(jnp.int32, slots.shape, axis) for axis in (0, 1))
-    return target.at[row, head, slots].set(x, mode="drop")
+def at_slots(target: Array, slots: Array, x: Array, rows: Array | None = None) -> Array:
+    """``target`` ``[B, M, capacity]`` with ``x`` ``[R, M, t]`` at ``slots`` int32 ``[R, M, t]`` of ``rows``, or all."""
+    head = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
+    return target.at[row_numbers(rows, slots.shape), head, slots].set(x, mode="drop")

@@ -90,6 +90,11 @@ def decode(x: Stored) -> Array:
     return x.dequantize() if isinstance(x, QuantizedArray) else x.astype(jnp.float32)
 
 
+def read(buffer: Stored, first: Array, second: Array) -> Stored:
+    """``[B, t, K, D]`` of ``buffer`` ``[R, C, K, D]``, at places int32 ``[B, 1, t]`` along the first two axes."""
+    return jax.tree.map(lambda buffer: buffer.at[first[:, 0], second[:, 0]].get(mode="clip"), buffer)
+
+
 def write(buffer: Stored, first: Array, second: Array, x: Stored) -> Stored:
     """``buffer`` with ``x`` at the given places; what is beyond the buffer is dropped.
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 import pallas_attn as pa
 from pallas_attn_models import cli
 from pallas_attn_models.checkpoint import save_hf
+from pallas_attn_models.cli import completions, doctor, generate, loading
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.decoder import Decoder
 
@@ -86,7 +87,7 @@ def test_json_is_all_that_is_printed_and_batches_share_two_executables(run, chec
 
 def test_without_a_model_the_shipped_one_answers_its_own_tasks(run, checkpoint, monkeypatch, tmp_path):
     (tmp_path / "checkpoint").symlink_to(checkpoint)
-    monkeypatch.setattr(cli.importlib.resources, "files", {"pallas_attn_models": tmp_path}.__getitem__)
+    monkeypatch.setattr(loading.importlib.resources, "files", {"pallas_attn_models": tmp_path}.__getitem__)
     code, out, err = run("generate", "--max-new-tokens", 1)
     assert code == 0
     assert "completing 8 prompts" in err
@@ -98,16 +99,16 @@ def test_without_a_model_the_shipped_one_answers_its_own_tasks(run, checkpoint, 
         r"KV blocks visited \d+ of \d+ \(\d+\.\d%\)",
         figures,
     )
-    lengths = [len(example.prompt) for example in cli._shipped_examples()]
+    lengths = [len(example.prompt) for example in generate._shipped_examples()]
     assert min(lengths) < 10
     assert max(lengths) > 300
 
 
 def test_the_table_shows_what_was_written_and_no_more(capsys):
-    cli._print_completions(
+    completions.print_table(
         [
-            cli._Completion("a [bold] prompt", "[red]two\nlines", None, "stop", [], []),
-            cli._Completion("a" * 20 + "b" * 1100 + "\x1b", "\x1b[2J", None, "length", [], []),
+            completions.Completion("a [bold] prompt", "[red]two\nlines", None, "stop", [], []),
+            completions.Completion("a" * 20 + "b" * 1100 + "\x1b", "\x1b[2J", None, "length", [], []),
         ]
     )
     out = capsys.readouterr().out
@@ -123,7 +124,7 @@ def test_an_interrupt_is_no_error(run, checkpoint, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_hf", interrupt)
+    monkeypatch.setattr(loading, "load_hf", interrupt)
     code, out, err = run("generate", "--model", checkpoint, "--prompt", "a")
     assert (code, out) == (130, "")
     assert "error" not in err
@@ -150,7 +151,7 @@ def test_doctor_reports_what_is_wrong(run, monkeypatch, wrong):
             raise RuntimeError("no such instruction")
         return jnp.full(3, {"xla": {"numbers": 1.1, "nan": jnp.nan}.get(wrong), "reference": 1.0}[implementation])
 
-    monkeypatch.setattr(cli, "_small_attention", small_attention)
+    monkeypatch.setattr(doctor, "_small_attention", small_attention)
     code, out, _ = run("doctor")
     assert code == 1
     assert {"numbers": "1.0e-01 (WRONG)", "nan": "nan (WRONG)", "failure": "FAILED: no such"}[wrong] in out

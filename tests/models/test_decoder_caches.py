@@ -187,6 +187,133 @@ def test_one_executable_updates_in_place(policy, storage):
     assert step._cache_size() == before + 1
 
 
+ROWS_OF = {
+    "dense, plain": (caches.Dense(), caches.Plain()),
+    "window, int8": (caches.Window(20, sinks=2), caches.Int8()),
+    "h2o, paged": (caches.H2O(recent=4), caches.Paged(16, 15)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF)
+def test_some_rows_of_the_caches_get_what_they_get_in_the_whole_batch(name):
+    policy, storage = ROWS_OF[name]
+    rows_in_all, length = 5, 7
+    model = decoder(sliding_windows=(8, None))
+    whole = some = model.init_caches(batch_size=rows_in_all, capacity=CAPACITY, policy=policy, storage=storage)
+    run = compiled(model)
+    graph, state = nnx.split(model)
+    run_rows = jax.jit(
+        lambda tokens, positions, layers, rows: nnx.merge(graph, state)(tokens, positions, layers, rows=rows)
+    )
+    lengths = np.zeros(rows_in_all, np.int32)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        rows = rng.permutation(rows_in_all)[:2].astype(np.int32)
+        tokens = random_tokens(seed, 3, length, vocab_size=CONFIG.vocab_size)
+        positions = (np.append(lengths[rows], 0)[:, None] + np.arange(length)).astype(np.int32)
+        all_tokens, all_positions = (np.full((rows_in_all, length), fill, np.int32) for fill in (0, -1))
+        all_tokens[rows], all_positions[rows] = tokens[:2], positions[:2]
+        expected = run(all_tokens, all_positions, whole)
+        # The third entry is unused, and what stands there does not matter.
+        entries = np.append(rows, rng.choice([-1, rows_in_all, 99])).astype(np.int32)
+        out = run_rows(tokens, positions, some, rows=entries)
+        np.testing.assert_allclose(out.logits[:2], expected.logits[rows], rtol=0, atol=tolerances.CACHED_LOGITS)
+        whole, some = expected.caches, out.caches
+        lengths[rows] += length
+        for one, other in zip(some, whole, strict=True):
+            np.testing.assert_array_equal(one.lengths, lengths)
+            np.testing.assert_array_equal(one.positions, other.positions)
+
+
+def test_default_positions_of_some_rows_go_on_where_each_is(tokens):
+    model = decoder()
+    layers = model.init_caches(batch_size=3, capacity=CAPACITY)
+    layers = model(tokens[:, :9], None, layers, rows=jnp.array([2, 0], jnp.int32)).caches
+    layers = model(tokens[:1, 9:14], None, layers, rows=jnp.array([2], jnp.int32)).caches
+    out = model(np.stack([tokens[1, 9:14], tokens[0, 14:19]]), None, layers, rows=jnp.array([0, 2], jnp.int32))
+    expected = compiled(model)(tokens).logits
+    np.testing.assert_allclose(out.logits[0], expected[1, 9:14], rtol=0, atol=tolerances.CACHED_LOGITS)
+    np.testing.assert_allclose(out.logits[1], expected[0, 14:19], rtol=0, atol=tolerances.CACHED_LOGITS)
+    assert out.caches[0].lengths.tolist() == [14, 0, 19]
+
+
+# Two chains from one root: 0-1-3-5 and 0-2-4.
+PARENTS = [-1, 0, 0, 1, 2, 3]
+DEPTHS = [0, 1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("storage", ["plain", "paged int8"])
+def test_a_tree_is_verified_as_each_of_its_paths(storage, tokens):
+    """And what is kept of it is what the path alone would have left."""
+    model = decoder(sliding_windows=(8, None))
+    run = compiled(model)
+    graph, state = nnx.split(model)
+    run_tree = jax.jit(
+        lambda tokens, positions, layers, tree: nnx.merge(graph, state)(tokens, positions, layers, tree=tree)
+    )
+    layers = model.init_caches(batch_size=B, capacity=CAPACITY, storage=STORAGES[storage])
+    start = np.array([11, 17], np.int32)
+    at = np.arange(T)
+    layers = run(tokens, np.where(at < start[:, None], at, -1).astype(np.int32), layers).caches
+    nodes = random_tokens(7, B, len(PARENTS), vocab_size=CONFIG.vocab_size)
+    sees = np.eye(len(PARENTS), dtype=bool)
+    for node, parent in enumerate(PARENTS[1:], start=1):
+        sees[node] |= sees[parent]
+    positions = start[:, None] + np.array(DEPTHS, np.int32)
+    out = run_tree(nodes, positions, layers, sees)
+    for path in ([0, 1, 3, 5], [0, 2, 4]):
+        alone = run(nodes[:, path], positions[:, path], layers)
+        np.testing.assert_allclose(out.logits[:, path], alone.logits, rtol=0, atol=tolerances.CACHED_LOGITS)
+        count = np.full(B, len(path), np.int32)
+        padded = np.tile(np.array([*path, *range(len(path), len(PARENTS))], np.int32), (B, 1))
+        for tree, chain in zip(out.caches, alone.caches, strict=True):
+            kept = tree.keep(start, padded, count)
+            np.testing.assert_array_equal(kept.lengths, chain.lengths)
+            np.testing.assert_array_equal(kept.positions, chain.positions)
+        kept = tuple(tree.keep(start, padded, count) for tree in out.caches)
+        after = run(nodes[:, :1], (start + len(path))[:, None], kept).logits
+        expected = run(nodes[:, :1], (start + len(path))[:, None], alone.caches).logits
+        np.testing.assert_allclose(after, expected, rtol=0, atol=tolerances.CACHED_LOGITS)
+
+
+def _bad_call(**options):
+    model = decoder()
+    layers = model.init_caches(batch_size=3, capacity=32, policy=options.pop("policy", None))
+    return model(np.zeros((2, 4), np.int32), options.pop("positions", None), layers, **options)
+
+
+AT = np.zeros((2, 4), np.int32)
+ROWS = np.array([2, 0], np.int32)
+TREE = np.eye(4, dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _bad_call(), "caches[0]: expected the batch size of tokens, 2, got 3"),
+        (lambda: _bad_call(rows=ROWS[:1]), "rows: expected int32 [2], as tokens, got int32 [1]"),
+        (lambda: _bad_call(rows=ROWS > 0), "rows: expected int32 [2], as tokens, got bool [2]"),
+        (lambda: decoder()(AT, rows=ROWS), "rows: expected None without caches, of which they are rows"),
+        (lambda: decoder()(AT, AT, tree=TREE), "tree: expected caches that are Dense in every layer, got no caches"),
+        (
+            lambda: _bad_call(rows=ROWS, tree=TREE),
+            "tree: expected positions with it, of each node by its depth, got None",
+        ),
+        (
+            lambda: _bad_call(rows=ROWS, tree=TREE, positions=AT, policy=[caches.Dense(), caches.H2O(4)]),
+            "tree: expected caches that are Dense in every layer, got Dense, H2O",
+        ),
+        (
+            lambda: _bad_call(rows=ROWS, tree=TREE[:3], positions=AT),
+            "tree: expected bool [4, 4] or [2|1, 4, 4], got bool [3, 4]",
+        ),
+    ],
+)
+def test_rows_and_trees_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
 def _with_room(storage: str) -> caches.Storage:
     held = STORAGES[storage]
     if isinstance(held, caches.Paged):

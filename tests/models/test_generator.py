@@ -1,6 +1,7 @@
 """Generator: two executables for life, rows that do not see each other, and the tokens of a plain loop."""
 
 import dataclasses
+import math
 import re
 
 import chex
@@ -12,11 +13,12 @@ import tolerances
 from flax import nnx
 
 import pallas_attn as pa
-from pallas_attn_models import generator as generator_module
+from pallas_attn_models import steps
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.generator import Generator, _Count
-from pallas_attn_models.sampling import Sampling, SamplingArrays, sample
+from pallas_attn_models.generator import Generator
+from pallas_attn_models.rows import Count
+from pallas_attn_models.sampling import Limits, Sampling, SamplingArrays, sample
 
 EOS = 7
 BATCH, CAPACITY, CHUNK, KV_BLOCK = 3, 48, 16, 8
@@ -44,11 +46,11 @@ def make_model() -> Decoder:
 def generator():
     """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_prefill", "_decode"):
-            patch.setattr(generator_module, name, chex.assert_max_traces(getattr(generator_module, name), n=1))
+        for name in ("prefill", "decode"):
+            patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))
         generator = Generator(make_model(), batch_size=BATCH, capacity=CAPACITY, prefill_chunk=CHUNK)
     assert generator.compile_counts == {"prefill": 0, "decode": 0}
-    assert generator.compile() > 0
+    assert generator.warmup() > 0
     yield generator
     assert generator.compile_counts == ONE_EACH
 
@@ -129,7 +131,9 @@ def test_the_random_stream_counts_the_new_tokens(generator):
     """So hot that the logits do not matter: what is left is the noise, by seed and index alone."""
     hot = Sampling(16, temperature=1e30, seed=10)
     logits = jnp.zeros((16, CONFIG.vocab_size), jnp.float32)
-    expected, _ = sample(logits, SamplingArrays.stack([hot] * 16), jnp.arange(16, dtype=jnp.int32))
+    settings = SamplingArrays.stack([hot] * 16, limits=Limits(), vocab_size=CONFIG.vocab_size)
+    counts = jnp.zeros((16, CONFIG.vocab_size), jnp.int32)
+    expected = sample(logits, settings, counts, jnp.arange(16, dtype=jnp.int32)).tokens
     assert EOS not in expected
     for length in (3, 20):
         assert generator.generate([prompt_of(1), prompt_of(length)], [Sampling(2), hot]).tokens[1] == expected.tolist()
@@ -182,7 +186,7 @@ def test_no_call_compiles_again(generator, compilations):
 
 
 class Interrupted:
-    """Runs a jitted function, whose donated caches are gone then, and is interrupted before it gives back new ones."""
+    """Runs a jitted function, whose donated state is gone then, and is interrupted before it gives back the new one."""
 
     def __init__(self, jitted):
         self.jitted = jitted
@@ -197,42 +201,49 @@ class Interrupted:
 def test_nor_does_one_after_an_interrupt(generator, monkeypatch, name):
     expected = generator.generate([prompt_of(9)], Sampling(10)).tokens
     with monkeypatch.context() as patch:
-        patch.setattr(generator, name, Interrupted(getattr(generator, name)))
+        patch.setattr(generator._engine, name, Interrupted(getattr(generator._engine, name)))
         with pytest.raises(KeyboardInterrupt):
             generator.generate([prompt_of(9)], Sampling(10))
     assert generator.generate([prompt_of(9)], Sampling(10)).tokens == expected
     assert generator.compile_counts == ONE_EACH
 
 
-def test_nor_does_a_run_that_comes_back_to_python_often(generator, monkeypatch):
+def test_nor_does_a_run_that_comes_back_to_python_often(generator):
     prompts, samplings = [prompt_of(3), prompt_of(20)], [Sampling(17), Sampling(9, temperature=1.0, seed=2)]
     expected = generator.generate(prompts, samplings)
-    monkeypatch.setattr(generator_module, "_STEPS_PER_CALL", np.int32(4))
-    assert generator.generate(prompts, samplings).tokens == expected.tokens
+    handles = [generator.submit(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+    while generator.step(4):
+        pass
+    assert [handle.result().tokens for handle in handles] == expected.tokens
     assert generator.compile_counts == ONE_EACH
 
 
 def test_caches_are_updated_in_place():
     """Also: a model whose weights are bound to a device, as after ``jax.device_put``, compiles as often."""
-    capacity = 1999  # a number that no other array has
+    capacity = 9984  # a number that no other array has
     model = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0), implementation="xla")
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
-    generator = Generator(model, batch_size=2, capacity=capacity, prefill_chunk=CHUNK)
+    generator = Generator(model, batch_size=4, capacity=capacity, prefill_chunk=CHUNK)
     for length in (3, 30):
         generator.generate([prompt_of(length)], Sampling(3))
     assert generator.compile_counts == ONE_EACH
 
-    weights, caches, request = nnx.state(model), generator._caches, generator._request([], [], ())
-    state = jax.eval_shape(generator._prefill, weights, caches, request)
-    decode = generator._decode.lower(weights, state, request, np.int32(1)).compile()
-    text = decode.as_text()
-    assert caches[0].key.shape == (2, capacity, 2, 8)
-    assert f"f32[2,{capacity},2,8]" in text
-    assert "input_output_alias=" in text.partition("\n")[0]
-    assert not re.search(rf"= \w+\[2,{capacity},2,8\]\S* copy\(", text)
-    memory = decode.memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(cache.nbytes for cache in caches)
-    assert memory.temp_size_in_bytes < caches[0].key.nbytes
+    engine = generator._engine
+    weights, state = engine._weights(), engine.abstract_state()
+    for lowered in (
+        engine._prefill.lower(weights, state, engine.no_work()),
+        engine._decode.lower(weights, state, np.int32(1), np.bool_(False)),
+    ):
+        compiled = lowered.compile()
+        text = compiled.as_text()
+        assert state.caches[0].key.shape == (4, capacity, 2, 8)
+        assert f"f32[4,{capacity},2,8]" in text
+        assert "input_output_alias=" in text.partition("\n")[0]
+        assert not re.search(rf"= \w+\[4,{capacity},2,8\]\S* copy\(", text)
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= sum(cache.nbytes for cache in state.caches)
+        # Prefill copies rows where samples share a prompt, one at a time.
+        assert memory.temp_size_in_bytes < math.prod(state.caches[0].key.shape) * 4
 
 
 # --- when a row ends ---
@@ -282,12 +293,18 @@ def test_the_longest_prompt_has_room_for_one_token(generator):
     assert (len(result.tokens[0]), result.finish_reasons) == (1, ["capacity"])
 
 
-def test_the_cache_of_a_row_that_is_done_does_not_grow(generator):
-    generator.generate([prompt_of(3), prompt_of(4)], [Sampling(1), Sampling(12)])
-    for cache in generator._caches:
-        # The newest token is not in the cache, and the third row is empty.
-        assert cache.lengths.tolist() == [3, 4 + 11, 0]
+def test_the_cache_of_a_row_does_not_grow_when_it_is_done(generator):
+    generator.submit(prompt_of(3), Sampling(1))
+    running = generator.submit(prompt_of(4), Sampling(12))
+    generator.step(6)
+    for cache in generator._engine._state.caches:
+        # The first row is done and empty. The newest token is not in the cache, and nobody is in the third row.
+        assert cache.lengths.tolist() == [0, 4 + 5, 0]
+        assert (cache.positions[0] == -1).all()
         assert not cache.overflowed.any()
+    running.result()
+    for cache in generator._engine._state.caches:
+        assert cache.lengths.tolist() == [0, 0, 0]
 
 
 # --- figures ---
@@ -298,8 +315,8 @@ def test_visited_blocks_are_counted(generator):
     result = generator.generate([prompt_of(length) for length in lengths], [Sampling(budget) for budget in budgets])
     visited = total = 0
     for length, budget in zip(lengths, budgets, strict=True):
-        prefill = [min(length, start + CHUNK) for start in range(0, length, CHUNK)]
-        decode = range(length + 1, length + budget)
+        prefill = [min(length - 1, start + CHUNK) for start in range(0, length - 1, CHUNK)]
+        decode = range(length, length + budget)
         visited += sum(-(-seen // KV_BLOCK) for seen in (*prefill, *decode))
         total += (len(prefill) + len(decode)) * (CAPACITY // KV_BLOCK)
     assert result.finish_reasons == ["length"] * 2
@@ -308,7 +325,7 @@ def test_visited_blocks_are_counted(generator):
 
 
 def test_a_count_goes_beyond_32_bits():
-    count = _Count.zero()
+    count = Count.zero()
     for _ in range(20):
         count += jnp.int32(2**30 - 1)
     assert count.value() == 20 * (2**30 - 1)
@@ -328,7 +345,6 @@ def test_figures_of_a_run(generator):
     ("prompts", "error", "message"),
     [
         ([], ValueError, "prompts: expected at least one prompt, got none"),
-        ([[1]] * 4, ValueError, "prompts: expected at most batch_size=3, got 4"),
         ([[1], []], ValueError, r"prompts\[1\]: expected at least one token, got none"),
         ([[1] * 48], ValueError, r"prompts\[0\]: expected fewer tokens than max_length=48 .*, got 48"),
         ([[1], [2, 50]], ValueError, r"prompts\[1\]\[1\]: expected a token in \[0, vocab_size=50\), got 50"),
@@ -352,12 +368,25 @@ def test_prompts_that_do_not_fit(generator, prompts, error, message):
         ({"sampling": [Sampling()]}, ValueError, "sampling: expected one, or one for each of 2 prompts, got 1"),
         ({"sampling": [Sampling(), 0.7]}, TypeError, "sampling: expected a Sampling or one per prompt, got float"),
         ({"sampling": 0.7}, TypeError, "sampling: expected a Sampling or one per prompt, got float"),
-        ({"stop": 50}, ValueError, r"stop\[0\]: expected a token in \[0, vocab_size=50\), got 50"),
-        ({"stop": [3, -2]}, ValueError, r"stop\[1\]: expected a token in \[0, vocab_size=50\), got -2"),
-        ({"stop": "\n"}, TypeError, "stop: expected a sequence of token ids, got str"),
-        ({"stop": [[3, 4]]}, NotImplementedError, "stop: a sequence of several tokens is not available yet"),
-        ({"negative_prompts": [[1], [2]]}, NotImplementedError, "negative_prompts.*not available yet"),
-        ({"guidance_scale": 1.5}, NotImplementedError, "guidance_scale.*not available yet"),
+        ({"stop": 50}, ValueError, r"stop: expected tokens in \[0, vocab_size=50\), got 50"),
+        ({"stop": [3, -2]}, ValueError, r"stop.*expected .*, got -2"),
+        ({"stop": "\n"}, ValueError, "stop: expected .*, got "),
+        ({"stop": [[3] * 9]}, ValueError, "stop: expected at most limits.stop_length=8 tokens in a sequence, got 9"),
+        ({"negative_prompts": [[1]]}, ValueError, "negative_prompts: expected one.* 2 prompts, got 1"),
+        ({"negative_prompts": [[1], []]}, ValueError, r"negative_prompts\[1\]: expected at least one token, got none"),
+        ({"guidance_scale": 1.5}, ValueError, "guidance_scale: expected 1 without negative_prompts, got 1.5"),
+        (
+            {"negative_prompts": [[1], [2]], "guidance_scale": [2, -1]},
+            ValueError,
+            "guidance_scale: expected a finite number of at least 0, got -1",
+        ),
+        ({"num_samples": 0}, ValueError, "num_samples: expected an int of at least 1, got 0"),
+        ({"num_samples": 4}, ValueError, "num_samples: expected at most batch_size=3 rows for a prompt, got 4"),
+        (
+            {"num_samples": 2, "negative_prompts": [[1], [2]]},
+            ValueError,
+            r"num_samples: expected at most batch_size=3 rows for a prompt, got 4 \(two for a guided sample\)",
+        ),
     ],
 )
 def test_options_that_do_not_fit(generator, options, error, message):
@@ -365,7 +394,7 @@ def test_options_that_do_not_fit(generator, options, error, message):
         generator.generate([[1], [2]], **options)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "capacity", "prefill_chunk"])
+@pytest.mark.parametrize("name", ["batch_size", "capacity", "prefill_chunk", "max_queue", "prefill_rows"])
 @pytest.mark.parametrize("size", [0, 1.5, True])
 def test_sizes_that_do_not_fit(generator, name, size):
     sizes = {"batch_size": 1, "capacity": 8, "prefill_chunk": 4, name: size}

@@ -86,18 +86,22 @@ def test_the_end_of_a_row_is_max_length():
     assert len(result.tokens[0]) == 40 - len(PROMPTS[0])
 
 
-def test_a_pool_that_is_spent_ends_rows_and_says_so():
-    # 3 rows of up to 64 tokens, and 4 pages of 16: room for 30 and 3 tokens, not for 17 more.
+def test_requests_wait_for_pages():
+    """Rows of up to 40, 13 and 27 tokens, and 4 pages of 16: room for the first two, then for the third."""
     generate = generator(decoder(), capacity=64, storage=caches.Paged(16, 4))
     result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
-    assert result.finish_reasons[1] == "length"
-    assert "capacity" in result.finish_reasons
-    # What was handed out before is what the rows would have had alone, and nothing after that.
-    for row, prompt in enumerate(PROMPTS):
-        alone = generate.generate([prompt], Sampling(max_new_tokens=10))
-        assert alone.finish_reasons == ["length"]
-        assert result.tokens[row] == alone.tokens[0][: len(result.tokens[row])]
-    assert len(result.tokens[1]) == 10
+    plain = generator(decoder(), capacity=64).generate(PROMPTS, Sampling(max_new_tokens=10))
+    assert result.finish_reasons == ["length"] * 3
+    assert result.tokens == plain.tokens
+
+
+def test_a_pool_that_is_too_small_ends_a_row_and_says_so():
+    generate = generator(decoder(), capacity=64, storage=caches.Paged(16, 2))
+    result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
+    assert result.finish_reasons == ["capacity", "length", "length"]
+    # What was handed out before is what the row would have had with room.
+    plain = generator(decoder(), capacity=64).generate(PROMPTS, Sampling(max_new_tokens=10))
+    assert result.tokens == [plain.tokens[0][: 2 * 16 + 1 - len(PROMPTS[0])], *plain.tokens[1:]]
 
 
 def test_layers_with_a_window_hold_no_more_than_it_takes():

@@ -1,36 +1,90 @@
 """Sampling: every setting does what the literature says, and a row's token is its own affair."""
 
 import dataclasses
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from pallas_attn_models.sampling import Sampling, SamplingArrays, _top_k_top_p, sample
+from pallas_attn_models import sampling as sampling_module
+from pallas_attn_models.sampling import (
+    Limits,
+    Sampling,
+    SamplingArrays,
+    _top_k_top_p,
+    count_new,
+    count_prompt,
+    process,
+    sample,
+    stop_sequences,
+)
 from tests import tolerances
 
-DRAWS = 4096
+DRAWS = 20_000
 LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 2.0, -3.0, 0.9, 1.6], np.float32)
+# Of token 6 the row has had two, of which one is in the prompt.
+PROMPT, NEW = [1, 6, 1], [6, 0, 0]
+LIMITS = Limits(logit_bias=4, stop_sequences=3, stop_length=4, top_logprobs=3)
 
 run = jax.jit(sample)
+run_process = jax.jit(process)
+
+
+def arrays(samplings: list[Sampling], vocab_size: int = len(LOGITS), eos_token_ids=()) -> SamplingArrays:
+    return SamplingArrays.stack(samplings, limits=LIMITS, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+
+
+def counted(vocab_size: int, prompts: list[list[int]], new: list[list[int]]) -> np.ndarray:
+    """int32 ``[B, V]``, of the definition."""
+    counts = np.zeros((len(prompts), vocab_size), np.int32)
+    for row, (prompt, tokens) in enumerate(zip(prompts, new, strict=True)):
+        counts[row, prompt] = 1
+        np.add.at(counts[row], tokens, 2)
+    return counts
 
 
 def draw(logits: np.ndarray, samplings: list[Sampling], steps: list[int] | None = None) -> np.ndarray:
     """One token for each sampling, from the same logits ``[V]``."""
-    rows = jnp.broadcast_to(logits, (len(samplings), len(logits)))
-    tokens, _ = run(rows, SamplingArrays.stack(samplings), np.array(steps or [0] * len(samplings), np.int32))
-    return np.asarray(tokens)
+    return draw_rows(logits, arrays(samplings), np.array(steps or [0] * len(samplings), np.int32))
 
 
-def draw_many(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    return draw(logits, [dataclasses.replace(sampling, seed=seed) for seed in range(DRAWS)])
+def draw_many(logits: np.ndarray, sampling: Sampling, *, varied: str = "seed") -> np.ndarray:
+    """Many tokens from the same logits ``[V]``, each with another seed or at another step."""
+    settings = jax.tree.map(lambda x: np.broadcast_to(x, (DRAWS, *x.shape[1:])), arrays([sampling]))
+    numbers, zeros = np.arange(DRAWS), np.zeros(DRAWS, np.int32)
+    if varied == "seed":
+        return draw_rows(logits, dataclasses.replace(settings, seed=numbers.astype(np.uint32)), zeros)
+    return draw_rows(logits, settings, numbers.astype(np.int32))
+
+
+def draw_rows(logits: np.ndarray, settings: SamplingArrays, steps: np.ndarray) -> np.ndarray:
+    rows = np.broadcast_to(logits, (len(steps), len(logits)))
+    counts = np.broadcast_to(counted(len(logits), [PROMPT], [NEW]), rows.shape)
+    return np.asarray(run(rows, settings, counts, steps).tokens)
+
+
+def expected_logits(logits: np.ndarray, sampling: Sampling, prompt: list[int], new: list[int], step: int) -> np.ndarray:
+    """Everything before the temperature, one token at a time in float64."""
+    logits = logits.astype(np.float64)
+    for token in range(len(logits)):
+        logits[token] += (sampling.logit_bias or {}).get(token, 0.0)
+        if token in (*prompt, *new):
+            logits[token] *= sampling.repetition_penalty ** (1 if logits[token] < 0 else -1)
+        logits[token] -= sampling.frequency_penalty * new.count(token)
+        logits[token] -= sampling.presence_penalty * (token in new)
+        early = step < sampling.min_new_tokens and (token,) in stop_sequences(sampling.stop)
+        if early or token in sampling.forbidden_tokens:
+            logits[token] = -np.inf
+    return logits
 
 
 def expected_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Temperature, top-k, top-p, one token at a time in float64."""
-    weights = np.exp(logits.astype(np.float64) / sampling.temperature)
+    """All settings in their order, one token at a time in float64."""
+    weights = np.exp(expected_logits(logits, sampling, PROMPT, NEW, 0) / sampling.temperature)
     ranked = sorted(range(len(logits)), key=lambda token: (-weights[token], token))
     ranked = ranked[: sampling.top_k or len(ranked)]
     total = sum(weights[token] for token in ranked)
@@ -40,8 +94,26 @@ def expected_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
             break
         kept.append(token)
         mass += weights[token] / total
+    kept = [token for token in kept if weights[token] >= sampling.min_p * weights[kept[0]]]
     distribution = np.where(np.isin(np.arange(len(logits)), kept), weights, 0.0)
     return distribution / distribution.sum()
+
+
+EVERYTHING = Sampling(
+    max_new_tokens=DRAWS,
+    temperature=1.4,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.4,
+    repetition_penalty=1.3,
+    presence_penalty=0.4,
+    frequency_penalty=0.3,
+    logit_bias={5: 4.5, 2: -0.7, 7: 3.0},
+    forbidden_tokens=[7],
+    min_new_tokens=DRAWS,
+    stop=[4, (2, 3)],
+    top_logprobs=3,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,16 +125,15 @@ def expected_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         Sampling(temperature=1.0, top_p=0.8),
         Sampling(temperature=1.5, top_k=6, top_p=0.7),
         Sampling(temperature=1.0, top_k=10**6, top_p=1.0),
+        Sampling(temperature=1.0, min_p=0.3),
+        Sampling(temperature=1.3, top_k=7, top_p=0.95, min_p=0.2, logit_bias={5: 5.0, 2: -1.0}),
+        EVERYTHING,
     ],
     ids=str,
 )
 @pytest.mark.parametrize("varied", ["seed", "step"])
 def test_draws_follow_the_distribution(sampling, varied):
-    if varied == "seed":
-        tokens = draw_many(LOGITS, sampling)
-    else:
-        tokens = draw(LOGITS, [sampling] * DRAWS, list(range(DRAWS)))
-    counts = np.bincount(tokens, minlength=len(LOGITS))
+    counts = np.bincount(draw_many(LOGITS, sampling, varied=varied), minlength=len(LOGITS))
     expected = expected_distribution(LOGITS, sampling) * DRAWS
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -80,6 +151,7 @@ def test_temperature_zero_takes_the_first_of_the_largest():
         Sampling(temperature=1.0, top_p=1e-6),
         Sampling(temperature=1.0, top_p=1e-60),
         Sampling(temperature=9.0, top_k=1, top_p=0.5),
+        Sampling(temperature=9.0, top_k=1, min_p=1.0),
     ],
     ids=str,
 )
@@ -102,20 +174,59 @@ def test_a_token_without_probability_is_never_drawn():
 def test_a_filter_that_is_off_keeps_every_token_of_its_row():
     """Also one after the running sum has rounded to 1: or a row's tokens would depend on its neighbour's top-p."""
     logits = np.tile(np.array([0.0, -18.0, -40.0, -80.0], np.float32), (2, 1))
-    settings = SamplingArrays.stack([Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)])
+    settings = arrays([Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)], vocab_size=4)
     assert _top_k_top_p(logits, settings).tolist() == [[True] * 4, [True, False, False, False]]
 
 
-def test_every_row_has_its_own_settings():
-    rows = [
-        Sampling(),
-        Sampling(temperature=0.8, seed=5),
-        Sampling(temperature=1.3, top_k=3, seed=6),
-        Sampling(temperature=1.0, top_p=0.6, seed=7),
-    ]
-    together = draw(LOGITS, rows, [3, 4, 5, 6])
-    alone = [draw(LOGITS, [row], [step])[0] for row, step in zip(rows, [3, 4, 5, 6], strict=True)]
-    assert together.tolist() == alone
+ROWS = [
+    Sampling(),
+    Sampling(temperature=0.8, seed=5),
+    Sampling(temperature=1.3, top_k=3, seed=6),
+    Sampling(temperature=1.0, top_p=0.6, seed=7),
+    Sampling(temperature=1.1, min_p=0.1, seed=8, top_logprobs=1),
+    Sampling(repetition_penalty=1.7, top_logprobs=2),
+    Sampling(presence_penalty=0.7, frequency_penalty=-0.3),
+    Sampling(temperature=0.9, seed=9, logit_bias={3: 1.1}, forbidden_tokens=(2,)),
+    Sampling(temperature=2.0, seed=10, min_new_tokens=7, stop=[4, 6, (1, 2)]),
+    dataclasses.replace(EVERYTHING, seed=11, min_new_tokens=9),
+]
+
+
+def random_batch(seed: int, batch_size: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, counts and steps."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=3, size=(batch_size, vocab_size)).astype(np.float32)
+    counts = rng.integers(0, 6, size=(batch_size, vocab_size), dtype=np.int32)
+    return logits, counts, rng.integers(0, 9, size=batch_size, dtype=np.int32)
+
+
+@pytest.mark.parametrize("compute", [run, run_process], ids=["sample", "process"])
+@pytest.mark.parametrize("others", ["none", "plain", "any"])
+def test_every_row_has_its_own_settings(compute, others):
+    """To the last bit what it is in another batch, whatever the other rows ask for."""
+    logits, counts, steps = random_batch(0, len(ROWS), 37)
+    together = compute(logits, arrays(ROWS, 37), counts, steps)
+    for row, sampling in enumerate(ROWS):
+        if others == "none":
+            rows, index = [row], 0
+            settings = arrays([sampling], 37)
+        else:
+            rows = list(range(len(ROWS)))
+            index = (row + 3) % len(ROWS)
+            rows[index] = row
+            samplings = [Sampling()] * len(ROWS) if others == "plain" else ROWS[::-1]
+            settings = arrays([*samplings[:index], sampling, *samplings[index + 1 :]], 37)
+        alone = compute(logits[rows], settings, counts[rows], steps[rows])
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[row], y[index]), together, alone)  # noqa: B023
+
+
+def test_one_executable_for_all_settings():
+    chex.clear_trace_counter()
+    compute = jax.jit(chex.assert_max_traces(sample, n=1))
+    for seed, sampling in enumerate(ROWS):
+        logits, counts, steps = random_batch(seed, 2, 8)
+        compute(logits, arrays([sampling, Sampling()], 8, eos_token_ids=(0,)), counts, steps)
+    assert compute._cache_size() == 1
 
 
 def test_a_seed_gives_the_same_tokens_in_any_row_and_batch_and_under_any_default_generator():
@@ -127,20 +238,136 @@ def test_a_seed_gives_the_same_tokens_in_any_row_and_batch_and_under_any_default
         rows = [*others[:row], sampling, *others[row:]]
         assert [draw(LOGITS, rows, [9, 9, 9, 9][:row] + [step] + [9] * (3 - row))[row] for step in steps] == alone
     with jax.default_prng_impl("unsafe_rbg"):
-        settings = SamplingArrays.stack([sampling] * len(steps))
         rows = np.broadcast_to(LOGITS, (len(steps), len(LOGITS)))
-        assert sample(jnp.asarray(rows), settings, np.array(steps, np.int32))[0].tolist() == alone
+        counts = np.zeros(rows.shape, np.int32)
+        settings = arrays([sampling] * len(steps))
+        drawn = jax.jit(lambda *args: sample(*args))(rows, settings, counts, np.array(steps, np.int32))
+        assert drawn.tokens.tolist() == alone
     assert len(set(alone)) > 1
     assert [draw(LOGITS, [dataclasses.replace(sampling, seed=124)], [step])[0] for step in steps] != alone
 
 
 def test_logprobs_are_the_models_own():
-    samplings = [Sampling(), *(Sampling(temperature=3.0, top_k=4, seed=seed) for seed in range(7))]
-    rows = np.random.default_rng(0).normal(size=(8, 20)).astype(np.float32)
-    tokens, logprobs = run(rows, SamplingArrays.stack(samplings), np.zeros(8, np.int32))
-    assert (tokens.dtype, logprobs.dtype) == (jnp.int32, jnp.float32)
-    expected = np.asarray(jax.nn.log_softmax(rows))[np.arange(8), np.asarray(tokens)]
-    np.testing.assert_array_max_ulp(np.asarray(logprobs), expected, maxulp=4)
+    samplings = [Sampling(), *(dataclasses.replace(EVERYTHING, seed=seed) for seed in range(7))]
+    logits, counts, steps = random_batch(0, 8, 20)
+    drawn = run(logits, arrays(samplings, 20), counts, steps)
+    assert (drawn.tokens.dtype, drawn.logprobs.dtype) == (jnp.int32, jnp.float32)
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(8), np.asarray(drawn.tokens)]
+    np.testing.assert_array_max_ulp(np.asarray(drawn.logprobs), expected, maxulp=4)
+
+
+def test_the_most_likely_tokens():
+    """As many as each row asks for, best first, under the model's own distribution; of equal ones the smaller."""
+    logits, counts, steps = random_batch(1, 4, 20)
+    logits[:, 4] = logits[:, 17] = 50
+    samplings = [dataclasses.replace(EVERYTHING, top_logprobs=n, forbidden_tokens=(4,)) for n in range(4)]
+    drawn = run(logits, arrays(samplings, 20), counts, steps)
+    assert (drawn.top_tokens.dtype, drawn.top_logprobs.dtype) == (jnp.int32, jnp.float32)
+    logprobs = np.asarray(jax.nn.log_softmax(logits))
+    for row in range(4):
+        best = sorted(range(20), key=lambda token: (-logits[row, token], token))[:row]
+        assert drawn.top_tokens[row].tolist() == best + [-1] * (3 - row)
+        expected = [*logprobs[row, best], *[-np.inf] * (3 - row)]
+        np.testing.assert_array_max_ulp(np.asarray(drawn.top_logprobs[row]), np.array(expected, np.float32), maxulp=4)
+
+
+@pytest.mark.parametrize(("limit", "vocab_size"), [(0, 8), (8, 2)])
+def test_the_number_of_most_likely_tokens_is_the_limit(limit, vocab_size):
+    """None at all, and more than there are tokens."""
+    sampling = Sampling(top_logprobs=min(limit, vocab_size))
+    settings = SamplingArrays.stack([sampling], limits=Limits(top_logprobs=limit), vocab_size=vocab_size)
+    logits = np.arange(vocab_size, dtype=np.float32)[None]
+    drawn = run(logits, settings, np.zeros(logits.shape, np.int32), np.zeros(1, np.int32))
+    assert drawn.top_tokens.tolist() == [[1, 0, *[-1] * 6]] if limit else [[]]
+    assert drawn.top_logprobs.shape == (1, limit)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(repetition_penalty=1.4),
+        Sampling(repetition_penalty=0.7),
+        Sampling(presence_penalty=0.8),
+        Sampling(frequency_penalty=0.6),
+        Sampling(presence_penalty=-0.5, frequency_penalty=-0.25),
+        Sampling(logit_bias={0: 2.5, 6: -3.0, 3: 1.0}, forbidden_tokens=(3, 1)),
+        Sampling(forbidden_tokens=np.array([2])),
+        Sampling(min_new_tokens=4, stop=5),
+        dataclasses.replace(EVERYTHING, temperature=0.0, min_new_tokens=4),
+    ],
+    ids=str,
+)
+def test_what_becomes_of_the_logits(sampling):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=2, size=(6, 8)).astype(np.float32)
+    prompts = [rng.integers(0, 8, 4).tolist() for _ in range(6)]
+    new = [rng.integers(0, 8, 5).tolist() for _ in range(6)]
+    actual = run_process(logits, arrays([sampling] * 6), counted(8, prompts, new), np.arange(6, dtype=np.int32))
+    expected = [expected_logits(logits[row], sampling, prompts[row], new[row], row) for row in range(6)]
+    np.testing.assert_allclose(actual, np.array(expected), rtol=0, atol=tolerances.PROCESSED_LOGITS)
+
+
+def test_end_tokens_wait_for_the_minimum():
+    """Those of the model too; a longer sequence can begin, as its tokens may mean something else."""
+    settings = arrays([Sampling(min_new_tokens=3, stop=[2, (4, 5)])] * 2, eos_token_ids=(7,))
+    logits = np.tile(LOGITS, (2, 1))
+    processed = run_process(logits, settings, np.zeros(logits.shape, np.int32), np.array([2, 3], np.int32))
+    assert np.isneginf(processed).tolist() == [[token in (2, 7) for token in range(8)], [False] * 8]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_any_token_left_gets_token_0(temperature):
+    narrow = Sampling(temperature=temperature, top_k=2, top_p=0.5, min_p=0.1, forbidden_tokens=(0, 1, 2, 3))
+    other = Sampling(temperature=temperature, seed=3)
+    logits, counts, steps = random_batch(0, 2, 4)
+    drawn = run(logits, arrays([narrow, other], 4), counts, steps)
+    assert drawn.tokens[0] == 0
+    assert np.isfinite(drawn.logprobs).all()
+    assert drawn.tokens[1] == run(logits, arrays([other, other], 4), counts, steps).tokens[1]
+
+
+def test_counts_say_what_a_row_has_had():
+    rng = np.random.default_rng(0)
+    prompts: list[list[int]] = [[] for _ in range(3)]
+    new: list[list[int]] = [[] for _ in range(3)]
+    counts = jnp.zeros((3, 11), jnp.int32)
+    for _ in range(6):
+        tokens, real = rng.integers(-2, 13, (3, 5), dtype=np.int32), rng.random((3, 5)) < 0.5
+        tokens = np.where(real, tokens.clip(0, 10), tokens)  # padding may be any number
+        counts = count_prompt(counts, tokens, real)
+        for row in range(3):
+            prompts[row] += tokens[row][real[row]].tolist()
+        tokens, written = rng.integers(-2, 13, 3, dtype=np.int32), rng.random(3) < 0.7
+        tokens = np.where(written, tokens.clip(0, 10), tokens)
+        counts = count_new(counts, tokens, written)
+        for row in np.flatnonzero(written):
+            new[row].append(int(tokens[row]))
+        np.testing.assert_array_equal(counts, counted(11, prompts, new))
+    assert counts.dtype == jnp.int32
+
+
+def test_counts_are_updated_in_place():
+    """A loop that copied them would move 4 BV bytes per token."""
+
+    def decode(counts, logits, settings):
+        def step(carry):
+            number, counts, logits = carry
+            tokens = sample(logits, settings, counts, number).tokens
+            counts = count_prompt(count_new(counts, tokens, tokens > 3), tokens[:, None], tokens[:, None] > 9)
+            return number + 1, counts, logits * 0.9
+
+        return jax.lax.while_loop(lambda carry: carry[0][0] < 9, step, (jnp.zeros(3, jnp.int32), counts, logits))
+
+    logits, counts, _ = random_batch(0, 3, 1009)
+    compiled = jax.jit(decode, donate_argnums=(0, 1)).lower(counts, logits, arrays([EVERYTHING] * 3, 1009)).compile()
+    text = compiled.as_text()
+    assert text is not None
+    assert "s32[3,1009]" in text
+    assert not re.findall(r"s32\[3,1009\]\S* copy\(", text)
+    for count, tokens in ((count_prompt, np.zeros((3, 2), np.int32)), (count_new, np.zeros(3, np.int32))):
+        equations = jax.make_jaxpr(count)(counts, tokens, tokens > 0).jaxpr.eqns
+        whole = {one.primitive.name for one in equations if one.outvars[0].aval.shape == counts.shape}
+        assert whole <= {"scatter", "scatter-add"}
 
 
 def primitives(jaxpr, *, branch: int | None) -> set[str]:
@@ -156,12 +383,47 @@ def primitives(jaxpr, *, branch: int | None) -> set[str]:
     return names
 
 
-def test_a_batch_that_is_all_greedy_neither_sorts_nor_draws():
-    settings = SamplingArrays.stack([Sampling()] * 2)
-    jaxpr = jax.make_jaxpr(sample)(np.zeros((2, 8), np.float32), settings, np.zeros(2, np.int32)).jaxpr
-    costly = {"sort", "random_bits"}
+def test_a_batch_that_is_all_greedy_takes_one_argmax():
+    """It neither sorts nor draws, and reads no counts."""
+    logits, counts, steps = random_batch(0, 2, 8)
+    jaxpr = jax.make_jaxpr(sample)(logits, arrays([Sampling()] * 2), counts, steps).jaxpr
+    costly = {"sort", "random_bits", "top_k", "scatter", "scatter-add", "shift_right_arithmetic"}
     assert primitives(jaxpr, branch=None) >= costly
     assert not primitives(jaxpr, branch=0) & costly
+
+
+@pytest.mark.parametrize(
+    ("samplings", "parts"),
+    [
+        ([Sampling(top_k=3, top_p=0.5, min_p=0.5, min_new_tokens=2)], set()),  # greedy; and there are 2 new tokens
+        ([Sampling(logit_bias={1: 2.0})], {"_add_bias"}),
+        ([Sampling(forbidden_tokens=(0,))], {"_add_bias"}),
+        ([Sampling(repetition_penalty=1.1)], {"_penalize"}),
+        ([Sampling(presence_penalty=0.1)], {"_penalize"}),
+        ([Sampling(frequency_penalty=0.1)], {"_penalize"}),
+        ([Sampling(min_new_tokens=3)], {"_put_off_the_end"}),
+        ([Sampling(temperature=0.5), Sampling(top_k=3, top_p=0.5)], {"_warp", "_draw"}),
+        ([Sampling(temperature=0.5)], {"_warp", "_draw"}),
+        ([Sampling(temperature=0.5, min_p=0.1)], {"_warp", "_draw"}),
+        ([Sampling(temperature=0.5, top_k=1)], {"_warp", "_draw", "_top_k_top_p"}),
+        ([Sampling(temperature=0.5, top_p=0.9)], {"_warp", "_draw", "_top_k_top_p"}),
+    ],
+    ids=str,
+)
+def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
+    called = set()
+    for name in ("_add_bias", "_penalize", "_put_off_the_end", "_warp", "_draw", "_top_k_top_p"):
+        function = getattr(sampling_module, name)
+        monkeypatch.setattr(
+            sampling_module,
+            name,
+            lambda *args, name=name, function=function: called.add(name) or function(*args),
+        )
+    with jax.disable_jit():  # or both branches of every cond are traced
+        logits, counts, _ = random_batch(0, 3, 8)
+        settings = arrays([Sampling(), *samplings, Sampling()][:3])
+        sample(jnp.asarray(logits), settings, jnp.asarray(counts), jnp.full(3, 2, jnp.int32))
+    assert called == parts
 
 
 @pytest.mark.parametrize(
@@ -179,6 +441,27 @@ def test_a_batch_that_is_all_greedy_neither_sorts_nor_draws():
         ({"top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1\.5"),
         ({"seed": -1}, r"seed: expected an int in \[0, 4294967296\), got -1"),
         ({"seed": 2**32}, r"seed: expected an int in \[0, 4294967296\), got 4294967296"),
+        ({"temperature": 1e39}, r"temperature: expected a finite number of at least 0, got 1e\+39"),
+        ({"min_p": -0.1}, r"min_p: expected a number in \[0, 1\], got -0\.1"),
+        ({"min_p": 1.1}, r"min_p: expected a number in \[0, 1\], got 1\.1"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty: expected a finite number above 0, got 0\.0"),
+        ({"repetition_penalty": 1e-39}, r"repetition_penalty: expected a finite number above 0, got 1e-39"),
+        ({"repetition_penalty": float("inf")}, r"repetition_penalty: expected a finite number above 0, got inf"),
+        ({"presence_penalty": float("nan")}, r"presence_penalty: expected a finite number, got nan"),
+        ({"frequency_penalty": None}, r"frequency_penalty: expected a finite number, got None"),
+        ({"logit_bias": [1, 2]}, r"logit_bias: expected a mapping from tokens to numbers, got \[1, 2\]"),
+        ({"logit_bias": {-1: 0.5}}, r"logit_bias: expected an int in \[0, 2147483648\), got -1"),
+        ({"logit_bias": {3: -float("inf")}}, r"logit_bias\[3\]: expected a finite number \(forbidden.*\), got -inf"),
+        ({"forbidden_tokens": 3}, r"forbidden_tokens: expected a sequence of tokens, got 3"),
+        ({"forbidden_tokens": [1.0]}, r"forbidden_tokens: expected an int in .*, got 1\.0"),
+        ({"min_new_tokens": -1}, r"min_new_tokens: expected an int in \[0, 2147483648\), got -1"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, r"min_new_tokens: expected at most max_new_tokens=4, got 5"),
+        ({"stop": "end"}, r"stop: expected a token, or a sequence of tokens and sequences of tokens, got 'end'"),
+        ({"stop": -1}, r"stop\[0\]: expected an int in \[0, 2147483648\), got -1"),
+        ({"stop": [3, ()]}, r"stop\[1\]: expected at least one token, got none"),
+        ({"stop": [3, "end"]}, r"stop\[1\]: expected a sequence of tokens, got 'end'"),
+        ({"stop": [(3, [4])]}, r"stop\[0\]: expected an int in \[0, 2147483648\), got \[4\]"),
+        ({"top_logprobs": -1}, r"top_logprobs: expected an int in \[0, 2147483648\), got -1"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -186,14 +469,76 @@ def test_settings_out_of_range(settings, message):
         Sampling(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"min_p": 0.1}, {"repetition_penalty": 1.2}])
-def test_settings_that_are_not_available_yet(settings):
-    with pytest.raises(NotImplementedError, match=f"{next(iter(settings))}: not available yet"):
-        Sampling(**settings)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logit_bias": {8: 1.0}}, r"logit_bias: expected tokens in \[0, vocab_size=8\), got 8"),
+        ({"forbidden_tokens": [1, 9]}, r"forbidden_tokens: expected tokens in \[0, vocab_size=8\), got 9"),
+        ({"stop": [(1, 8)]}, r"stop: expected tokens in \[0, vocab_size=8\), got 8"),
+        (
+            {"logit_bias": {0: 1.0, 1: 1.0, 2: 1.0}, "forbidden_tokens": (2, 3, 4)},
+            "logit_bias: expected at most limits.logit_bias=4 biased and forbidden tokens together, got 5",
+        ),
+        ({"stop": [1, 2, 3, 4]}, "stop: expected at most limits.stop_sequences=3 sequences, got 4"),
+        ({"stop": [(1, 2, 3, 4, 5)]}, "stop: expected at most limits.stop_length=4 tokens in a sequence, got 5"),
+        ({"top_logprobs": 4}, "top_logprobs: expected at most limits.top_logprobs=3, got 4"),
+    ],
+)
+def test_settings_beyond_the_vocabulary_or_the_limits(settings, message):
+    with pytest.raises(ValueError, match=message):
+        arrays([Sampling(), Sampling(**settings)])
+
+
+def test_no_more_tokens_are_reported_than_there_are():
+    with pytest.raises(ValueError, match="top_logprobs: expected at most vocab_size=2, got 3"):
+        arrays([Sampling(top_logprobs=3)], vocab_size=2)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"logit_bias": -1}, r"limits.logit_bias: expected an int in \[0, 2147483648\), got -1"),
+        ({"stop_sequences": 1.0}, r"limits.stop_sequences: expected an int in .*, got 1\.0"),
+        ({"stop_length": 0}, r"limits.stop_length: expected an int in \[1, 2147483648\), got 0"),
+        ({"top_logprobs": True}, r"limits.top_logprobs: expected an int in .*, got True"),
+    ],
+)
+def test_limits_out_of_range(limits, message):
+    with pytest.raises(ValueError, match=message):
+        Limits(**limits)
+
+
+def test_everything_off_fits_limits_of_zero():
+    """No bias, no stop sequence, no report: arrays without elements."""
+    limits = Limits(logit_bias=0, stop_sequences=0, stop_length=1, top_logprobs=0)
+    settings = SamplingArrays.stack([Sampling(min_new_tokens=2)], limits=limits, vocab_size=8)
+    drawn = run(LOGITS[None], settings, np.zeros((1, 8), np.int32), np.zeros(1, np.int32))
+    assert drawn.tokens.tolist() == [2]
 
 
 def test_numpy_numbers_are_numbers():
-    settings = SamplingArrays.stack(
-        [Sampling(np.int64(3), np.float32(0.5), np.int32(4), np.float64(0.9), seed=2**32 - 1)]
+    sampling = Sampling(
+        np.int64(3),
+        np.float32(0.5),
+        np.int32(4),
+        np.float64(0.9),
+        seed=2**32 - 1,
+        logit_bias={np.int64(3): np.float32(1.0)},
+        forbidden_tokens=np.array([1, 3]),
+        stop=[np.int64(3), np.array([1, 2])],
     )
-    assert [x.dtype for x in jax.tree.leaves(settings)] == [np.float32, np.int32, np.float32, np.uint32]
+    settings = arrays([sampling], eos_token_ids=(5,))
+    assert settings.stop_tokens.tolist() == [[[-1, -1, -1, 3], [-1, -1, 1, 2], [-1, -1, -1, 5], [-1] * 4]]
+    assert settings.stop_lengths.tolist() == [[1, 2, 1, 0]]
+    assert settings.bias_tokens.tolist() == [[3, 1, 8, 8]]
+    assert settings.bias.tolist() == [[-np.inf, -np.inf, 0, 0]]
+    dtypes = {field.name: getattr(settings, field.name).dtype for field in dataclasses.fields(settings)[:-1]}
+    ints = {"top_k", "bias_tokens", "min_new_tokens", "max_new_tokens", "top_logprobs", "stop_tokens", "stop_lengths"}
+    assert {name for name, dtype in dtypes.items() if dtype == np.int32} == ints
+    assert {name for name, dtype in dtypes.items() if dtype == np.uint32} == {"seed"}
+    assert {dtype for name, dtype in dtypes.items() if name not in ints | {"seed"}} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("stop", [3, (3,), [[3]], np.int32(3), np.array([3])], ids=repr)
+def test_a_stop_token_is_a_sequence_of_one(stop):
+    assert stop_sequences(stop) == ((3,),)

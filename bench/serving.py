@@ -1,0 +1,335 @@
+"""Generation as it is served: ``python -m bench.serving --out serving.json``.
+
+Three questions, each to our own Generator in two ways that must give the same tokens:
+
+- *continuous batching*: what does it bring that a row which is done makes room for the next request at once, over
+  batches that wait for their longest row? Requests are of unequal lengths, as users' are.
+- *speculation*: what do drafts that are looked up in the prompt bring where the answer is not there to be copied, and
+  where it is?
+- *streaming*: what does Python cost per token, where every token is told at once?
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.resources
+import string
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench import machine
+from bench.measure import OURS
+from bench.results_file import ResultsError, ResultsFile
+from bench.timing import Contender, median_ratio, prepare, summary, take_turns
+from pallas_attn_models import Decoder, DecoderConfig, GenerationStats, Generator, Sampling, load_hf, tasks
+from pallas_attn_models.speculation import PromptLookup
+
+SEQUENTIAL = "sequential batches"
+PLAIN = "without drafts"
+LONG_INTERVAL = 64
+INTERVALS = f"interval {LONG_INTERVAL}"
+_OK, _WRONG, _USAGE = range(3)
+
+_ROWS, _CAPACITY = 8, 768  # for the shipped checkpoint
+AIM_MS = 1.0  # of Python, for a step whose tokens are told at once
+Tokens = list[list[int]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if tokens differ; 2 for a call that is wrong or a file that cannot be written."""
+    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--case", choices=list(CASES), action="append", help="only this; may be repeated")
+    parser.add_argument("--toy", action="store_true", help="toy sizes: a rehearsal, no result")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write results there as JSON, after each case")
+    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
+    options = parser.parse_args(argv)
+    console = Console(stderr=True)
+    try:
+        suite = "serving-toy" if options.toy else "serving"
+        file = ResultsFile(options.out, suite=suite, machine=machine.describe(options.revision))
+    except ResultsError as error:
+        console.print(f"python -m bench.serving: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return _USAGE
+    if options.out is not None and file.machine["revision"] is None:
+        console.print(machine.UNKNOWN_REVISION, style="red")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        names = options.case or list(CASES)
+        bar = progress.add_task("", total=len(names))
+        for name in names:
+            progress.update(bar, description=name)
+            # TF32, JAX's default for float32 products on a GPU, could draw other tokens.
+            with jax.default_matmul_precision("highest"):
+                file.add(CASES[name](TOY if options.toy else FULL))
+            progress.advance(bar)
+    Console(width=None if sys.stdout.isatty() else 160).print(table(file.results))
+    return _OK if all(result["correct"] for result in file.results) else _WRONG
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """A line for each case."""
+    title = "medians of turns; ratio: the other's time over ours"
+    out = Table("case", "new tokens", "ours, tokens/s", "other", "its tokens/s", "ratio", "", title=title)
+    for result in results:
+        if not result["correct"]:
+            out.add_row(result["case"], str(result["new_tokens"]), f"WRONG in {result['error']:.0f} rows")
+            continue
+        ((other, ratio),) = result["ratios"].items()
+        ours, its = (f"{result['contenders'][name]['tokens_per_second']:.0f}" for name in (OURS, other))
+        row = (result["case"], str(result["new_tokens"]), ours, other, its, f"{ratio:.2f}")
+        out.add_row(*row, _finding(result))
+    return out
+
+
+def _finding(result: dict[str, Any]) -> str:
+    if "least_steps" in result:
+        steps = result["least_steps"]
+        return f"{steps[SEQUENTIAL] / steps[OURS]:.2f} times as many steps at least"
+    if "acceptance" in result:
+        accepted = "no draft" if result["acceptance"] is None else f"{result['acceptance']:.0%} of drafted tokens right"
+        return f"{accepted}, {result['tokens_per_step']:.2f} tokens per step"
+    kept = "kept" if result["overhead_ms"] <= AIM_MS else "missed"
+    return f"{result['overhead_ms']:.2f} ms per step that is told (aim: {AIM_MS:g} ms, {kept})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much work the cases are.
+
+    Attributes:
+      rounds: turns of each contender.
+      requests, batch: of continuous batching.
+      longest_prompt, most_new: tokens of a request; the shortest have 8 and 4.
+      model: of continuous batching, random.
+      prompts: of speculation, for each task.
+      streamed: new tokens of each row.
+    """
+
+    rounds: int
+    requests: int
+    batch: int
+    longest_prompt: int
+    most_new: int
+    model: DecoderConfig
+    prompts: int
+    streamed: int
+
+
+def _llama(layers: int, vocab_size: int) -> DecoderConfig:
+    """As in the case ``generation`` of ``bench.run``, with fewer layers and tokens."""
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=512,
+        intermediate_size=1365,
+        num_layers=layers,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
+    )
+
+
+FULL = Scale(3, 64, 8, 512, 256, _llama(4, 4096), prompts=32, streamed=256)
+TOY = Scale(1, 6, 2, 40, 12, dataclasses.replace(_llama(1, 64), hidden_size=32, head_dim=8), prompts=3, streamed=12)
+
+
+# --- continuous batching ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Prompts, and how they are to be continued."""
+
+    prompts: list[list[int]]
+    samplings: list[Sampling]
+
+    def batches(self, size: int) -> list["Requests"]:
+        """So many at a time, in their order."""
+        starts = range(0, len(self.prompts), size)
+        return [Requests(self.prompts[i : i + size], self.samplings[i : i + size]) for i in starts]
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The budget of each."""
+        return [sampling.max_new_tokens for sampling in self.samplings]
+
+
+def unequal_requests(scale: Scale) -> Requests:
+    """Lengths of prompts and of continuations are log-uniform and independent: most are short, a few are very long."""
+    rng = np.random.default_rng(0)
+
+    def lengths(least: int, most: int) -> np.ndarray:
+        return np.exp(rng.uniform(np.log(least), np.log(most + 1), scale.requests)).astype(int)
+
+    prompts = [rng.integers(scale.model.vocab_size, size=n).tolist() for n in lengths(8, scale.longest_prompt)]
+    return Requests(prompts, [Sampling(max_new_tokens=int(n)) for n in lengths(4, scale.most_new)])
+
+
+def continuous_batching(scale: Scale) -> dict[str, Any]:
+    """All requests at once, and the same in batches; how many steps these take follows from the requests."""
+    requests = unequal_requests(scale)
+    capacity = scale.longest_prompt + scale.most_new
+    model = Decoder(scale.model, rngs=nnx.Rngs(0))
+    generator = Generator(model, batch_size=scale.batch, capacity=capacity)
+
+    def generate(*parts: Requests) -> Tokens:
+        return [row for part in parts for row in generator.generate(part.prompts, part.samplings).tokens]
+
+    batches = requests.batches(scale.batch)
+    contenders = {OURS: lambda: generate(requests), SEQUENTIAL: lambda: generate(*batches)}
+    shape = _shape(scale.batch, capacity, scale.model)
+    about = (
+        f"{scale.requests} requests, prompts of 8-{scale.longest_prompt}, 4-{scale.most_new} new tokens, log-uniform"
+    )
+    entry = _compared("continuous-batching", about, shape, contenders, scale.rounds)
+    new = requests.new_tokens
+    least = max(-(-sum(new) // scale.batch), max(new))
+    steps = {OURS: least, SEQUENTIAL: sum(max(batch.new_tokens) for batch in batches)}
+    return entry | {"prompt_tokens": sum(map(len, requests.prompts)), "least_steps": steps}
+
+
+# --- speculation ---
+
+
+def _answers(task: str, **options: int) -> Callable[[int], Requests]:
+    def requests(count: int) -> Requests:
+        examples = tasks.held_out_prompts(task, count, seed=0, **options)
+        sampling = Sampling(max_new_tokens=tasks.MAX_WORD + len(tasks.END))
+        return Requests([tasks.encode(example.prompt) for example in examples], [sampling] * count)
+
+    return requests
+
+
+def _copies(count: int) -> Requests:
+    """A letter many times, and more of it: the most that drafts from the prompt can bring."""
+    letters = [ord(string.ascii_lowercase[i % 26]) for i in range(count)]
+    sampling = Sampling(max_new_tokens=64, forbidden_tokens=(tasks.END_TOKEN,))
+    return Requests([[letter] * 24 for letter in letters], [sampling] * count)
+
+
+def _speculation(name: str, about: str, draw: Callable[[int], Requests]) -> Callable[[Scale], dict[str, Any]]:
+    def measure(scale: Scale) -> dict[str, Any]:
+        requests, lookup = draw(scale.prompts), PromptLookup()
+        generators = {OURS: shipped_generator(lookup), PLAIN: shipped_generator()}
+        stats: dict[str, GenerationStats] = {}
+
+        def generate(contender: str) -> Tokens:
+            result = generators[contender].generate(requests.prompts, requests.samplings)
+            stats[contender] = result.stats
+            return result.tokens
+
+        contenders = {contender: lambda contender=contender: generate(contender) for contender in generators}
+        shape = _shape(_ROWS, _CAPACITY, generators[OURS].model.config)
+        entry = _compared(f"speculation-{name}", f"{about}; {lookup}", shape, contenders, scale.rounds)
+        found = stats[OURS]
+        return entry | {
+            "acceptance": found.accepted / found.drafted if found.drafted else None,
+            "tokens_per_step": (found.turns + found.accepted) / found.turns,
+        }
+
+    return measure
+
+
+# --- streaming ---
+
+
+def streaming(scale: Scale) -> dict[str, Any]:
+    """What it costs to come back to Python after every step, and not after many."""
+    generator = shipped_generator()
+    # No row ends early: all intervals take the same steps.
+    sampling = Sampling(max_new_tokens=scale.streamed, forbidden_tokens=(tasks.END_TOKEN,))
+    prompts = [tasks.encode(x.prompt) for x in tasks.held_out_prompts("reversal", _ROWS, seed=0)]
+
+    def tokens(interval: int) -> Tokens:
+        rows: Tokens = [[] for _ in prompts]
+        for event in generator.stream(prompts, sampling, interval=interval):
+            if event.token is not None:
+                rows[event.row].append(event.token)
+        return rows
+
+    contenders = {OURS: lambda: tokens(1), INTERVALS: lambda: tokens(LONG_INTERVAL)}
+    shape = _shape(_ROWS, _CAPACITY, generator.model.config)
+    about = f"every token told at once, {scale.streamed} of each row"
+    entry = _compared("streaming", about, shape, contenders, scale.rounds)
+    once, seldom = (entry["contenders"][name]["ms"]["median"] for name in (OURS, INTERVALS))
+    more_returns = scale.streamed - -(-scale.streamed // LONG_INTERVAL)
+    return entry | {"overhead_ms": (once - seldom) / more_returns}
+
+
+CASES: dict[str, Callable[[Scale], dict[str, Any]]] = {
+    "continuous-batching": continuous_batching,
+    "speculation-recall": _speculation("recall", "recall from lists of 1 to 90 pairs", _answers("recall")),
+    "speculation-reversal": _speculation("reversal", "words read backwards", _answers("reversal")),
+    "speculation-copy": _speculation("copy", "64 times the letter that the prompt consists of", _copies),
+    "streaming": streaming,
+}
+
+
+# --- what all cases share ---
+
+
+@functools.cache
+def shipped_generator(speculation: PromptLookup | None = None) -> Generator:
+    """With the checkpoint that ships; what is compiled for one case serves the next."""
+    checkpoint = Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+    model = load_hf(checkpoint, dtype=jnp.float32)
+    return Generator(model, batch_size=_ROWS, capacity=_CAPACITY, speculation=speculation)
+
+
+def _shape(rows: int, capacity: int, config: DecoderConfig) -> dict[str, int]:
+    heads = {"N": config.num_heads, "K": config.num_kv_heads, "D": config.head_dim}
+    return {"B": rows, "T": 1, "S": capacity, **heads}
+
+
+def _compared(
+    name: str, about: str, shape: dict[str, int], contenders: dict[str, Callable[[], Tokens]], rounds: int
+) -> dict[str, Any]:
+    """The result file's entry of two contenders, ours first. They take turns if their tokens are the same."""
+    prepared = {
+        contender: prepare(Contender(generate, [()], "host"), by_device=False)
+        for contender, generate in contenders.items()
+    }
+    expected = prepared[OURS].returned
+    (other,) = (contender for contender in contenders if contender != OURS)
+    differing = sum(a != b for a, b in zip(expected, prepared[other].returned, strict=True))
+    entry = {
+        "case": name,
+        "about": about,
+        "kind": "generation",
+        "shape": shape,
+        "dtype": "float32",
+        "active_fraction": None,
+        "visited_fraction": None,
+        "capacity": None,
+        "flops": None,
+        "bytes": None,
+        "correct": differing == 0,
+        "error": float(differing),
+        "allowed_error": 0.0,
+        "contenders": {},
+        "ratios": {},
+        "claims": {},
+        "skipped": {},
+        "new_tokens": sum(map(len, expected)),
+    }
+    if differing:
+        return entry | {"contenders": {OURS: {"wrong": float(differing)}}}
+    turns = {contender: one.turn for contender, one in prepared.items()}
+    times = take_turns(turns, rounds=rounds, budget=0)
+    for contender, seconds in times.items():
+        rate = entry["new_tokens"] / float(np.median(seconds))
+        entry["contenders"][contender] = {"ms": summary(seconds), "tokens_per_second": rate}
+    return entry | {"ratios": {other: median_ratio(times[other], times[OURS])}}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

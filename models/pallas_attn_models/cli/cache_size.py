@@ -1,0 +1,81 @@
+"""``pallas-attn cache-size``: the bytes of a model's caches, before there is one."""
+
+import argparse
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import pallas_attn as pa
+from pallas_attn_models import cache_options
+from pallas_attn_models.cli.loading import shipped_checkpoint
+from pallas_attn_models.cli.options import add_cache_options
+from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.decoder import FLOAT_DTYPES
+from pallas_attn_models.layer_caches import init_caches
+
+_HELP = f"""\
+Say how many bytes the KV caches of a model take, before anything is allocated. A cache is a policy, one of
+
+  {"  ".join(cache_options.forms(cache_options.POLICIES))}
+
+and a storage, one of
+
+  {"  ".join(cache_options.forms(cache_options.STORAGES))}"""
+_EXAMPLES = """\
+examples:
+  pallas-attn cache-size --capacity 4096
+  pallas-attn cache-size --model ./Llama-3.2-1B --capacity 131072 --batch-size 8 --storage int8
+  pallas-attn cache-size --model ./Llama-3.2-1B --capacity 2048 --cache "h2o(recent=256)" --storage "int4(group=32)"
+  pallas-attn cache-size --model ./Llama-3.2-1B --capacity 8192 --batch-size 32 --storage "paged(64, 2048, int8)\""""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Makes ``cache-size`` a command."""
+    parser = commands.add_parser(
+        "cache-size",
+        help="say how many bytes the caches of a model take",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    parser.add_argument("--model", type=Path, metavar="DIR", help="with a config.json; default: what ships")
+    parser.add_argument("--capacity", type=int, required=True, metavar="N", help="slots of a row")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows; default %(default)s")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help="default %(default)s")
+    parser.add_argument("--chunk", type=int, metavar="N", help="tokens of one call: windows need no more slots")
+    add_cache_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the bytes of every kind of layer; the exit code."""
+    policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)
+    path = (args.model or shipped_checkpoint()) / "config.json"
+    config = DecoderConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    sizes = {"batch_size": args.batch_size, "capacity": args.capacity, "dtype": args.dtype, "chunk": args.chunk}
+
+    def caches(**kinds: Any) -> tuple[pa.caches.KVCache, ...]:
+        return jax.eval_shape(lambda: init_caches(config, **sizes, **kinds))  # nothing is allocated
+
+    layers = caches(policy=policy, storage=storage)
+    total, plain = (sum(cache.nbytes for cache in one) for one in (layers, caches()))
+    if args.json:
+        print(json.dumps({"bytes": total, "layers": [cache.nbytes for cache in layers], "dense_plain_bytes": plain}))
+        return 0
+    table = Table("layers", "policy", "storage", "slots of a row", "bytes of a layer")
+    for (policy, storage, capacity, nbytes), count in collections.Counter(
+        (cache.policy, cache.storage, cache.capacity, cache.nbytes) for cache in layers
+    ).items():
+        table.add_row(str(count), Text(str(policy)), Text(str(storage)), f"{capacity:,}", f"{nbytes:,}")
+    console = Console(highlight=False)
+    console.print(table)
+    share = f"{total / plain:.1%} of Dense() in Plain() with the same slots in {args.dtype}"
+    console.print(f"{total:,} bytes for {args.batch_size} rows ({total / 2**20:,.1f} MiB), {share}")
+    return 0

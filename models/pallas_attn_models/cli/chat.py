@@ -1,0 +1,195 @@
+"""``pallas-attn chat``: a conversation with an instruct model."""
+
+import argparse
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pallas_attn_models.chat_template import ChatTemplate
+from pallas_attn_models.cli import options
+from pallas_attn_models.cli.answer import Answer, follow
+from pallas_attn_models.cli.loading import load_model, load_tokenizer, make_generator, read_defaults
+from pallas_attn_models.cli.output import printable, status
+from pallas_attn_models.generator import Generator
+from pallas_attn_models.sampling import Sampling
+
+_CAPACITY = 4096
+_MAX_NEW_TOKENS = 1024
+
+_HELP = """\
+Talk to an instruct model. A line is a message; /reset begins a new conversation, /exit or Ctrl-D ends the program, and
+Ctrl-C stops an answer. Messages become tokens by the model's own chat template: chat_template.jinja, or chat_template
+in tokenizer_config.json. Where stdin is no terminal, its lines are the messages."""
+_EXAMPLES = """\
+examples:
+  pallas-attn chat --model ./Llama-3.2-1B-Instruct
+  pallas-attn chat --model ./Llama-3.2-1B-Instruct --system "You answer in one sentence." --temperature 0
+  pallas-attn chat --model ./Llama-3.2-1B-Instruct --capacity 2048 --cache "h2o(recent=512)" --storage int8
+  echo "Why is the sky blue?" | pallas-attn chat --model ./Llama-3.2-1B-Instruct --stop . > answer.txt"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Makes ``chat`` a command."""
+    parser = commands.add_parser(
+        "chat",
+        help="talk to an instruct model",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    options.add_model_options(parser, required=True)
+    parser.add_argument("--system", metavar="TEXT", help="a message before all others; default: none")
+    options.add_sampling_options(parser, max_new_tokens=_MAX_NEW_TOKENS, seed="of the first answer; default 0")
+    cache = parser.add_argument_group("speed and memory")
+    help = f"tokens that the cache holds; default {_CAPACITY}, or the model's context length if that is less"
+    cache.add_argument("--capacity", type=int, metavar="N", help=help)
+    options.add_cache_options(cache)
+    options.add_speculation_option(cache)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answers until there is no more to answer; the exit code."""
+    defaults = read_defaults(args.model)
+    sampling = options.sampling(args, defaults, seed=args.seed)
+    template = ChatTemplate.read(args.model)
+    tokenizer = load_tokenizer(args.model)
+    # A model may be trained to end its turn with another token than config.json ends a text with.
+    end = tokenizer.token_to_id(template.special_tokens.get("eos_token", ""))
+    if end is not None:
+        sampling = dataclasses.replace(sampling, stop=tuple({*defaults.eos_token_ids, end}))
+    model = load_model(args, args.model)
+    longest = model.config.max_position_embeddings
+    capacity = min(_CAPACITY, longest) if args.capacity is None else args.capacity
+    generator = make_generator(args, model, sampling, batch_size=1, capacity=capacity, max_length=longest)
+    generator.warmup(lambda name: status(f"compiling {name}"))
+    Chat(generator, tokenizer, template, sampling, stop=args.stop, system=args.system).run()
+    return 0
+
+
+class Chat:
+    """A conversation, and what continues it.
+
+    Args:
+      generator: of at least one row.
+      tokenizer, template: of the same model.
+      sampling: of every answer; each has its own seed, counted from this one's.
+      stop: strings that end an answer, which is cut before them.
+      system: a message before all others.
+
+    Attributes:
+      messages: so far, as :meth:`~pallas_attn_models.chat_template.ChatTemplate.render` takes them.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        sampling: Sampling,
+        *,
+        stop: Sequence[str] = (),
+        system: str | None = None,
+    ) -> None:
+        self._generator, self._tokenizer, self._template = generator, tokenizer, template
+        self._sampling, self._stop, self._system = sampling, stop, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation, but not the system message."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+
+    def run(self) -> None:
+        """Reads stdin to its end and answers on stdout.
+
+        Raises:
+          ValueError: a message that cannot be answered; on a terminal it is said, and the next is read.
+        """
+        interactive = sys.stdin.isatty()
+        for line in _lines(interactive):
+            match line.strip():
+                case "":
+                    pass
+                case "/exit":
+                    return
+                case "/reset":
+                    self.reset()
+                    status("a new conversation")
+                case word if word.startswith("/") and " " not in word:
+                    status(f"{printable(word)}: expected a message, /reset or /exit")
+                case message:
+                    try:
+                        self.answer(message)
+                    except ValueError as error:
+                        if not interactive:
+                            raise
+                        status(f"error: {error}")
+
+    def answer(self, message: str) -> None:
+        """Adds a message to the conversation and the answer to it, which is printed as it comes.
+
+        Raises:
+          ValueError: the conversation would be longer than the cache, or the template refuses it; it stays as it was.
+        """
+        conversation = [*self.messages, {"role": "user", "content": message}]
+        # The template has written the special tokens, the first one included.
+        tokens = self._tokenizer.encode(self._template.render(conversation), add_special_tokens=False).ids
+        room = self._generator.max_length
+        if len(tokens) >= room:
+            way_out = "/reset begins a new one, and --capacity makes room"
+            raise ValueError(f"the conversation has {len(tokens)} tokens and the cache holds {room}: {way_out}")
+        text, reason = self._print_answer(tokens)
+        self.messages = [*conversation, {"role": "assistant", "content": text}]
+        self._sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + 1) % 2**32)
+        if reason == "length":
+            status(f"cut after --max-new-tokens {self._sampling.max_new_tokens}")
+        elif reason == "capacity":
+            status(f"cut, as the cache holds {room} tokens: /reset begins a new conversation, --capacity makes room")
+
+    def _print_answer(self, tokens: list[int]) -> tuple[str, str]:
+        """The text of the answer and why it ended."""
+        answer = Answer(self._generator.submit(tokens, self._sampling), self._tokenizer, self._stop)
+        with _interrupts() as interrupted:
+            for _, text in follow(self._generator, [answer], interrupted):
+                print(printable(text, keep="\n\t"), end="", flush=True)
+        print()
+        return answer.text, str(answer.finish_reason)
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    if not interactive:
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() a history and keys to move in it)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:  # leaves the line, not the program
+            print()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was heard, asked where an answer can be stopped; a second one is KeyboardInterrupt, as ever."""
+    heard = False
+
+    def hear(signum: int, frame: Any) -> None:
+        nonlocal heard
+        if heard:
+            raise KeyboardInterrupt
+        heard = True
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield lambda: heard
+    finally:
+        signal.signal(signal.SIGINT, before)

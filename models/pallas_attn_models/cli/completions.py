@@ -1,0 +1,127 @@
+"""How completions are shown: as a table, as text while they come, or as JSON."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pallas_attn_models.cli.output import printable
+from pallas_attn_models.requests import TopLogprobs
+from pallas_attn_models.stats import GenerationStats
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What became of a prompt.
+
+    Attributes:
+      prompt, completion: text.
+      right_answer: None where nobody knows it.
+      finish_reason, tokens, logprobs, top_logprobs: see :class:`~pallas_attn_models.requests.Completion`.
+    """
+
+    prompt: str
+    completion: str
+    right_answer: str | None
+    finish_reason: str
+    tokens: list[int]
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs] = dataclasses.field(default_factory=list)
+
+
+def table(completions: Sequence[Completion]) -> Table:
+    """A row for each."""
+    known = any(one.right_answer is not None for one in completions)
+    table = Table("prompt", "completion", *(["right answer"] if known else []), "ended by", show_lines=True)
+    for one in completions:
+        cells = [_shorten(printable(one.prompt)), printable(one.completion, keep="\n")]
+        if known:
+            cells.append(one.right_answer or "")
+        # Text, not markup: a model may well write "[bold]".
+        table.add_row(*map(Text, [*cells, one.finish_reason]))
+    return table
+
+
+def print_table(completions: Sequence[Completion]) -> None:
+    """Prints a row for each."""
+    Console(highlight=False).print(table(completions))
+
+
+def to_json(model: Path, completions: Sequence[Completion], stats: GenerationStats, *, with_top: bool) -> str:
+    """One object for all; ``with_top``: with the likeliest tokens in the place of each."""
+    rows = [dataclasses.asdict(one) for one in completions]
+    if not with_top:
+        for row in rows:
+            del row["top_logprobs"]
+    figures = {**dataclasses.asdict(stats), "tokens_per_second": stats.tokens_per_second}
+    return json.dumps({"model": str(model), "completions": rows, "stats": figures})
+
+
+def figures(stats: GenerationStats) -> str:
+    """What a run took, in a line."""
+    visited, total = stats.kv_blocks_visited, stats.kv_blocks_total
+    figures = [
+        f"prompt tokens {stats.prompt_tokens:,}",
+        f"new tokens {stats.new_tokens:,}",
+        f"tokens/s {stats.tokens_per_second:,.0f}",
+        f"executables compiled {stats.executables}",
+        f"KV blocks visited {visited:,} of {total:,} ({visited / total:.1%})",
+    ]
+    if stats.drafted:
+        share = stats.accepted / stats.drafted
+        figures.append(f"drafted tokens accepted {stats.accepted:,} of {stats.drafted:,} ({share:.1%})")
+    return ", ".join(figures)
+
+
+def _shorten(text: str) -> str:
+    """A long prompt without its middle, so short that a row of the table fits a line of 80 characters."""
+    if len(text) <= 36:
+        return text
+    return f"{text[:7]} .. {len(text)} characters .. {text[-7:]}"
+
+
+def show_growing(events: Iterable[Any], completions: Callable[[], Sequence[Completion]]) -> None:
+    """A table on a terminal that grows while ``events`` come; ``completions`` gives what it shows."""
+    with Live(get_renderable=lambda: table(completions()), console=Console(highlight=False)):
+        collections.deque(events, maxlen=0)
+
+
+def print_in_turn(events: Iterable[tuple[int, str, bool]], headings: Sequence[str]) -> None:
+    """Prints one completion after the other, each as it comes; what comes of a later one meanwhile waits.
+
+    Args:
+      events: which completion, its new text, and whether that was all of it.
+      headings: a line before each; none is printed if there is only one completion.
+    """
+    waiting = [""] * len(headings)
+    done = [False] * len(headings)
+    current = 0
+    _print(_heading(headings, 0))
+    for index, text, last in events:
+        waiting[index] += text
+        done[index] = last
+        while current < len(headings):
+            _print(waiting[current])
+            waiting[current] = ""
+            if not done[current]:
+                break
+            current += 1
+            _print("\n" + _heading(headings, current))
+
+
+def _heading(headings: Sequence[str], index: int) -> str:
+    if len(headings) == 1 or index == len(headings):
+        return ""
+    return ("\n" if index else "") + f"[{index + 1}] {headings[index]}\n"
+
+
+def _print(text: str) -> None:
+    if text:
+        print(printable(text, keep="\n\t"), end="", flush=True)

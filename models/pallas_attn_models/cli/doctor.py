@@ -1,0 +1,93 @@
+"""``pallas-attn doctor``: what can run here, and whether its numbers are right."""
+
+import argparse
+import functools
+import importlib.metadata
+import platform
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import pallas_attn as pa
+
+_SELF_CHECK_TOLERANCE = 1e-5  # absolute, float32, outputs of size about 1
+
+_HELP = """\
+Show versions, devices and implementations of attention, why each can or cannot run here, and check the numbers of
+those that can against the reference."""
+_EXAMPLES = """\
+example:
+  pallas-attn doctor"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Makes ``doctor`` a command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="show what can run here, and check it",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints three tables; the exit code, 1 if a number is wrong."""
+    del args
+    console = Console(highlight=False)
+    versions = Table("package", "version")
+    versions.add_row("python", platform.python_version())
+    for package in ("pallas-attn", "jax", "jaxlib", "flax"):
+        versions.add_row(package, importlib.metadata.version(package))
+    console.print(versions)
+
+    devices = Table("device", "platform")
+    for device in jax.devices():
+        devices.add_row(Text(device.device_kind), device.platform)
+    console.print(devices)
+
+    table = Table("implementation", "can run", "largest error in a small causal attention")
+    healthy = True
+    for name, reason in pa.implementations().items():
+        if reason is not None:
+            table.add_row(name, Text(f"no: {reason}"), "")
+            continue
+        right, finding = _self_check(name)
+        healthy &= right
+        table.add_row(name, "yes", Text(finding))
+    console.print(table)
+    return 0 if healthy else 1
+
+
+def _self_check(implementation: str) -> tuple[bool, str]:
+    """Whether it gives what the reference gives, and a word about it."""
+    if implementation == "reference":
+        return True, "the others are measured against it"
+    try:
+        error = float(jnp.abs(_small_attention(implementation) - _small_attention("reference")).max())
+    except Exception as error:  # whatever it is, the rest of the report still helps
+        return False, f"FAILED: {error}"
+    right = error <= _SELF_CHECK_TOLERANCE  # a NaN is not
+    return right, f"{error:.1e} ({'right' if right else 'WRONG'})"
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _small_attention(implementation: str) -> jax.Array:
+    """float32, lengths that fill no block, two query heads per KV head, causal, nine tokens of padding in a row."""
+    key_q, key_k, key_v = jax.random.split(jax.random.key(0), 3)
+    positions = jnp.arange(53, dtype=jnp.int32)[None] - jnp.array([[0], [9]], jnp.int32)
+    positions = jnp.maximum(positions, -1)
+    out = pa.attention(
+        jax.random.normal(key_q, (2, 37, 4, 32)),
+        jax.random.normal(key_k, (2, 53, 2, 32)),
+        jax.random.normal(key_v, (2, 53, 2, 32)),
+        pa.masks.causal(),
+        q_positions=positions[:, -37:],
+        kv_positions=positions,
+        implementation=implementation,
+    )
+    return jnp.asarray(out)

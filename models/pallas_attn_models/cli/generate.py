@@ -1,0 +1,273 @@
+"""``pallas-attn generate``: how prompts go on."""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from pallas_attn_models import cache_options, tasks
+from pallas_attn_models.cli import options
+from pallas_attn_models.cli.answer import Answer, follow
+from pallas_attn_models.cli.completions import (
+    Completion,
+    figures,
+    print_in_turn,
+    print_table,
+    show_growing,
+    to_json,
+)
+from pallas_attn_models.cli.loading import load_model, load_tokenizer, make_generator, read_defaults, shipped_checkpoint
+from pallas_attn_models.cli.output import status
+from pallas_attn_models.generator import Generator, check_prompts
+from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.stats import GenerationStats
+
+_BATCH_SIZE = 8
+_CAPACITY = 1024
+_MAX_NEW_TOKENS = 64
+
+_HELP = """\
+Complete prompts of any lengths, many at a time. Without --model this runs the small byte-level decoder that ships with
+the package, which adds, reverses words, and recalls values from a list of key-value pairs."""
+_EXAMPLES = """\
+examples:
+  pallas-attn generate
+  pallas-attn generate --prompt "17+25=" --prompt "reverse:pallas=" --prompt "a=7;k=2;k?"
+  pallas-attn generate --model ./Llama-3.2-1B --prompt "Once upon a time" --stream --temperature 0.8 --min-p 0.1
+  pallas-attn generate --model ./Llama-3.2-1B --prompts-file prompts.txt --temperature 0.7 --top-p 0.9 --json
+  pallas-attn generate --model ./Llama-3.2-1B --prompt "Q: 2+2? A:" --stop $'\\n' --num-samples 4 --temperature 1
+  pallas-attn generate --model ./Llama-3.2-1B --prompt "A good day" --guidance 1.5 --negative-prompt "A bad day"
+  pallas-attn generate --model ./Llama-3.2-1B --prompts-file code.txt --speculate --max-new-tokens 512"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Makes ``generate`` a command."""
+    parser = commands.add_parser(
+        "generate",
+        help="complete prompts",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    options.add_model_options(parser, required=False)
+    prompts = parser.add_argument_group("prompts")
+    given = prompts.add_mutually_exclusive_group()
+    given.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    given.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line; empty lines are skipped")
+    help = "completions of each prompt; default %(default)s"
+    prompts.add_argument("--num-samples", type=int, default=1, metavar="N", help=help)
+    options.add_sampling_options(
+        parser, max_new_tokens=_MAX_NEW_TOKENS, seed="of the first completion; the next has N + 1, ..."
+    )
+    guidance = parser.add_argument_group("guidance", "Away from what a negative prompt says (arXiv:2306.17806).")
+    help = "how strongly: above 1; takes a second row for each completion"
+    guidance.add_argument("--guidance", type=float, metavar="X", help=help)
+    help = "read instead of every prompt"
+    guidance.add_argument("--negative-prompt", metavar="TEXT", help=help)
+    shapes = parser.add_argument_group("speed and memory")
+    help = f"rows of the cache; default {_BATCH_SIZE}, or more if the samples of a prompt need it"
+    shapes.add_argument("--batch-size", type=int, metavar="N", help=help)
+    help = f"tokens that the cache of a row holds; default {_CAPACITY}, or more if a prompt needs it"
+    shapes.add_argument("--capacity", type=int, metavar="N", help=help)
+    options.add_cache_options(shapes)
+    options.add_speculation_option(shapes)
+    output = parser.add_argument_group("output")
+    form = output.add_mutually_exclusive_group()
+    help = "print text as it comes; figures go to stderr"
+    form.add_argument("--stream", action="store_true", help=help)
+    form.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    help = "with --json: the N likeliest tokens in the place of each new one, with their log-probabilities"
+    output.add_argument("--logprobs", type=int, default=0, metavar="N", help=help)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Requests:
+    """What is asked for: one entry per prompt, and for all of them the last three."""
+
+    texts: list[str]
+    right_answers: list[str | None]
+    prompts: list[list[int]]
+    samplings: list[Sampling]
+    negative_prompt: list[int] | None
+    guidance_scale: float
+    num_samples: int
+
+    @property
+    def asked(self) -> list[tuple[str, str | None]]:
+        """Text and right answer of every completion."""
+        pairs = zip(self.texts, self.right_answers, strict=True)
+        return [pair for pair in pairs for _ in range(self.num_samples)]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Completes and prints; the exit code."""
+    _check(args)
+    texts, right_answers = _read_prompts(args)
+    directory = args.model or shipped_checkpoint()
+    defaults = read_defaults(directory)
+    samplings = [
+        # A seed for each completion, so that the same prompt twice gives two answers.
+        options.sampling(args, defaults, seed=args.seed + index * args.num_samples, top_logprobs=args.logprobs)
+        for index in range(len(texts))
+    ]
+    policy, _ = cache_options.policy(args.cache), cache_options.storage(args.storage)
+    model = load_model(args, directory)
+    tokenizer = load_tokenizer(directory)
+
+    prompts = [tokenizer.encode(text).ids for text in texts]
+    negative = None if args.negative_prompt is None else tokenizer.encode(args.negative_prompt).ids
+    max_length = _default_capacity([*prompts, negative or []], args.max_new_tokens)
+    capacity = max_length if args.capacity is None else args.capacity
+    # All of them before anything is compiled, so that a mistake in the last does not cost the time of the others.
+    limits = {"max_length": max_length if policy.bounded else capacity, "vocab_size": model.config.vocab_size}
+    check_prompts(prompts, **limits)
+    if negative is not None:
+        check_prompts([negative], **limits, name="negative_prompts")
+    rows = args.num_samples * (1 if negative is None else 2)
+    generator = make_generator(
+        args,
+        model,
+        samplings[0],
+        batch_size=max(_BATCH_SIZE, rows) if args.batch_size is None else args.batch_size,
+        capacity=capacity,
+        max_length=max_length,
+        max_queue=len(prompts) * args.num_samples,
+    )
+    compile_seconds = generator.warmup(lambda name: status(f"compiling {name}"))
+    status(f"completing {len(prompts)} prompts")
+
+    scale = 1.0 if args.guidance is None else args.guidance
+    requests = _Requests(texts, right_answers, prompts, samplings, negative, scale, args.num_samples)
+    if args.stream or args.stop:
+        completions, stats = _follow(generator, tokenizer, requests, stop=args.stop, show=args.stream)
+    else:
+        completions, stats = _complete(generator, tokenizer, requests)
+    stats = dataclasses.replace(stats, compile_seconds=compile_seconds)
+    if args.json:
+        print(to_json(directory, completions, stats, with_top=args.logprobs > 0))
+    elif args.stream:
+        status(figures(stats))
+    else:
+        print_table(completions)
+        print(figures(stats))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.num_samples < 1:
+        raise ValueError(f"--num-samples: expected at least 1, got {args.num_samples}")
+    if args.logprobs and not args.json:
+        raise ValueError("--logprobs: expected --json with it, which shows them")
+    if (args.guidance is None) != (args.negative_prompt is None):
+        raise ValueError("--guidance, --negative-prompt: expected both or neither, got one")
+
+
+def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str | None]]:
+    """The prompts, and the right answer to each where it is known."""
+    if args.prompts_file is not None:
+        prompts = [line for line in args.prompts_file.read_text(encoding="utf-8").split("\n") if line]
+        if not prompts:
+            raise ValueError(f"--prompts-file: expected a prompt per line, got none in {args.prompts_file}")
+    elif args.prompt is not None:
+        prompts = args.prompt
+    elif args.model is not None:
+        raise ValueError("--model: expected --prompt or --prompts-file with it, got neither")
+    else:
+        examples = _shipped_examples()
+        return [one.prompt for one in examples], [one.answer.removesuffix(tasks.END) for one in examples]
+    return prompts, [None] * len(prompts)
+
+
+def _shipped_examples() -> list[tasks.Example]:
+    """Some of every task that the shipped checkpoint has learnt, all held out of its training, 4 to 450 bytes long."""
+    return [
+        *tasks.held_out_prompts("addition", 3, seed=0),
+        *tasks.held_out_prompts("reversal", 2, seed=2),
+        *tasks.held_out_prompts("recall", 1, seed=0, max_pairs=8),
+        *tasks.held_out_prompts("recall", 2, seed=0, min_pairs=60),
+    ]
+
+
+def _default_capacity(prompts: list[list[int]], max_new_tokens: int) -> int:
+    needed = max(map(len, prompts)) + max_new_tokens
+    return max(_CAPACITY, -(-needed // 128) * 128)
+
+
+def _complete(
+    generator: Generator, tokenizer: Tokenizer, requests: _Requests
+) -> tuple[list[Completion], GenerationStats]:
+    """All at once."""
+    negative = requests.negative_prompt
+    result = generator.generate(
+        requests.prompts,
+        requests.samplings,
+        negative_prompts=None if negative is None else [negative] * len(requests.prompts),
+        guidance_scale=requests.guidance_scale,
+        num_samples=requests.num_samples,
+    )
+    completions = [
+        Completion(
+            prompt,
+            tokenizer.decode(result.tokens[index]),
+            right_answer,
+            result.finish_reasons[index],
+            result.tokens[index],
+            result.logprobs[index],
+            result.top_logprobs[index],
+        )
+        for index, (prompt, right_answer) in enumerate(requests.asked)
+    ]
+    return completions, result.stats
+
+
+def _follow(
+    generator: Generator, tokenizer: Tokenizer, requests: _Requests, *, stop: list[str], show: bool
+) -> tuple[list[Completion], GenerationStats]:
+    """Token by token, as somebody watches, or as text may end what the tokens do not."""
+    before = generator.spent
+    submit = functools.partial(
+        generator.submit, negative_prompt=requests.negative_prompt, guidance_scale=requests.guidance_scale
+    )
+    answers = [
+        Answer(submit(prompt, dataclasses.replace(one, seed=(one.seed + sample) % 2**32)), tokenizer, stop)
+        for prompt, one in zip(requests.prompts, requests.samplings, strict=True)
+        for sample in range(requests.num_samples)
+    ]
+    asked = requests.asked
+
+    def completions() -> list[Completion]:
+        return [_so_far(*pair, answer) for pair, answer in zip(asked, answers, strict=True)]
+
+    events = ((index, text, answers[index].finish_reason is not None) for index, text in follow(generator, answers))
+    if show and len(answers) > 1 and sys.stdout.isatty():
+        show_growing(events, completions)
+    elif show:
+        print_in_turn(events, [prompt for prompt, _ in asked])
+    else:
+        collections.deque(events, maxlen=0)
+    stats = GenerationStats(
+        prompt_tokens=sum(len(prompt) + len(requests.negative_prompt or []) for prompt in requests.prompts),
+        new_tokens=sum(len(answer.tokens) for answer in answers),
+        compile_seconds=0.0,
+        executables=sum(generator.compile_counts.values()),
+        **generator.spent.since(before)._asdict(),
+    )
+    return completions(), stats
+
+
+def _so_far(prompt: str, right_answer: str | None, answer: Answer) -> Completion:
+    handle, length = answer.handle, len(answer.tokens)
+    return Completion(
+        prompt,
+        answer.text,
+        right_answer,
+        answer.finish_reason or "",
+        [*answer.tokens],
+        handle.logprobs[:length],
+        handle.top_logprobs[:length],
+    )

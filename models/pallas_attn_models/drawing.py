@@ -1,0 +1,73 @@
+"""A new token for every row: guided, drawn, written down, and seen to be the last or not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_attn_models.rows import CAPACITY, LENGTH, RUNNING, STOP, Rows
+from pallas_attn_models.sampling import Drawn, count_new, sample
+from pallas_attn_models.stopping import matched
+
+
+def draw(rows: Rows, logits: Array, live: Array | None = None) -> tuple[Rows, Array, Drawn]:
+    """Draws the next token of the rows.
+
+    Args:
+      rows: only those that are running draw.
+      logits: float32 ``[B, V]``, after their newest tokens.
+      live: bool ``[B]``: of these, only those that are; default all.
+
+    Returns:
+      The rows with it, the token int32 ``[B]``, and what else is known of it.
+    """
+    request = rows.request
+    running = rows.status == RUNNING
+    running = running if live is None else running & live
+    batch_size, max_length = rows.tokens.shape
+    drawn = sample(_guided(logits, request.partner, request.guidance), request.sampling, rows.counts, rows.num_new)
+    token = drawn.tokens[request.leader]
+
+    row = jnp.arange(batch_size, dtype=jnp.int32)
+    after = dataclasses.replace(
+        rows,
+        tokens=rows.tokens.at[row, jnp.where(running, rows.length, max_length)].set(token, mode="drop"),
+        length=rows.length + running.astype(jnp.int32),
+        counts=count_new(rows.counts, token, running),
+    )
+    stop = matched(_tail(after, request.sampling.stop_tokens.shape[-1]), request.sampling, after.num_new)
+    full = after.length >= max_length
+    status = jnp.select(
+        [
+            ~running,
+            stop > 0,
+            after.num_new >= request.sampling.max_new_tokens,
+            (full | full[request.partner])[request.leader],
+        ],
+        [rows.status, jnp.int32(STOP), jnp.int32(LENGTH), jnp.int32(CAPACITY)],
+        jnp.int32(RUNNING),
+    )
+    after = dataclasses.replace(after, status=status, matched=jnp.where(running, stop, rows.matched))
+    return after, token, drawn
+
+
+def _guided(logits: Array, partner: Array, guidance: Array) -> Array:
+    """Classifier-free guidance: from what the partner's prompt makes likely to what one's own does, and beyond.
+
+    Equation 7 of arXiv:2306.17806, in log-probabilities. A row without a partner keeps its logits, to the bit.
+    """
+    guided = partner != jnp.arange(partner.shape[0], dtype=jnp.int32)
+
+    def guide() -> Array:
+        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        away = logprobs[partner]
+        return jnp.where(guided[:, None], away + guidance[:, None] * (logprobs - away), logits)
+
+    return lax.cond(guided.any(), guide, lambda: logits)
+
+
+def _tail(rows: Rows, length: int) -> Array:
+    """int32 ``[B, length]``: the last tokens of each row, the newest last."""
+    at = rows.length[:, None] - length + jnp.arange(length, dtype=jnp.int32)[None]
+    return jnp.take_along_axis(rows.tokens, jnp.maximum(at, 0), axis=1)

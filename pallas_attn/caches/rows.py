@@ -1,0 +1,63 @@
+"""Some rows of a batch, by their numbers: int32 ``[R]``, distinct; one that no row has is an unused entry.
+
+``None`` stands for all B rows in order, of which no copy is made.
+"""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Tree = TypeVar("Tree")
+
+
+def check(rows: Array | None, batch_size: int) -> Array | None:
+    """The same rows; unused entries become ``batch_size``, where a negative one would count from the end."""
+    if rows is None:
+        return None
+    if not hasattr(rows, "dtype"):
+        raise TypeError(f"rows: expected an int32 array, got {type(rows).__name__}")
+    if rows.dtype != jnp.int32 or rows.ndim != 1 or rows.size == 0:
+        raise ValueError(f"rows: expected int32 [R], R at least 1, got {rows.dtype} {list(rows.shape)}")
+    return jnp.where(exist(rows, batch_size), rows, batch_size)
+
+
+def exist(rows: Array, batch_size: int) -> Array:
+    """bool ``[R]``: which entries are in use."""
+    return (rows >= 0) & (rows < batch_size)
+
+
+def take(x: Array, rows: Array | None, fill: float = 0) -> Array:
+    """``[R, ...]`` of ``x`` ``[B, ...]``; ``fill`` for unused entries."""
+    return x if rows is None else x.at[rows].get(mode="fill", fill_value=fill)
+
+
+def put(x: Array, rows: Array | None, new: Array) -> Array:
+    """``x`` ``[B, ...]`` with ``new`` ``[R, ...]`` as its rows."""
+    return new if rows is None else x.at[rows].set(new, mode="drop")
+
+
+def numbers(rows: Array | None, shape: tuple[int, ...]) -> Array:
+    """int32 of ``shape`` ``[R, ...]``: every entry's row."""
+    if rows is None:
+        return lax.broadcasted_iota(jnp.int32, shape, 0)
+    return jnp.broadcast_to(jnp.expand_dims(rows, tuple(range(1, len(shape)))), shape)
+
+
+def copy(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
+    """Every array of ``x`` after row ``targets[n]`` became what row ``sources[n]`` is, for n < ``count`` in order.
+
+    In place where the arrays may be: rows that are not concerned are not touched.
+    """
+
+    def copy_row(n: Array, x: Tree) -> Tree:
+        source, target = sources[n], targets[n]
+        return jax.tree.map(
+            lambda x: lax.dynamic_update_index_in_dim(
+                x, lax.dynamic_index_in_dim(x, source, keepdims=False), target, 0
+            ),
+            x,
+        )
+
+    return lax.fori_loop(0, count, copy_row, x)

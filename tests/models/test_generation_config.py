@@ -1,0 +1,75 @@
+"""``generation_config.json``: which settings it gives, and which it does not."""
+
+import json
+
+import pytest
+
+from pallas_attn_models.generation_config import GenerationDefaults
+
+LLAMA3 = {
+    "bos_token_id": 128000,
+    "do_sample": True,
+    "eos_token_id": [128001, 128008, 128009],
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "transformers_version": "4.45.0.dev0",
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(content: object) -> GenerationDefaults:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "generation_config.json").write_text(text)
+        return GenerationDefaults.read(tmp_path)
+
+    return read
+
+
+def test_no_file_asks_for_nothing(tmp_path):
+    assert GenerationDefaults.read(tmp_path) == GenerationDefaults({}, (), ())
+
+
+def test_as_an_instruct_model_is_published(read):
+    found = read(LLAMA3)
+    assert found == GenerationDefaults({"temperature": 0.6, "top_p": 0.9}, (128001, 128008, 128009), ())
+    assert str(found) == "generation_config.json: temperature 0.6, top_p 0.9, end tokens 128001 128008 128009"
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": None}, {"temperature": 1.0}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.0, "top_k": 20}),
+        ({"do_sample": True, "min_p": 0.1, "top_k": 5}, {"temperature": 1.0, "min_p": 0.1, "top_k": 5}),
+        ({"repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}),
+    ],
+    ids=str,
+)
+def test_it_samples_only_if_it_says_so(read, fields, settings):
+    assert read(fields).settings == settings
+
+
+def test_one_end_token_and_what_has_no_counterpart(read):
+    found = read({"eos_token_id": 2, "num_beams": 4, "penalty_alpha": 0.6, "pad_token_id": 0, "typical_p": None})
+    assert found.eos_token_ids == (2,)
+    assert found.unused == ("num_beams", "penalty_alpha")
+    assert str(found).endswith("end tokens 2, not used: num_beams penalty_alpha")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "generation_config.json: expected JSON, got"),
+        ("[]", "generation_config.json: expected a JSON object, got list"),
+        ({"top_p": "0.9"}, "top_p: expected a number, got '0.9'"),
+        ({"top_k": True}, "top_k: expected a number, got True"),
+        ({"eos_token_id": ["a"]}, "eos_token_id: expected token ids, got"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read(read, content, message):
+    with pytest.raises(ValueError, match=message):
+        read(content)
