@@ -109,7 +109,7 @@ class Scale:
     Attributes:
       rounds: turns of each contender.
       requests, batch: of continuous batching.
-      longest_prompt, most_new: tokens of a request; the shortest have 8 and 4.
+      chat, documents: the longest prompt and continuation of two kinds of requests; the shortest have 8 and 4 tokens.
       model: of continuous batching, random.
       prompts: of speculation, for each task.
       streamed: new tokens of each row.
@@ -118,8 +118,8 @@ class Scale:
     rounds: int
     requests: int
     batch: int
-    longest_prompt: int
-    most_new: int
+    chat: tuple[int, int]
+    documents: tuple[int, int]
     model: DecoderConfig
     prompts: int
     streamed: int
@@ -138,8 +138,10 @@ def _llama(layers: int, vocab_size: int) -> DecoderConfig:
     )
 
 
-FULL = Scale(3, 64, 8, 512, 256, _llama(4, 4096), prompts=32, streamed=256)
-TOY = Scale(1, 6, 2, 40, 12, dataclasses.replace(_llama(1, 64), hidden_size=32, head_dim=8), prompts=3, streamed=12)
+FULL = Scale(3, 64, 8, (128, 512), (512, 256), _llama(4, 4096), prompts=32, streamed=256)
+TOY = Scale(
+    1, 6, 2, (12, 20), (40, 12), dataclasses.replace(_llama(1, 64), hidden_size=32, head_dim=8), prompts=3, streamed=12
+)
 
 
 # --- continuous batching ---
@@ -163,21 +165,22 @@ class Requests:
         return [sampling.max_new_tokens for sampling in self.samplings]
 
 
-def unequal_requests(scale: Scale) -> Requests:
+def unequal_requests(scale: Scale, longest_prompt: int, most_new: int) -> Requests:
     """Lengths of prompts and of continuations are log-uniform and independent: most are short, a few are very long."""
     rng = np.random.default_rng(0)
 
     def lengths(least: int, most: int) -> np.ndarray:
         return np.exp(rng.uniform(np.log(least), np.log(most + 1), scale.requests)).astype(int)
 
-    prompts = [rng.integers(scale.model.vocab_size, size=n).tolist() for n in lengths(8, scale.longest_prompt)]
-    return Requests(prompts, [Sampling(max_new_tokens=int(n)) for n in lengths(4, scale.most_new)])
+    prompts = [rng.integers(scale.model.vocab_size, size=n).tolist() for n in lengths(8, longest_prompt)]
+    return Requests(prompts, [Sampling(max_new_tokens=int(n)) for n in lengths(4, most_new)])
 
 
-def continuous_batching(scale: Scale) -> dict[str, Any]:
+def continuous_batching(kind: str, scale: Scale) -> dict[str, Any]:
     """All requests at once, and the same in batches; how many steps these take follows from the requests."""
-    requests = unequal_requests(scale)
-    capacity = scale.longest_prompt + scale.most_new
+    longest_prompt, most_new = getattr(scale, kind)
+    requests = unequal_requests(scale, longest_prompt, most_new)
+    capacity = longest_prompt + most_new
     model = Decoder(scale.model, rngs=nnx.Rngs(0))
     generator = Generator(model, batch_size=scale.batch, capacity=capacity)
 
@@ -187,10 +190,8 @@ def continuous_batching(scale: Scale) -> dict[str, Any]:
     batches = requests.batches(scale.batch)
     contenders = {OURS: lambda: generate(requests), SEQUENTIAL: lambda: generate(*batches)}
     shape = _shape(scale.batch, capacity, scale.model)
-    about = (
-        f"{scale.requests} requests, prompts of 8-{scale.longest_prompt}, 4-{scale.most_new} new tokens, log-uniform"
-    )
-    entry = _compared("continuous-batching", about, shape, contenders, scale.rounds)
+    about = f"{scale.requests} requests, prompts of 8-{longest_prompt}, 4-{most_new} new tokens, log-uniform"
+    entry = _compared(f"batching-{kind}", about, shape, contenders, scale.rounds)
     new = requests.new_tokens
     least = max(-(-sum(new) // scale.batch), max(new))
     steps = {OURS: least, SEQUENTIAL: sum(max(batch.new_tokens) for batch in batches)}
@@ -266,7 +267,8 @@ def streaming(scale: Scale) -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[Scale], dict[str, Any]]] = {
-    "continuous-batching": continuous_batching,
+    "batching-chat": functools.partial(continuous_batching, "chat"),
+    "batching-documents": functools.partial(continuous_batching, "documents"),
     "speculation-recall": _speculation("recall", "recall from lists of 1 to 90 pairs", _answers("recall")),
     "speculation-reversal": _speculation("reversal", "words read backwards", _answers("reversal")),
     "speculation-copy": _speculation("copy", "64 times the letter that the prompt consists of", _copies),

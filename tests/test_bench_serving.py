@@ -10,16 +10,18 @@ from bench import plot, serving
 from bench.measure import OURS
 
 
-def test_requests_are_unequal_and_always_the_same():
-    requests = serving.unequal_requests(serving.FULL)
+@pytest.mark.parametrize("kind", ["chat", "documents"])
+def test_requests_are_unequal_and_always_the_same(kind):
+    longest_prompt, most_new = getattr(serving.FULL, kind)
+    requests = serving.unequal_requests(serving.FULL, longest_prompt, most_new)
     prompts, new = [len(prompt) for prompt in requests.prompts], requests.new_tokens
     assert len(prompts) == len(new) == 64
-    for lengths, least, most in ((prompts, 8, 512), (new, 4, 256)):
+    for lengths, least, most in ((prompts, 8, longest_prompt), (new, 4, most_new)):
         assert min(lengths) >= least
         assert max(lengths) <= most
         # Log-uniform: as many below the geometric mean as above.
         assert 20 <= sum(length < np.sqrt(least * most) for length in lengths) <= 44
-    assert requests == serving.unequal_requests(serving.FULL)
+    assert requests == serving.unequal_requests(serving.FULL, longest_prompt, most_new)
     batches = requests.batches(8)
     assert [len(batch.prompts) for batch in batches] == [8] * 8
     assert [x for batch in batches for x in batch.samplings] == requests.samplings
@@ -43,11 +45,12 @@ def test_every_case_has_the_same_tokens_and_two_times(written):
         ((other, ratio),) = result["ratios"].items()
         assert set(result["contenders"]) == {OURS, other}
         assert ratio > 0
-    requests = serving.unequal_requests(serving.TOY)
-    assert found["continuous-batching"]["new_tokens"] == sum(requests.new_tokens)
-    steps = found["continuous-batching"]["least_steps"]
-    assert steps[serving.SEQUENTIAL] == sum(max(batch.new_tokens) for batch in requests.batches(2))
-    assert steps[OURS] == max(-(-sum(requests.new_tokens) // 2), max(requests.new_tokens))
+    for kind in ("chat", "documents"):
+        requests = serving.unequal_requests(serving.TOY, *getattr(serving.TOY, kind))
+        assert found[f"batching-{kind}"]["new_tokens"] == sum(requests.new_tokens)
+        steps = found[f"batching-{kind}"]["least_steps"]
+        assert steps[serving.SEQUENTIAL] == sum(max(batch.new_tokens) for batch in requests.batches(2))
+        assert steps[OURS] == max(-(-sum(requests.new_tokens) // 2), max(requests.new_tokens))
     # The prompt is full of drafts, and all are right but those beyond the last token.
     assert found["speculation-copy"]["tokens_per_step"] == 8
     assert found["speculation-copy"]["acceptance"] == 7 / 8

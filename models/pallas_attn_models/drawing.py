@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn_models.rows import CAPACITY, LENGTH, RUNNING, STOP, Rows
+from pallas_attn_models.rows import CAPACITY, LENGTH, RUNNING, STOP, Request, Rows
 from pallas_attn_models.sampling import Drawn, count_new, sample
 from pallas_attn_models.stopping import matched
 
@@ -26,7 +26,7 @@ def draw(rows: Rows, logits: Array, live: Array | None = None) -> tuple[Rows, Ar
     running = rows.status == RUNNING
     running = running if live is None else running & live
     batch_size, max_length = rows.tokens.shape
-    drawn = sample(_guided(logits, request.partner, request.guidance), request.sampling, rows.counts, rows.num_new)
+    drawn = sample(_guided(logits, request), request.sampling, rows.counts, rows.num_new)
     token = drawn.tokens[request.leader]
 
     row = jnp.arange(batch_size, dtype=jnp.int32)
@@ -52,11 +52,12 @@ def draw(rows: Rows, logits: Array, live: Array | None = None) -> tuple[Rows, Ar
     return after, token, drawn
 
 
-def _guided(logits: Array, partner: Array, guidance: Array) -> Array:
+def _guided(logits: Array, request: Request) -> Array:
     """Classifier-free guidance: from what the partner's prompt makes likely to what one's own does, and beyond.
 
     Equation 7 of arXiv:2306.17806, in log-probabilities. A row without a partner keeps its logits, to the bit.
     """
+    partner, guidance = jnp.asarray(request.partner), jnp.asarray(request.guidance)
     guided = partner != jnp.arange(partner.shape[0], dtype=jnp.int32)
 
     def guide() -> Array:

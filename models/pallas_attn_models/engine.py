@@ -63,10 +63,9 @@ class Engine:
             self._models.append(_Weights(speculation.draft_model))
             networks.append(steps.Network(self._models[1].bind, slice(model.config.num_layers, None)))
         # The state is donated: updated in place, and never held twice.
-        self._prefill, self._decode, self._score = (
-            jax.jit(functools.partial(*function), donate_argnums=1)
-            for function in ((steps.prefill, networks), (steps.decode, networks, speculation), (steps.score, networks))
-        )
+        self._prefill = jax.jit(functools.partial(steps.prefill, networks), donate_argnums=1)
+        self._decode = jax.jit(functools.partial(steps.decode, networks, speculation), donate_argnums=1)
+        self._score = jax.jit(functools.partial(steps.score, networks), donate_argnums=1)
 
     @property
     def compile_counts(self) -> dict[str, int]:
@@ -79,12 +78,12 @@ class Engine:
         """Compiles prefill and decode, unless that is done, and returns the seconds it took."""
         if all(self.compile_counts.values()):
             return 0.0
-        start = time.perf_counter()
+        spent, start = self.spent, time.perf_counter()
         for name, run in (("prefill", lambda: self.prefill(self.no_work())), ("decode", lambda: self.decode(0, False))):
             if progress is not None:
                 progress(name)
             run()  # nothing is asked for: nothing is computed
-        self.spent = Spent()
+        self.spent = spent
         return time.perf_counter() - start
 
     def take_weights(self) -> None:
@@ -116,7 +115,7 @@ class Engine:
             following=np.full(chunk_rows, -1, np.int32),
             sources=np.zeros(rows, np.int32),
             targets=np.zeros(rows, np.int32),
-            num_copies=np.int32(0),
+            num_copies=np.zeros((), np.int32),
             started=np.zeros(rows, np.bool_),
         )
 
@@ -151,6 +150,10 @@ class Engine:
         self._state = state
         self._spend(decode_seconds=time.perf_counter() - start, **self._new_counts(report.tally))
         return report
+
+    def forget(self) -> None:
+        """Begins anew, with all rows free."""
+        self._state = None
 
     def abstract_state(self) -> State:
         """The shapes of the state."""

@@ -182,7 +182,7 @@ class Generator:
         Args:
           progress: called with the name of each executable before it is compiled.
         """
-        return self._engine.compile(progress)
+        return self._scheduler.compile(progress)
 
     def generate(
         self,
@@ -264,15 +264,32 @@ class Generator:
         Raises:
           QueueFull: ``max_queue`` requests wait already.
         """
-        negative = None if negative_prompt is None else [negative_prompt]
-        (job,) = self._jobs([prompt], sampling, stop, negative, guidance_scale, 1)
+        (handle,) = self.submit_samples(prompt, 1, sampling, stop, negative_prompt, guidance_scale)
+        return handle
+
+    def submit_samples(
+        self,
+        prompt: Sequence[int],
+        num_samples: int,
+        sampling: Sampling = _GREEDY,
+        stop: int | Sequence[int | Sequence[int]] = (),
+        negative_prompt: Sequence[int] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> list[Handle]:
+        """Asks for several continuations of one prompt, which is read once; see :meth:`submit`.
+
+        They begin when there are rows for all of them. With pages they share those of the prompt.
+        """
+        negatives = None if negative_prompt is None else [negative_prompt]
+        (job,) = self._jobs([prompt], sampling, stop, negatives, guidance_scale, num_samples)
         self._scheduler.submit(job)
-        return job.handles[0]
+        return job.handles
 
     def step(self, interval: int = REPORT_WIDTH) -> bool:
         """One round of work for all requests, up to ``interval`` tokens each; False if there was nothing to do."""
         if self._scheduler.idle:
             return False
+        self.warmup()
         self._scheduler.step(interval)
         return True
 
@@ -323,7 +340,8 @@ class Generator:
         handles = [handle for job in jobs for handle in job.handles]
         told = [0] * len(handles)
         ended = [False] * len(handles)
-        for _ in self._run(jobs, interval):
+
+        def news() -> Iterator[StreamEvent]:
             for row, handle in enumerate(handles):
                 new = handle.tokens[told[row] : handle.num_certain]
                 told[row] = handle.num_certain
@@ -333,6 +351,14 @@ class Generator:
                     yield StreamEvent(row, token, reason if index == len(new) - 1 else None)
                 if reason is not None and not new:
                     yield StreamEvent(row, None, reason)
+
+        self.warmup()
+        for _ in self._run(jobs, interval):
+            yield from news()
+        # Others, too, keep these going while this waits at a yield.
+        yield from news()
+        for handle in handles:
+            handle.result()  # raises what broke it off
 
     def _jobs(self, prompts, sampling, stop, negative_prompts, guidance_scale, num_samples) -> list[Job]:
         """The requests, after checking all of them; arguments as of :meth:`generate`."""

@@ -42,7 +42,7 @@ class Handle:
       error: what broke the run off, if anything did.
     """
 
-    def __init__(self, sampling: Sampling, drive: Callable[[], None], cancel: Callable[["Handle"], None]) -> None:
+    def __init__(self, sampling: Sampling, drive: Callable[..., object], cancel: Callable[["Handle"], None]) -> None:
         self.sampling = sampling
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -84,7 +84,7 @@ class Handle:
             if self.done:
                 self.result()  # raises what broke it off
                 return
-            self._drive()
+            self._drive(interval=1)
 
     def extend(self, tokens: list[int], logprobs: list[float], top_logprobs: Sequence[TopLogprobs]) -> None:
         """For the scheduler: more tokens came."""

@@ -4,8 +4,9 @@ Reads downwards: a round is admit, read, decode.
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -95,7 +96,7 @@ class Scheduler:
 
         Raises what the executables raise. Requests that had rows are lost then; those in the queue are not.
         """
-        try:
+        with self._abandoned_on_error():
             admitted = self._admit()
             self._read(admitted)
             running = any(not job.readings for job in self._active)
@@ -103,9 +104,11 @@ class Scheduler:
                 reading = any(job.readings for job in self._active)
                 report = self._engine.decode(1 if reading else num_steps, eager=bool(self._queue))
                 self._take(report)
-        except BaseException as error:
-            self._abandon(error)
-            raise
+
+    def compile(self, progress: Callable[[str], None] | None = None) -> float:
+        """As :meth:`Engine.compile`; raises as :meth:`step`."""
+        with self._abandoned_on_error():
+            return self._engine.compile(progress)
 
     # --- admit ---
 
@@ -116,6 +119,7 @@ class Scheduler:
             if not self._active:
                 self._engine.take_weights()  # a run begins
             job = self._queue.popleft()
+            self._active.append(job)
             take = [self._free_rows.pop(0) for _ in range(job.num_rows)]
             job.rows, job.partners = take[: len(job.handles) or 1], take[len(job.handles) or 1 :]
             unread = 0 if isinstance(job, ScoreJob) else 1  # decode feeds the last token
@@ -123,7 +127,6 @@ class Scheduler:
             job.readings = [
                 Reading(row, prompt, len(prompt) - unread) for row, prompt in zip(firsts, job.prompts, strict=True)
             ]
-            self._active.append(job)
             admitted.append(job)
         return admitted
 
@@ -212,7 +215,7 @@ class Scheduler:
                     work.started[[job.rows[index], *job.partners[index : index + 1]]] = True
         for number, (source, target) in enumerate(copies):
             work.sources[number], work.targets[number] = source, target
-        return dataclasses.replace(work, num_copies=np.int32(len(copies)))
+        return dataclasses.replace(work, num_copies=np.array(len(copies), np.int32))
 
     # --- decode ---
 
@@ -233,8 +236,10 @@ class Scheduler:
                 reason = FINISH_REASONS.get(int(report.status[row]))
                 if reason is not None:
                     handle.finish(reason, int(report.matched[row]))
-                    # Its executable has emptied the rows itself.
-                    self._free_rows += [row, *job.partners[index : index + 1]]
+                    rows = [row, *job.partners[index : index + 1]]
+                    self._free_rows += rows
+                    # What runs is emptied when it ends; where the pool is spent, a prompt can end before it runs.
+                    self._to_release += [] if count else rows
         self._active = [job for job in self._active if not job.done]
 
     # --- endings ---
@@ -246,15 +251,21 @@ class Scheduler:
         self._to_release += rows
         self._free_rows += rows
 
-    def _abandon(self, error: BaseException) -> None:
-        """Whoever had rows has lost them, as what the device held is lost."""
-        for job in self._active:
-            for handle in job.handles:
-                handle.error = None if handle.done else error
-            if isinstance(job, ScoreJob):
-                job.error = error
-        self._active, self._to_release = [], []
-        self._free_rows = list(range(self._engine.batch_size))
+    @contextlib.contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        """After an error, whoever had rows has lost them, as what the device held is lost."""
+        try:
+            yield
+        except BaseException as error:
+            for job in self._active:
+                for handle in job.handles:
+                    handle.error = None if handle.done else error
+                if isinstance(job, ScoreJob):
+                    job.error = error
+            self._active, self._to_release = [], []
+            self._free_rows = list(range(self._engine.batch_size))
+            self._engine.forget()
+            raise
 
 
 def _top(report: Report, row: int, count: int, number: int) -> Iterator[list[tuple[int, float]]]:
@@ -285,5 +296,7 @@ class _Pool:
             most = [tokens + spare for tokens in most] or [len(prompt)]
             # Continuations share the pages that the prompt fills, as nobody writes to them again.
             shared = (len(prompt) - 1) // self.page_size if self.keeps_all else 0
-            total += shared + sum(-(-min(tokens, self.capacity) // self.page_size) - shared for tokens in most)
+            own = sum(-(-min(tokens, self.capacity) // self.page_size) - shared for tokens in most)
+            # The page that it fills in part is there, too, until each of them has a copy to write to.
+            total += shared + max(own, len(most) + (len(most) > 1))
         return total

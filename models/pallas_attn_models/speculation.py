@@ -1,11 +1,17 @@
 """Speculation: several tokens drafted cheaply, and checked by one call of the model.
 
-The check draws the new tokens one after the other exactly as plain decoding does, from the same logits with the same key
-(seed and index of the token), and a draft is worth something for as long as it says what was drawn. So what comes out is
-what plain decoding gives, for drafts of any kind, at any temperature, and in every row on its own; drafts decide only how
-many tokens a call brings. A draft model draws with the same keys as well, which makes it hit more often than independent
-draws would (drafter-invariant speculative decoding, Daliri, Musco and Suresh 2024, arXiv:2408.07978). Rejection sampling
-(Leviathan et al. 2022, arXiv:2211.17192) has the same distribution, but gives other tokens than decoding without drafts.
+The check draws the new tokens one after the other exactly as plain decoding does, from the same logits with the same
+key (seed and index of the token), and a draft is worth something for as long as it says what was drawn. So what comes
+out is what plain decoding gives, for drafts of any kind, at any temperature, and in every row on its own; drafts decide
+only how many tokens a call brings. The logits are the same but for rounding, as for any other number of queries.
+
+A draft model draws with the same keys too: where the model takes the largest of log p + g, it takes the largest of
+log q + g with the same Gumbel noise g (Daliri, Musco and Suresh 2024, arXiv:2408.07978). These agree with probability
+sum_i 1 / sum_j max(p_j / p_i, q_j / q_i) (Moulton and Jiang 2018, arXiv:1809.04052), which is never less than the
+sum_i p_i q_i of independent draws, nor than (1 - d) / (1 + d), where d is the total variation distance of p and q; of
+ways to draw that do not know both of p and q, none can promise more. Rejection sampling (Leviathan et al. 2022,
+arXiv:2211.17192) knows both and accepts with probability 1 - d, the most there is, so it accepts up to 1 + d times as
+often, and never less often. But its tokens depend on the drafts: the same seed gives others than without them.
 """
 
 import dataclasses
@@ -18,7 +24,7 @@ from jax import Array, lax
 
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import RUNNING, Rows, State
+from pallas_attn_models.rows import FREE, RUNNING, Rows, State
 
 # So many queries attend at once in decode.
 MOST_NODES = 16
@@ -27,8 +33,11 @@ MOST_NODES = 16
 class Speculation(Protocol):
     """Drafts ``num_candidates`` ways for a row to go on, of ``length`` tokens each."""
 
-    length: int
-    num_candidates: int
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def num_candidates(self) -> int: ...
 
     @property
     def draft_model(self) -> Decoder | None:
@@ -58,10 +67,10 @@ class PromptLookup:
 
     Attributes:
       length: tokens of a draft.
-      ngram: of the places where the last tokens stood before, those are taken where most of them agree, but no more than
-        so many are looked at; of equals the latest.
-      num_candidates: different ways to go on that are checked at once, as a tree; those that begin with the same token
-        are one.
+      ngram: of the places where the last token stood before, the one is taken where most tokens up to it are the last
+        ones, but no more than so many are compared; of equals the latest.
+      num_candidates: different ways to go on that are checked at once, as a tree, each from a place of its own; no two
+        begin with the same token.
 
     Raises:
       ValueError: a number below 1, or more than 15 tokens together.
@@ -86,7 +95,12 @@ class PromptLookup:
         return state, drafts, found & may
 
     def look_up(self, tokens: Array, length: Array) -> tuple[Array, Array]:
-        """Drafts int32 ``[B, num_candidates, length]`` for the first ``length`` int32 ``[B]`` of ``tokens`` ``[B, P]``."""
+        """What may follow the first ``length`` int32 ``[B]`` of ``tokens`` int32 ``[B, P]``.
+
+        Returns:
+          int32 ``[B, num_candidates, length]``, the best candidates first, -1 where there is none; and bool ``[B]``:
+          rows that have one.
+        """
         places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         last = length[:, None] - 1
         agree = jnp.zeros(tokens.shape, jnp.int32)
@@ -140,25 +154,21 @@ class DraftModel:
         return self.model
 
     def draft(self, state: State, may: Array, feed: Feed) -> tuple[State, Array, Array]:
-        rows = state.rows
-        may = may & (rows.status == RUNNING)
-        # The newest token, and the one before it where the draft model has not read it: the last of a draft that was right.
-        last = rows.length[:, None] - 1
-        pair = jnp.concatenate([last - 1, last], axis=1)
-        unread = pair >= state.caches[-1].lengths[:, None]
-        tokens = jnp.take_along_axis(rows.tokens, jnp.maximum(pair, 0), axis=1)
-        state, logits = feed(tokens, jnp.where(unread & may[:, None], pair, -1), state)
-        drawn, first, _ = draw(dataclasses.replace(rows, status=jnp.where(may, rows.status, 0)), logits)
-        drafts = jnp.zeros((len(first), self.length), jnp.int32).at[:, 0].set(first)
+        rows = dataclasses.replace(state.rows, status=jnp.where(may, state.rows.status, FREE))
 
-        def another(number: Array, carry: tuple[State, Rows, Array]) -> tuple[State, Rows, Array]:
-            state, drawn, drafts = carry
-            position = jnp.where(drawn.status == RUNNING, drawn.length - 1, -1)
-            state, logits = feed(drafts[:, number - 1][:, None], position[:, None], state)
-            drawn, token, _ = draw(drawn, logits)
-            return state, drawn, drafts.at[:, number].set(token)
+        def another(_: Array, carry: tuple[State, Rows]) -> tuple[State, Rows]:
+            state, rows = carry
+            # The newest token, and the one before it where it is unread: the last of a draft that was right to the end.
+            newest = rows.length[:, None] - 1
+            pair = jnp.concatenate([newest - 1, newest], axis=1)
+            unread = (pair >= state.caches[-1].lengths[:, None]) & (rows.status == RUNNING)[:, None]
+            tokens = jnp.take_along_axis(rows.tokens, jnp.maximum(pair, 0), axis=1)
+            state, logits = feed(tokens, jnp.where(unread, pair, -1), state)
+            return state, draw(rows, logits)[0]
 
-        state, _, drafts = lax.fori_loop(1, self.length, another, (state, drawn, drafts))
+        state, drawn = lax.fori_loop(0, self.length, another, (state, rows))
+        new = rows.length[:, None] + jnp.arange(self.length, dtype=jnp.int32)[None]
+        drafts = jnp.take_along_axis(drawn.tokens, jnp.minimum(new, drawn.tokens.shape[1] - 1), axis=1)
         return state, drafts[:, None], may
 
 
@@ -229,6 +239,6 @@ class Walk:
 
 
 def speculated_rows(rows: Rows, speculation: Speculation) -> Array:
-    """bool ``[B]``: running rows with room for a whole tree, and so for its pair of guidance, which has the same drafts."""
+    """bool ``[B]``: running rows with room for a whole tree; of the two of a guided request, both or none."""
     fits = (rows.status == RUNNING) & (rows.length - 1 + num_nodes(speculation) <= rows.tokens.shape[1])
     return (fits & fits[rows.request.partner])[rows.request.leader]

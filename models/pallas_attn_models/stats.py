@@ -25,7 +25,7 @@ class Spent(NamedTuple):
 
     def since(self, before: "Spent") -> "Spent":
         """The difference."""
-        return Spent(*(now - then for now, then in zip(self, before, strict=True)))
+        return Spent._make(now - then for now, then in zip(self, before, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

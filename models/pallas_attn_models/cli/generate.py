@@ -3,7 +3,6 @@
 import argparse
 import collections
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
@@ -230,13 +229,11 @@ def _follow(
 ) -> tuple[list[Completion], GenerationStats]:
     """Token by token, as somebody watches, or as text may end what the tokens do not."""
     before = generator.spent
-    submit = functools.partial(
-        generator.submit, negative_prompt=requests.negative_prompt, guidance_scale=requests.guidance_scale
-    )
+    guidance = {"negative_prompt": requests.negative_prompt, "guidance_scale": requests.guidance_scale}
     answers = [
-        Answer(submit(prompt, dataclasses.replace(one, seed=(one.seed + sample) % 2**32)), tokenizer, stop)
+        Answer(handle, tokenizer, stop)
         for prompt, one in zip(requests.prompts, requests.samplings, strict=True)
-        for sample in range(requests.num_samples)
+        for handle in generator.submit_samples(prompt, requests.num_samples, one, **guidance)
     ]
     asked = requests.asked
 
