@@ -408,7 +408,7 @@ def test_a_batch_that_is_all_greedy_takes_one_argmax():
         ([Sampling(temperature=0.5, top_k=1)], {"_warp", "_draw", "_top_k_top_p"}),
         ([Sampling(temperature=0.5, top_p=0.9)], {"_warp", "_draw", "_top_k_top_p"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(map(str, value))),
 )
 def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
     called = set()

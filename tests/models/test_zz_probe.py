@@ -1,0 +1,451 @@
+"""Requests that come, go and fail in any order: what each gets is what it gets alone, and nothing is lost."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import pallas_attn as pa
+from pallas_attn_models import Generator, Sampling, steps
+from pallas_attn_models.generator import QueueFull, StreamEvent
+from pallas_attn_models.requests import Completion, Handle
+from pallas_attn_models.rows import RUNNING
+from tests.models.small_model import CONFIG, ONE_EACH, Ask, make_model, prompt_of, random_ask
+
+ROWS, CAPACITY, CHUNK, QUEUE = 4, 48, 8, 6
+PAGE = 16
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("prefill", "decode"):
+            patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))
+        generator = Generator(
+            make_model(), batch_size=ROWS, capacity=CAPACITY, prefill_chunk=CHUNK, max_queue=QUEUE, prefill_rows=2
+        )
+    generator.warmup()
+    yield generator
+    assert generator.compile_counts == ONE_EACH
+
+
+@pytest.fixture(scope="module")
+def paged():
+    """Seven pages, where four full rows would take three each."""
+    return paged_generator(7)
+
+
+@pytest.fixture(scope="module")
+def small_pool():
+    """Two pages, where one full row would take three."""
+    return paged_generator(2)
+
+
+def paged_generator(num_pages: int) -> Generator:
+    storage = pa.caches.Paged(PAGE, num_pages)
+    return Generator(
+        make_model(), batch_size=ROWS, capacity=CAPACITY, prefill_chunk=CHUNK, max_queue=QUEUE, storage=storage
+    )
+
+
+@pytest.fixture(autouse=True)
+def _all_is_given_back(request):
+    """After every test, rows and pages are free, on the host and on the device."""
+    yield
+    for name in {"generator", "paged", "small_pool"} & set(request.fixturenames):
+        assert_nothing_is_held(request.getfixturevalue(name))
+
+
+def assert_nothing_is_held(generator: Generator) -> None:
+    generator.run()
+    scheduler, state = generator._scheduler, generator._engine._state
+    assert sorted(scheduler._free_rows) == list(range(generator.batch_size))
+    assert not scheduler._active
+    if state is None:
+        return
+    assert not (state.rows.status == RUNNING).any()
+    for cache in state.caches:
+        assert not cache.lengths.any()
+        assert (cache.positions == -1).all()
+        if cache.pages is not None:
+            assert not cache.pages.users.any()
+            assert (cache.pages.table == -1).all()
+
+
+# --- two executables, and every request as if it were alone ---
+
+
+def test_a_random_program_of_all_there_is(generator, compilations):
+    """Operations of every kind in random order: nothing compiles, and every request gets what it gets alone."""
+    rng = np.random.default_rng(5)
+    random_ask(rng, 10).generate(generator)
+    compilations.clear()
+    handles: list[tuple[Ask, Handle]] = []
+    streams: list[tuple[Ask, Iterator[StreamEvent], list[StreamEvent]]] = []
+    done: list[tuple[Ask, Completion]] = []
+
+    def several() -> Ask:
+        return dataclasses.replace(random_ask(rng, CAPACITY), num_samples=int(rng.integers(1, 3)))
+
+    def submit():
+        ask = random_ask(rng, CAPACITY)
+        try:
+            handles.append((ask, ask.submit(generator)))
+        except QueueFull:
+            generator.step()
+
+    def step():
+        generator.step(int(rng.choice([1, 3, 64])))
+
+    def cancel():
+        handles[rng.integers(len(handles))][1].cancel()
+
+    def stream():
+        ask = several()
+        streams.append((ask, ask.stream(generator, int(rng.choice([1, 3, 64]))), []))
+
+    def read_on():
+        for _, events, seen in streams:
+            seen += itertools.islice(events, int(rng.integers(6)))
+
+    def break_off():
+        streams.pop(int(rng.integers(len(streams))))[1].close()
+
+    def generate():
+        ask = several()
+        done.extend(zip(ask.samples(), ask.generate(generator), strict=True))
+
+    submit(), stream(), stream()
+    operations = [submit] * 8 + [step] * 4 + [cancel] * 2 + [stream] * 2 + [read_on] * 2 + [break_off, generate]
+    for _ in range(200):
+        operations[rng.integers(len(operations))]()
+    generator.run()
+    done += [(ask, handle.result()) for ask, handle in handles]
+    for ask, events, seen in streams:
+        seen += events
+        for row, expected in enumerate(ask.generate(generator)):
+            assert_told(expected, [event for event in seen if event.row == row])
+    for ask, result in done:
+        (expected,) = ask.generate(generator)
+        if result.finish_reason == "cancelled":
+            assert_broken_off(result, expected)
+        else:
+            assert result == expected
+    assert {result.finish_reason for _, result in done} == {"stop", "length", "capacity", "cancelled"}
+    assert generator.compile_counts == ONE_EACH
+    assert not compilations
+
+
+def assert_told(expected: Completion, events: list[StreamEvent]) -> None:
+    """The events of a row are its result."""
+    assert [event.token for event in events if event.token is not None] == expected.tokens
+    assert [event.finish_reason for event in events] == [*[None] * (len(events) - 1), expected.finish_reason]
+
+
+def assert_broken_off(result: Completion, expected: Completion) -> None:
+    """What it has so far, with a token of a stop sequence at the most, is where the other begins."""
+    size = len(expected.tokens)
+    assert len(result.tokens) <= size + 1
+    assert result.tokens[:size] == expected.tokens[: len(result.tokens)]
+    assert result.logprobs[:size] == expected.logprobs[: len(result.logprobs)]
+
+
+def test_neighbours_and_order_make_no_difference(generator):
+    """The same requests in other orders, so that they have other rows and other neighbours."""
+    rng = np.random.default_rng(8)
+    asks = [random_ask(rng, CAPACITY) for _ in range(24)]
+    expected = [ask.generate(generator)[0] for ask in asks]
+    for interval in (1, 3, 64):
+        handles = {}
+        for index in rng.permutation(len(asks)).tolist():
+            while generator._scheduler.queue_full:
+                generator.step(interval)
+            handles[index] = asks[index].submit(generator)
+        while generator.step(interval):
+            pass
+        assert [handles[index].result() for index in range(len(asks))] == expected
+
+
+# --- load ---
+
+
+@pytest.mark.parametrize("name", ["generator", "paged"])
+def test_nothing_is_lost_under_load(name, request):
+    """500 requests and more cancellations than rows, of queued, reading and running ones, and some that do not fit."""
+    generator = request.getfixturevalue(name)
+    rng = np.random.default_rng(1)
+    kinds = [random_ask(rng, CAPACITY, budget=12) for _ in range(25)]
+    expected = [ask.generate(generator)[0] for ask in kinds]
+    assert "capacity" in {one.finish_reason for one in expected}
+    waiting: list[tuple[int, Handle]] = []
+    cancelled = collections.Counter()
+    refused = most = 0
+    for _ in range(500):
+        kind = int(rng.integers(len(kinds)))
+        try:
+            waiting.append((kind, kinds[kind].submit(generator)))
+        except QueueFull:
+            refused += 1
+            generator.step(int(rng.choice([1, 4, 64])))
+        most = max(most, len(generator._scheduler._active))
+        if rng.random() < 0.3:
+            _, handle = waiting[-int(rng.integers(1, min(12, len(waiting)) + 1))]
+            cancelled[doing(generator, handle)] += not handle.done
+            handle.cancel()
+        if rng.random() < 0.1:
+            with pytest.raises(ValueError, match="prompt"):
+                generator.submit([[], prompt_of(CAPACITY), [CONFIG.vocab_size]][rng.integers(3)])
+    generator.run()
+    assert refused > 50
+    assert most >= 3
+    assert min(cancelled[what] for what in ("queued", "reading", "running")) >= 5
+    for kind, handle in waiting:
+        result = handle.result()
+        if result.finish_reason == "cancelled":
+            assert_broken_off(result, expected[kind])
+        else:
+            assert result == expected[kind]
+    assert sum(handle.finish_reason == "cancelled" for _, handle in waiting) == sum(
+        cancelled[what] for what in ("queued", "reading", "running")
+    )
+
+
+def doing(generator: Generator, handle: Handle) -> str:
+    scheduler = generator._scheduler
+    if any(handle in job.handles for job in scheduler._queue):
+        return "queued"
+    jobs = [job for job in scheduler._active if handle in job.handles]
+    return "done" if not jobs else "reading" if jobs[0].readings else "running"
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_has(generator):
+    handles = [generator.submit(prompt_of(5, seed), Sampling(4)) for seed in range(QUEUE)]
+    with pytest.raises(QueueFull, match=f"max_queue: {QUEUE} requests wait already"):
+        generator.submit(prompt_of(5), Sampling(4))
+    assert generator.generate([prompt_of(3, seed) for seed in range(10)], Sampling(2)).finish_reasons == ["length"] * 10
+    assert [handle.result().tokens for handle in handles] == [
+        generator.generate([prompt_of(5, seed)], Sampling(4)).tokens[0] for seed in range(QUEUE)
+    ]
+
+
+# --- pages ---
+
+
+def test_who_fits_into_the_pool_is_let_in_and_no_more(paged):
+    """Seven pages, and requests of three each: two at a time, though there are four rows."""
+    handles = [paged.submit(prompt_of(30, seed), Sampling(15)) for seed in range(5)]
+    used = []
+    while not all(handle.done for handle in handles):
+        paged.step(1)
+        used.append(int((paged._engine._state.caches[0].pages.users > 0).sum()))
+        assert len(paged._scheduler._active) <= 2
+    assert max(used) == 6
+    assert [handle.finish_reason for handle in handles] == ["length"] * 5
+
+
+def test_a_prompt_that_the_pool_cannot_hold_leaves_no_pages_behind(small_pool):
+    result = small_pool.generate([prompt_of(40)], Sampling(4))
+    assert result.finish_reasons == ["capacity"]
+    assert result.tokens == [[]]
+    expected = small_pool.generate([prompt_of(20)], Sampling(4))
+    assert expected.finish_reasons == ["length"]
+    # Now with neighbours, to whom it is all the same.
+    many = small_pool.generate([prompt_of(20), prompt_of(40), prompt_of(20)], Sampling(4))
+    assert many.finish_reasons == ["length", "capacity", "length"]
+    assert many.tokens[0] == many.tokens[2] == expected.tokens[0]
+
+
+def test_samples_wait_for_the_pages_that_their_copies_take(paged):
+    """Three rows of two pages each, the first of them shared; while the second is copied, there are five."""
+    long = paged.submit(prompt_of(33), Sampling(12))
+    paged.step(1)
+    handles = paged.submit_samples(prompt_of(20), 3, Sampling(4, temperature=1.0))
+    paged.run()
+    assert {handle.finish_reason for handle in (long, *handles)} <= {"length", "stop"}
+
+
+# --- fair ---
+
+
+def test_nobody_starves(generator):
+    """Among short requests without end, a long prompt and one that needs all rows are served after some rounds."""
+    rounds = 0
+    short: list[Handle] = []
+
+    def feed():
+        while len(generator._scheduler._queue) < 3:
+            short.append(generator.submit(prompt_of(3, len(short)), Sampling(3)))
+
+    def finish(handle) -> None:
+        start = rounds
+        while not handle.done:
+            one_round()
+            assert rounds - start < 30
+
+    def one_round():
+        nonlocal rounds
+        feed()
+        generator.step()
+        rounds += 1
+
+    for _ in range(5):
+        one_round()
+    long = generator.submit(prompt_of(40), Sampling(5))
+    finish(long)
+    # Two samples with a negative prompt each: all four rows.
+    for handle in generator.submit_samples(prompt_of(30), 2, Sampling(5), (), prompt_of(4), 1.5):
+        finish(handle)
+    assert len(short) > 20
+    generator.run()
+    assert {handle.finish_reason for handle in short} <= {"length", "stop"}
+
+
+def test_rows_that_run_go_on_while_a_long_prompt_is_read(generator):
+    running = [generator.submit(prompt_of(4, seed), Sampling(30)) for seed in range(2)]
+    generator.step(3)
+    assert [len(handle.tokens) for handle in running] == [3, 3]
+    long = generator.submit(prompt_of(CAPACITY - 4), Sampling(4))
+    chunks = -(-(CAPACITY - 5) // CHUNK)
+    for number in range(1, chunks):
+        generator.step()
+        assert [len(handle.tokens) for handle in running] == [3 + number] * 2
+        assert not long.tokens
+    generator.step(1)
+    assert len(long.tokens) == 1
+    assert [len(handle.tokens) for handle in running] == [3 + chunks] * 2
+
+
+# --- what breaks ---
+
+
+class Broken:
+    """A layer hook that changes nothing, and may raise when it is traced or when it is run."""
+
+    def __init__(self):
+        self.at_trace = self.at_run = False
+
+    def __call__(self, layer: int, hidden: jax.Array) -> jax.Array:
+        if self.at_trace:
+            raise LookupError("no such direction")
+        return jax.pure_callback(self.run, hidden, hidden)
+
+    def run(self, hidden):
+        if self.at_run:
+            raise LookupError("no such direction")
+        return hidden
+
+
+@pytest.fixture(scope="module")
+def hooked():
+    """A Generator of one row, and its layer hook. Nothing is compiled yet."""
+    hook = Broken()
+    return Generator(make_model(), batch_size=1, capacity=CAPACITY, prefill_chunk=CHUNK, layer_hook=hook), hook
+
+
+def test_a_hook_that_raises_when_it_is_traced(hooked):
+    """Before anything is compiled, and when only prefill is, in the middle of a prompt."""
+    generator, hook = hooked
+    handle = generator.submit(prompt_of(30), Sampling(3))
+    hook.at_trace = True
+    for _ in range(2):
+        with pytest.raises(LookupError, match="no such direction"):
+            generator.step()
+        with pytest.raises(LookupError, match="no such direction"):
+            generator.generate([prompt_of(3)])
+    assert not handle.done
+    hook.at_trace = False
+    # Prefill only, as a run with no time to wait for the compiler may leave it.
+    generator._scheduler.step()
+    assert generator.compile_counts == {"prefill": 1, "decode": 0}
+    waiting = generator.submit(prompt_of(9), Sampling(3))
+    hook.at_trace = True
+    with pytest.raises(LookupError, match="no such direction"):
+        generator.generate([prompt_of(3)])
+    hook.at_trace = False
+    with pytest.raises(RuntimeError, match="broken off") as raised:
+        handle.result()
+    assert isinstance(raised.value.__cause__, LookupError)
+    assert waiting.result().tokens == generator.generate([prompt_of(9)], Sampling(3)).tokens[0]
+    assert generator.compile_counts == ONE_EACH
+
+
+def test_a_hook_that_raises_when_it_runs(hooked):
+    generator, hook = hooked
+    expected = [generator.generate([prompt_of(9, seed)], Sampling(5)).tokens[0] for seed in range(2)]
+    for rounds in (0, 1, 2):  # of the first, which takes two to be read
+        lost, waiting = (generator.submit(prompt_of(9, seed), Sampling(5)) for seed in range(2))
+        for _ in range(rounds):
+            generator.step(1)
+        hook.at_run = True
+        with pytest.raises(Exception, match="no such direction"):
+            generator.step()
+        hook.at_run = False
+        with pytest.raises(RuntimeError, match="broken off") as raised:
+            lost.result()
+        assert "no such direction" in str(raised.value.__cause__)
+        with pytest.raises(RuntimeError, match="broken off"):
+            list(lost)
+        assert waiting.result().tokens == expected[1]
+        assert generator.generate([prompt_of(9)], Sampling(5)).tokens == expected[:1]
+    assert_nothing_is_held(generator)
+    assert generator.compile_counts == ONE_EACH
+
+
+def test_an_interrupt_anywhere(paged):
+    """Control-C at any line of the modules that run on the host: who had rows may be lost, and says so."""
+    asks = [Ask(prompt_of(20, seed), Sampling(4, seed=seed)) for seed in range(6)]
+    asks[1] = Ask(prompt_of(20), Sampling(4), prompt_of(9), 1.5)
+    expected = [ask.generate(paged)[0] for ask in asks]
+    rng = np.random.default_rng(0)
+    finished = lost = 0
+    for after in range(1, 2600, 3):
+        handles = [ask.submit(paged) for ask in asks]
+        handles[5].cancel()
+        try:
+            with interrupt(after):
+                paged.step(2)
+                handles[4].cancel()
+                paged.run()
+        except KeyboardInterrupt:
+            pass
+        for handle, one in zip(handles[:4], expected[:4], strict=True):
+            try:
+                assert handle.result() == one
+                finished += 1
+            except RuntimeError as error:
+                assert isinstance(error.__cause__, KeyboardInterrupt)
+                lost += 1
+        assert_nothing_is_held(paged)
+    print("FIN", finished, lost)
+
+
+@contextlib.contextmanager
+def interrupt(after: int):
+    """Raises KeyboardInterrupt at the ``after``-th line of the Generator's own modules."""
+    modules = ("generator.py", "scheduler.py", "engine.py", "requests.py")
+    left = after
+
+    def trace(frame, event, _):
+        nonlocal left
+        if event == "call":
+            name = frame.f_code.co_filename
+            return trace if "pallas_attn_models" in name and name.endswith(modules) else None
+        left -= event == "line"
+        if left == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
