@@ -62,6 +62,7 @@ class Engine:
         if speculation is not None and speculation.draft_model is not None:
             self._models.append(_Weights(speculation.draft_model))
             networks.append(steps.Network(self._models[1].bind, slice(model.config.num_layers, None)))
+        self._nothing = self._no_work()
         # The state is donated: updated in place, and never held twice.
         self._prefill = jax.jit(functools.partial(steps.prefill, networks), donate_argnums=1)
         self._decode = jax.jit(functools.partial(steps.decode, networks, speculation), donate_argnums=1)
@@ -97,6 +98,9 @@ class Engine:
 
     def no_work(self) -> Work:
         """Arrays of the right shapes, to be filled in."""
+        return jax.tree.map(np.copy, self._nothing)
+
+    def _no_work(self) -> Work:
         rows, chunk_rows = self.batch_size, self.chunk_rows
         nobody = np.arange(rows, dtype=np.int32)
         return Work(

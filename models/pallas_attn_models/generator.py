@@ -290,6 +290,7 @@ class Generator:
         if self._scheduler.idle:
             return False
         self.warmup()
+        self.warmup()
         self._scheduler.step(interval)
         return True
 
@@ -337,6 +338,7 @@ class Generator:
                     self._scheduler.drop(job)
 
     def _events(self, jobs: Sequence[Job], interval: int) -> Iterator[StreamEvent]:
+        self.warmup()
         handles = [handle for job in jobs for handle in job.handles]
         told = [0] * len(handles)
         ended = [False] * len(handles)

@@ -91,8 +91,9 @@ class Handle:
         self.tokens += tokens
         self.logprobs += logprobs
         self.top_logprobs += top_logprobs
-        waiting = held_back(tuple(self.tokens), self._stops, self.sampling.min_new_tokens)
-        self.num_certain = max(self.num_certain, len(self.tokens) - waiting)
+        longest = max(map(len, self._stops), default=1)
+        newest = tuple(self.tokens[max(self.sampling.min_new_tokens, len(self.tokens) - longest + 1) :])
+        self.num_certain = max(self.num_certain, len(self.tokens) - held_back(newest, self._stops))
 
     def finish(self, reason: str, num_ending: int = 0) -> None:
         """For the scheduler: that was all, and the last ``num_ending`` tokens are no part of it."""

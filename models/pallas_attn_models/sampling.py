@@ -143,6 +143,23 @@ class SamplingArrays:
     stop_lengths: Array | np.ndarray
     limits: Limits = dataclasses.field(metadata={"static": True})
 
+    def cleared(self, rows: Array) -> "SamplingArrays":
+        """Settings that ask for nothing in ``rows`` (bool ``[B]``): whoever was there costs the others nothing more."""
+
+        def off(x: Array | np.ndarray, value: float) -> Array:
+            return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(value, x.dtype), x)
+
+        return dataclasses.replace(
+            self,
+            temperature=off(self.temperature, 0),
+            repetition_penalty=off(self.repetition_penalty, 1),
+            presence_penalty=off(self.presence_penalty, 0),
+            frequency_penalty=off(self.frequency_penalty, 0),
+            bias_tokens=off(self.bias_tokens, np.iinfo(np.int32).max),
+            min_new_tokens=off(self.min_new_tokens, 0),
+            top_logprobs=off(self.top_logprobs, 0),
+        )
+
     @staticmethod
     def stack(
         samplings: Sequence[Sampling], *, limits: Limits, vocab_size: int, eos_token_ids: Sequence[int] = ()

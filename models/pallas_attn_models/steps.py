@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from pallas_attn_models.decoder import Decoder, DecoderOutput
 from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import CAPACITY, FREE, READING, RUNNING, Report, State, Work
+from pallas_attn_models.rows import CAPACITY, FREE, READING, RUNNING, Report, Rows, State, Work
 from pallas_attn_models.sampling import Drawn, count_prompt, sample
 from pallas_attn_models.speculation import Speculation, Walk, ancestors, depths, speculated_rows
 
@@ -105,6 +105,7 @@ def _admit(state: State, work: Work) -> State:
         matched=jnp.where(emptied, 0, rows.matched),
         request=jax.tree.map(where_admitted, work.request, rows.request),
     )
+    rows = _cleared(rows, jnp.asarray(work.released) & ~admitted)
     return dataclasses.replace(state, rows=rows, caches=_emptied(state.caches, emptied))
 
 
@@ -208,11 +209,11 @@ def decode(
     done = before & (state.rows.status != RUNNING)
     turns = done.any().astype(jnp.int32)
     caches = lax.fori_loop(0, turns, lambda _, caches: _emptied(caches, done), state.caches)
-    rows = state.rows
+    rows = _cleared(state.rows, done)
     report = dataclasses.replace(
         report, status=rows.status, num_new=rows.num_new, matched=rows.matched, tally=state.tally
     )
-    return dataclasses.replace(state, caches=caches), report
+    return dataclasses.replace(state, caches=caches, rows=rows), report
 
 
 def _advance(forward: Forward, state: State, report: Report) -> tuple[State, Report]:
@@ -333,6 +334,11 @@ def _noted(report: Report, drawn: Drawn, token: Array, running: Array, number: A
 
 
 # --- caches ---
+
+
+def _cleared(rows: Rows, done: Array) -> Rows:
+    request = dataclasses.replace(rows.request, sampling=rows.request.sampling.cleared(done))
+    return dataclasses.replace(rows, request=request)
 
 
 def _emptied(caches: tuple, rows: Array) -> tuple:
