@@ -39,6 +39,29 @@ def test_a_step(names):
     assert (np.asarray(cache.state["score"]).sum(-1) > 64).all()
 
 
+def test_a_node_sees_its_path_and_keep_keeps_it(names):
+    rng, ancestors = np.random.default_rng(0), np.eye(4, dtype=bool)
+    ancestors[:, 0] = ancestors[3, 1] = True  # a root, two children, and a child of the first
+    path = np.array([0, 1, 3], np.int32)
+    key, value = (rng.standard_normal((2, 24, 2, 16)).astype(np.float32) for _ in "kv")
+    query = rng.standard_normal((2, 4, 2, 16)).astype(np.float32)
+    start = np.array([20, 9], np.int32)
+    at = np.arange(20, dtype=np.int32)
+    cache = pa.caches.init(batch_size=2, capacity=32, kv_heads=2, head_dim=16, dtype="float32")
+    cache = cache.append(key[:, :20], value[:, :20], np.where(at < start[:, None], at, -1))
+    nodes = key[:, 20:], value[:, 20:]
+    check = jax.jit(names["check"])
+    tree, first, out = check(cache, query, *nodes, ancestors)
+    chain, _, expected = check(cache, query[:, path], *(x[:, path] for x in nodes), np.tri(len(path), dtype=bool))
+    limit = tolerances.attention_limit(0, 4, "float32")
+    np.testing.assert_allclose(out[:, path], expected, rtol=0, atol=limit)
+    kept = jax.jit(pa.caches.KVCache.keep)(tree, first, np.tile(path, (2, 1)), np.full(2, 3, np.int32))
+    np.testing.assert_array_equal(kept.positions, chain.positions)
+    for row, length in enumerate(start + 3):
+        np.testing.assert_array_equal(kept.key[row, :length], chain.key[row, :length])
+        np.testing.assert_array_equal(kept.value[row, :length], chain.value[row, :length])
+
+
 def test_table_of_bytes():
     header, *rows = (re.findall(r"`([^`]+)`|(\d+)", line) for line in README.splitlines() if line.startswith("| "))
     storages = [eval(code, vars(pa.caches).copy()) for code, _ in header]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -335,6 +336,16 @@ def test_steps_without_new_pages_leave_the_table_alone():
     np.testing.assert_array_equal(after.pages.table, cache.pages.table)
     np.testing.assert_array_equal(after.pages.users, cache.pages.users)
     assert after.lengths.tolist() == [7, 4, 0]
+
+
+def test_a_step_that_copies_no_page_does_not_look_for_one():
+    """What runs whatever happens says no more than whether there is one, and how many."""
+    cache = filled(5, 3, 0)
+    copy = functools.partial(cache.pages.copy, pools=(cache.key, cache.value))
+    program = jax.make_jaxpr(copy)(jnp.full(cache.pages.table.shape, -1, jnp.int32))
+    always = {equation.primitive.name for equation in program.jaxpr.eqns}
+    assert {"cond", "while"} <= always
+    assert always <= {"reshape", "ge", "reduce_or", "reduce_sum", "convert_element_type", "cond", "while"}
 
 
 def test_pages_are_part_of_what_a_model_can_know_before():

@@ -283,6 +283,37 @@ def test_a_chunk_makes_room_for_all_of_its_tokens_first():
     assert not cache.overflowed.any()
 
 
+def test_a_window_counts_positions():
+    """Its sinks are positions below ``sinks``, not the first tokens; and a gap is as long as what it leaves out."""
+    rng = np.random.default_rng(0)
+    at = np.array([[0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12], [0, 1, 2, 6, 7, 8]], np.int32)
+    key, value = (rng.standard_normal((B, 6, K, D)).astype(np.float32) for _ in "kv")
+    query = rng.standard_normal((B, 6, 2 * K, D)).astype(np.float32)
+    cache, _ = append(Case(Window(4, 1), 10, Row).init(), key, value, at)
+    out = attend(query, cache, at)
+    seen = [[1, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1]]
+    for b in range(B):
+        expected = attended(query[b, 5], key[b], value[b], np.array(seen[b], bool))
+        limit = tolerances.attention_limit(0, np.abs(value).max(), "float32")
+        np.testing.assert_allclose(out[b, 5], expected, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_heavy_hitters_count_positions(normalize):
+    """A gap makes what is before it older, wherever a row begins."""
+    cache, token = Case(H2O(3, normalize=normalize), 5, Row).init(), np.zeros((B, 5, K, D), np.float32)
+    cache, _ = append(cache, token, token, np.array([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11], [0, 1, 2, 3, 9]], np.int32))
+    cache = observe(cache, np.tile(np.array([5, 3, 1, 0, 0], np.float32), (B, K, 1)))
+    if normalize:
+        slots = Slots(cache.positions, cache.lengths, cache.state)
+        ages = np.array([[5, 4, 3, 2, 1], [5, 4, 3, 2, 1], [10, 9, 8, 7, 1]], np.float32)[:, None]
+        np.testing.assert_array_equal(cache.policy.score(slots), np.array([5, 3, 1, 0, 0], np.float32) / ages)
+    cache, _ = append(cache, token[:, :1], token[:, :1], np.array([[5], [12], [10]], np.int32))
+    gone = [1, 8, 3]  # of row 2 only 9 and 10 are recent
+    for b, position in enumerate(gone):
+        assert (cache.positions[b] != position).all()
+
+
 def test_what_a_policy_does_not_ask_for_it_ignores():
     cache = filled(Dense(), 8, 5)
     after = observe(cache, np.ones((B, K, 8), np.float32))

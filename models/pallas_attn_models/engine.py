@@ -140,6 +140,8 @@ class Engine:
 
     def score(self, work: Work) -> tuple[Array, np.ndarray]:
         """Does ``work``; logits ``[R, C, V]``, on the device, and log-probabilities ``[R, C]`` of the tokens."""
+        if not _num_executables(self._score):
+            self._state, *_ = self._score(self._weights(), self._take_state(), self.no_work())  # compiles it
         start = time.perf_counter()
         self._state, logits, logprobs = self._score(self._weights(), self._take_state(), work)
         logprobs = np.asarray(logprobs)

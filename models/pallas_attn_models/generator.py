@@ -98,8 +98,8 @@ class Generator:
         the policy lets old tokens go.
       limits: how much of some sampling settings a request may have.
       max_queue: so many requests can wait for a row.
-      layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[R|B, T, E]``, called before each layer. It is traced
-        into the executables once.
+      layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[R|B, T, E]``, called before each layer of the model,
+        not of a draft model. It is traced into the executables once.
       prefill_rows: so many prompts are read at a time.
       speculation: a ``PromptLookup`` or ``DraftModel``: decode drafts tokens and checks several in one step. Results do
         not change, nor does the number of executables. Policies must be able to take tokens back: ``Dense``, or
@@ -177,7 +177,7 @@ class Generator:
     def warmup(self, progress: Callable[[str], None] | None = None) -> float:
         """Compiles both executables, unless that is done, and returns the seconds it took. A first run does it, too.
 
-        Where ``jax_compilation_cache_dir`` is set, a later process finds them there.
+        Where ``jax_compilation_cache_dir`` is set before anything is compiled, a later process finds them there.
 
         Args:
           progress: called with the name of each executable before it is compiled.
@@ -286,7 +286,7 @@ class Generator:
         return job.handles
 
     def step(self, interval: int = REPORT_WIDTH) -> bool:
-        """One round of work for all requests, up to ``interval`` tokens each; False if there was nothing to do."""
+        """One round of work for all requests, up to ``interval`` steps each; False if there was nothing to do."""
         if self._scheduler.idle:
             return False
         self.warmup()
@@ -309,7 +309,7 @@ class Generator:
         Raises as :meth:`generate`.
         """
         vocab_size = self.model.config.vocab_size
-        checked = check_prompts(prompts, max_length=self.max_length + 1, vocab_size=vocab_size)
+        checked = check_prompts(prompts, max_length=self.max_length, vocab_size=vocab_size, room=0)
         jobs = [ScoreJob(prompt, [], logits=[] if logits else None) for prompt in checked]
         for _ in self._run(jobs, REPORT_WIDTH):
             pass
@@ -438,9 +438,9 @@ class Generator:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], *, max_length: int, vocab_size: int, name: str = "prompts"
+    prompts: Sequence[Sequence[int]], *, max_length: int, vocab_size: int, name: str = "prompts", room: int = 1
 ) -> list[list[int]]:
-    """The prompts as lists, after checking that each has 1 to ``max_length - 1`` tokens of the vocabulary.
+    """The prompts as lists, after checking that each has 1 to ``max_length - room`` tokens of the vocabulary.
 
     Raises:
       ValueError: no prompt, one that is empty or too long, or a token outside the vocabulary; names row and index.
@@ -454,11 +454,10 @@ def check_prompts(
     for row, prompt in enumerate(checked):
         if not prompt:
             raise ValueError(f"{name}[{row}]: expected at least one token, got none")
-        if len(prompt) >= max_length:
-            raise ValueError(
-                f"{name}[{row}]: expected fewer tokens than max_length={max_length} (by default the capacity), "
-                f"to leave room for a new one, got {len(prompt)}"
-            )
+        if len(prompt) > max_length - room:
+            most = f"max_length={max_length} (by default the capacity)"
+            wanted = f"fewer tokens than {most}, to leave room for a new one" if room else f"at most {most} tokens"
+            raise ValueError(f"{name}[{row}]: expected {wanted}, got {len(prompt)}")
     return checked
 
 

@@ -37,8 +37,9 @@ class Handle:
     A Generator has no thread of its own: it works while somebody waits for one of its handles.
 
     Attributes:
+      sampling: how its tokens are chosen.
       tokens, logprobs, top_logprobs, finish_reason: as in :class:`Completion`, so far; the reason is None at first.
-        The newest tokens may yet turn out to begin a stop sequence, which is no part of the result.
+      num_certain: so many of the tokens are part of the result; the newer ones may yet begin a stop sequence.
       error: what broke the run off, if anything did.
     """
 
@@ -161,6 +162,7 @@ class ScoreJob(Job):
       pieces: log-probabilities of its tokens but the first, in pieces.
       logits: None, or those after each of its tokens, in pieces ``[n, V]`` on the device.
       finished: whether all of it is read.
+      error: what broke the run off, if anything did.
     """
 
     pieces: list[np.ndarray] = dataclasses.field(default_factory=list)

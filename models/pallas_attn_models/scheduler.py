@@ -4,7 +4,6 @@ Reads downwards: a round is admit, read, decode.
 """
 
 import collections
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
@@ -92,11 +91,11 @@ class Scheduler:
             self._release(job.rows)
 
     def step(self, num_steps: int = REPORT_WIDTH) -> None:
-        """One round; each running row gets up to ``num_steps`` tokens, but one if there are prompts to be read on.
+        """One round; each running row takes up to ``num_steps`` steps, but one if there are prompts to be read on.
 
         Raises what the executables raise. Requests that had rows are lost then; those in the queue are not.
         """
-        with self._abandoned_on_error():
+        try:
             admitted = self._admit()
             self._read(admitted)
             running = any(not job.readings for job in self._active)
@@ -104,11 +103,17 @@ class Scheduler:
                 reading = any(job.readings for job in self._active)
                 report = self._engine.decode(1 if reading else num_steps, eager=bool(self._queue))
                 self._take(report)
+        except BaseException as error:
+            self._abandon(error)
+            raise
 
     def compile(self, progress: Callable[[str], None] | None = None) -> float:
         """As :meth:`Engine.compile`; raises as :meth:`step`."""
-        with self._abandoned_on_error():
+        try:
             return self._engine.compile(progress)
+        except BaseException as error:
+            self._abandon(error)
+            raise
 
     # --- admit ---
 
@@ -118,8 +123,9 @@ class Scheduler:
         while self._queue and self._has_room(self._queue[0]):
             if not self._active:
                 self._engine.take_weights()  # a run begins
-            job = self._queue.popleft()
-            self._active.append(job)
+            job = self._queue[0]
+            self._active.append(job)  # first, as an interrupt between the two must not lose it
+            self._queue.popleft()
             take = [self._free_rows.pop(0) for _ in range(job.num_rows)]
             job.rows, job.partners = take[: len(job.handles) or 1], take[len(job.handles) or 1 :]
             unread = 0 if isinstance(job, ScoreJob) else 1  # decode feeds the last token
@@ -251,21 +257,17 @@ class Scheduler:
         self._to_release += rows
         self._free_rows += rows
 
-    @contextlib.contextmanager
-    def _abandoned_on_error(self) -> Iterator[None]:
-        """After an error, whoever had rows has lost them, as what the device held is lost."""
-        try:
-            yield
-        except BaseException as error:
-            for job in self._active:
-                for handle in job.handles:
-                    handle.error = None if handle.done else error
-                if isinstance(job, ScoreJob):
-                    job.error = error
-            self._active, self._to_release = [], []
-            self._free_rows = list(range(self._engine.batch_size))
-            self._engine.forget()
-            raise
+    def _abandon(self, error: BaseException) -> None:
+        """Whoever had rows has lost them, and all rows are free."""
+        for job in self._active:
+            for handle in job.handles:
+                handle.error = None if handle.done else error
+            if isinstance(job, ScoreJob):
+                job.error = error
+        self._queue = collections.deque(job for job in self._queue if not job.done)
+        self._active, self._to_release = [], []
+        self._free_rows = list(range(self._engine.batch_size))
+        self._engine.forget()
 
 
 def _top(report: Report, row: int, count: int, number: int) -> Iterator[list[tuple[int, float]]]:

@@ -11,7 +11,7 @@ class Spent(NamedTuple):
       prefill_seconds, decode_seconds: on reading prompts, and on drawing tokens.
       kv_blocks_visited: KV blocks that attention read, over all layers.
       kv_blocks_total: KV blocks that attention would have read in the same rows and steps without block lists.
-      turns: how often a row was fed by decode; without speculation, once for each token drawn.
+      turns: how often a row was fed by decode; without speculation, once for each token drawn, twice if guided.
       drafted, accepted: tokens that were drafted by speculation, and that were right.
     """
 
@@ -33,7 +33,8 @@ class GenerationStats:
     """What a run took.
 
     Attributes:
-      prompt_tokens, new_tokens: of all prompts together; tokens that end a row are in neither.
+      prompt_tokens, new_tokens: of all prompts together, negative ones too, each prompt once; tokens that end a row are
+        in neither.
       compile_seconds: spent compiling in this run; 0 in every run of a Generator but its first.
       executables: how many the Generator has compiled in its life.
       prefill_seconds, decode_seconds, kv_blocks_visited, kv_blocks_total, turns, drafted, accepted: see :class:`Spent`.

@@ -188,7 +188,6 @@ def decode(
     forwards = [network.with_weights(x) for network, x in zip(networks, weights, strict=True)]
     before = state.rows.status == RUNNING
     at_once = 1 if speculation is None else 1 + speculation.length
-    most = jnp.minimum(steps, REPORT_WIDTH // at_once)
 
     def step(carry: tuple[Array, State, Report]) -> tuple[Array, State, Report]:
         number, state, report = carry
@@ -201,9 +200,10 @@ def decode(
         return number + 1, state, report
 
     def goes_on(carry: tuple[Array, State, Report]) -> Array:
-        number, state, _ = carry
+        number, state, report = carry
         running = state.rows.status == RUNNING
-        return (number < most) & running.any() & ~(eager & (before & ~running).any())
+        has_room = (state.rows.num_new - report.first).max() + at_once <= REPORT_WIDTH
+        return (number < steps) & has_room & running.any() & ~(eager & (before & ~running).any())
 
     _, state, report = lax.while_loop(goes_on, step, (jnp.int32(0), state, _empty_report(state)))
     done = before & (state.rows.status != RUNNING)
@@ -233,9 +233,9 @@ def _speculate(
     """As many tokens more for every running row as its drafts are right, and one."""
     state, drafts, found = speculation.draft(state, speculated_rows(state.rows, speculation), _feed(forwards[-1]))
     forward, before = forwards[0], state.rows
+    running, leader = before.status == RUNNING, before.request.leader
     # Rows of a guided pair check the same drafts.
-    drafts, found = drafts[before.request.leader], found[before.request.leader]
-    running = before.status == RUNNING
+    drafts, found = drafts[leader], found[leader] & running
 
     last = jnp.maximum(before.length - 1, 0)[:, None]
     tokens = jnp.concatenate(

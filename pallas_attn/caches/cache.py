@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn import masks
+from pallas_attn import bits, masks
 from pallas_attn.caches import rows as row_sets
 from pallas_attn.caches.pages import Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
-from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, bits, from_bits, read, write
+from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, read, write
 
 
 class CacheView(NamedTuple):
@@ -64,7 +64,8 @@ class KVCache:
     :meth:`view`, and :meth:`observe` if the policy asks for it (``policy.observes``).
 
     Attributes:
-      key, value: what the storage holds.
+      key, value: what the storage holds, small floats perhaps as :class:`pallas_attn.bits.Bits`; :meth:`view` gives
+        them as they are.
       positions: int32 ``[B, 1|K, capacity]``, the position of each slot's token, -1 where there is none.
       lengths: int32 ``[B]``, tokens that came in. A bounded policy may have dropped some of them since.
       overflowed: bool ``[B]``: the row lost a token that its policy would have kept.
@@ -161,14 +162,14 @@ class KVCache:
         first, second = after._addresses(slots, rows)
         new_state = self.policy.new_state(Tokens(key, value, *encoded))
         state_slots = jnp.broadcast_to(slots, (slots.shape[0], key.shape[2], slots.shape[2]))
-        buffers = bits(self.key), bits(self.value)
+        buffers = self.key, self.value
         if pages is not None and sources is not None:
             buffers = pages.copy(sources, buffers)
-        new_key, new_value = (write(into, first, second, bits(x)) for into, x in zip(buffers, encoded, strict=True))
+        new_key, new_value = (write(into, first, second, x) for into, x in zip(buffers, encoded, strict=True))
         return dataclasses.replace(
             after,
-            key=from_bits(new_key, self.key),
-            value=from_bits(new_value, self.value),
+            key=new_key,
+            value=new_value,
             positions=at_slots(self.positions, slots, _of_heads(positions, slots), rows),
             lengths=row_sets.put(self.lengths, rows, lengths),
             overflowed=row_sets.put(self.overflowed, rows, row_sets.take(self.overflowed, rows) | lost),
@@ -190,7 +191,7 @@ class KVCache:
         return at_slots(row_sets.take(self.positions, rows, -1), slots, _of_heads(positions, slots))
 
     def view(self, rows: Array | None = None) -> CacheView:
-        """What attention reads, of all rows or of ``rows`` as :meth:`append` takes them: no copy is made.
+        """What attention reads, of all rows or of ``rows`` as :meth:`append` takes them. Under jit no copy is made.
 
         Of some rows it is paged whatever the storage: each is then a page of the pool that the whole cache is.
 
@@ -199,13 +200,14 @@ class KVCache:
         """
         rows = row_sets.check(rows, self.batch_size)
         positions = row_sets.take(self.positions, rows, -1)
+        key, value = bits.floats((self.key, self.value))
         if self.pages is not None:
-            return CacheView(self.key, self.value, positions, row_sets.take(self.pages.table, rows, -1))
+            return CacheView(key, value, positions, row_sets.take(self.pages.table, rows, -1))
         if rows is None:
-            return CacheView(self.key, self.value, positions)
+            return CacheView(key, value, positions)
         if self.capacity % 16:
             raise ValueError(f"rows: expected None, for pages are multiples of 16 slots, got capacity {self.capacity}")
-        return CacheView(self.key, self.value, positions, rows[:, None])
+        return CacheView(key, value, positions, rows[:, None])
 
     def observe(self, key_weights: Array, rows: Array | None = None) -> "KVCache":
         """Tells the policy what attention was paid to each slot; a policy that does not ask for it ignores it.
@@ -275,7 +277,7 @@ class KVCache:
         stored = (number < count[:, None]) & (sources < self.lengths[:, None])
         moved = stored & (path != number)
         after, refused = self, jnp.zeros_like(self.overflowed)
-        buffers = bits(self.key), bits(self.value)
+        buffers = self.key, self.value
         if self.pages is not None:
             written = jnp.where(moved, targets, self.capacity) // self.key.shape[1]
             pages, refused, copied = self.pages.reserve(written)
@@ -298,8 +300,8 @@ class KVCache:
         slot = lax.broadcasted_iota(jnp.int32, self.positions.shape, 2)
         after = dataclasses.replace(
             after,
-            key=from_bits(key, self.key),
-            value=from_bits(value, self.value),
+            key=key,
+            value=value,
             positions=jnp.where(slot < lengths[:, None, None], move(self.positions), -1),
             lengths=lengths,
             overflowed=missing & (self.overflowed | refused),
@@ -375,8 +377,7 @@ class KVCache:
         count = jnp.minimum(count.astype(jnp.int32), sources.shape[0])
         after = self
         if self.pages is None:
-            buffers = row_sets.copy((bits(self.key), bits(self.value)), sources, targets, count)
-            key, value = map(from_bits, buffers, (self.key, self.value))
+            key, value = row_sets.copy((self.key, self.value), sources, targets, count)
             after = dataclasses.replace(after, key=key, value=value)
         else:
             table = row_sets.copy(self.pages.table, sources, targets, count)
@@ -470,7 +471,8 @@ def init(
         pages = Pages.empty(batch_size, capacity // storage.page_size, storage.num_pages)
 
     def zeros(shape: tuple[int, ...]) -> Stored:
-        like = jax.eval_shape(lambda x: storage.encode(x, dtype), jax.ShapeDtypeStruct(shape, dtype))
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        like = jax.eval_shape(lambda x: bits.hold(storage.encode(x, dtype)), x)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def new_state(x: Array) -> State:

@@ -18,9 +18,13 @@ class H2O(Policy):
     to it, mean over the query heads of its KV head; queries that are padding pay none. A chunk of t tokens first makes
     room for all of them, so its queries see ``capacity - t`` older tokens.
 
+    ``recent`` and ``normalize`` take a row's positions to follow each other without a gap, wherever they begin. Nothing
+    checks that, as positions are data. After a gap fewer tokens are recent, and those before it count as too old.
+
     Attributes:
       recent: tokens at the last so many positions never go; if only they are left to go, the row is ``overflowed``.
-      normalize: divide a score by the number of queries that could pay to it, as older tokens had more of them.
+      normalize: divide a score by the number of queries that could pay to it, as older tokens had more of them: the
+        positions from the token's own to the newest.
       value_norm: what a query pays to key j counts ``|v_j|``-fold, and what a call's queries pay in all stays what it
         was: a token without a value does not matter, however much attention it gets.
     """

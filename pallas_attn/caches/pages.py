@@ -84,8 +84,14 @@ class Pages:
         """The pools after the copies that :meth:`reserve` asked for; pages that are not concerned are not touched."""
         targets, sources = self.table.reshape(-1), sources.reshape(-1)
         wanted = sources >= 0
-        (entries,) = jnp.nonzero(wanted, size=sources.shape[0], fill_value=0)
-        return copy_rows(pools, sources[entries], targets[entries], wanted.sum())
+
+        def find() -> tuple[Array, Array]:
+            (entries,) = jnp.nonzero(wanted, size=wanted.shape[0], fill_value=0)
+            return sources[entries], targets[entries]
+
+        # Most steps copy none.
+        read, written = lax.cond(wanted.any(), find, lambda: (sources, targets))
+        return copy_rows(pools, read, written, wanted.sum())
 
     def release(self, held: Array) -> "Pages":
         """Frees the pages in which nothing is: bool ``held`` ``[B, capacity]``."""

@@ -158,6 +158,11 @@ class Window(Policy):
     positions below ``sinks``. So a row of a chunk of t tokens holds more than ``size`` for a while, and the capacity
     needs slack: ``sinks + size + t - 1`` slots, or at least as many as the row has tokens. As many slots are needed to
     take t tokens back. What the slack is too small for sets ``overflowed``.
+
+    Tokens are kept by their number in the row and seen by their position, which is the same where a row's positions
+    are 0, 1, 2, ... Nothing checks that, as positions are data. Where they begin above ``sinks`` its first tokens take
+    their slots, and no query beyond the window sees them; where some are left out, a query sees fewer than ``size``
+    tokens, and where one comes twice, perhaps not all that its window has.
     """
 
     size: int

@@ -10,8 +10,6 @@ from pallas_attn.quantized import QuantizedArray
 
 Stored = Array | QuantizedArray
 
-_FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)
-
 
 class Storage:
     """Holds ``[.., K, D]`` in some form, a token and head by itself. A storage is static; the form is a pytree."""
@@ -99,8 +97,8 @@ def write(buffer: Stored, first: Array, second: Array, x: Stored) -> Stored:
     """``buffer`` with ``x`` at the given places; what is beyond the buffer is dropped.
 
     Args:
-      buffer: ``[R, C, K, D]``, as :func:`bits` makes it; so is x.
-      x: ``[B, t, K, D]``.
+      buffer: ``[R, C, K, D]``, as :func:`pallas_attn.bits.hold` makes it.
+      x: ``[B, t, K, D]``, so too, or as it comes from a storage.
       first, second: int32 ``[B, M, t]``, never negative: the places along the first two axes, for all heads (M is 1)
         or each (K).
     """
@@ -109,14 +107,9 @@ def write(buffer: Stored, first: Array, second: Array, x: Stored) -> Stored:
     places = [index[:, 0] if every_head else index.swapaxes(1, 2) for index in (first, second)]
     if not every_head:
         places.append(lax.broadcasted_iota(jnp.int32, places[0].shape, 2))
-    return jax.tree.map(lambda buffer, x: buffer.at[tuple(places)].set(x, mode="drop"), buffer, x)
 
+    def put(buffer: Array, x: Array) -> Array:
+        return buffer.at[tuple(places)].set(lax.bitcast_convert_type(x, buffer.dtype), mode="drop")
 
-def bits(x: Stored) -> Stored:
-    """8-bit floats as integers: XLA on a CPU would convert all of such an array to write a part of it."""
-    return jax.tree.map(lambda x: lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == _FLOAT8 else x, x)
-
-
-def from_bits(x: Stored, like: Stored) -> Stored:
-    """What :func:`bits` made of something like ``like``."""
-    return jax.tree.map(lambda x, like: lax.bitcast_convert_type(x, like.dtype), x, like)
+    buffers, structure = jax.tree.flatten(buffer)
+    return structure.unflatten(map(put, buffers, jax.tree.leaves(x)))

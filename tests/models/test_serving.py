@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 
@@ -117,13 +118,14 @@ def test_a_random_program_of_all_there_is(generator, compilations):
             seen += itertools.islice(events, int(rng.integers(6)))
 
     def break_off():
-        streams.pop(int(rng.integers(len(streams))))[1].close()
+        streams.pop(int(rng.integers(len(streams))))  # a stream that nobody holds any more is closed
 
     def generate():
         ask = several()
         done.extend(zip(ask.samples(), ask.generate(generator), strict=True))
 
-    submit(), stream(), stream()
+    for begin in (submit, stream, stream):
+        begin()
     operations = [submit] * 8 + [step] * 4 + [cancel] * 2 + [stream] * 2 + [read_on] * 2 + [break_off, generate]
     for _ in range(200):
         operations[rng.integers(len(operations))]()
@@ -172,6 +174,20 @@ def test_neighbours_and_order_make_no_difference(generator):
         while generator.step(interval):
             pass
         assert [handles[index].result() for index in range(len(asks))] == expected
+
+
+def test_decode_copies_no_tokens_and_no_counts(small_pool):
+    """Beyond the state that it updates in place, it makes none of what is as large as all tokens, or all counts."""
+    engine = small_pool._engine
+    state = engine.abstract_state()
+    compiled = engine._decode.lower(engine._weights(), state, np.int32(1), np.bool_(False)).compile()
+    text = compiled.as_text()
+    for array in (state.rows.tokens, state.rows.counts):
+        shape = f"s32\\[{','.join(map(str, array.shape))}\\]"
+        assert re.search(rf"= {shape}\S* (fusion|scatter|while|get-tuple-element)\(", text)
+        assert not re.search(rf"= {shape}\S* copy\(", text)
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
 
 
 # --- load ---
@@ -406,7 +422,7 @@ def test_an_interrupt_anywhere(paged):
     expected = [ask.generate(paged)[0] for ask in asks]
     rng = np.random.default_rng(0)
     finished = lost = 0
-    for after in rng.integers(1, 1500, 60).tolist():
+    for after in [*range(1, 120, 2), *rng.integers(120, 1500, 40).tolist()]:
         handles = [ask.submit(paged) for ask in asks]
         handles[5].cancel()
         try:
@@ -418,11 +434,13 @@ def test_an_interrupt_anywhere(paged):
             pass
         for handle, one in zip(handles[:4], expected[:4], strict=True):
             try:
-                assert handle.result() == one
-                finished += 1
-            except RuntimeError as error:
-                assert isinstance(error.__cause__, KeyboardInterrupt)
+                result = handle.result()
+            except RuntimeError:
                 lost += 1
+                assert isinstance(handle.error, KeyboardInterrupt)
+            else:
+                finished += 1
+                assert result == one
         assert_nothing_is_held(paged)
     assert min(finished, lost) > 30
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn import bits
 from pallas_attn.quantized import QuantizedArray
 
 
@@ -49,15 +50,10 @@ def read(x: Stored, row: Array | int, start: Array, head: Array | int, keys: int
 def _cut(x, row, start, head, keys: int, heads: int):
     def cut(x: Array) -> Array:
         at = (row, start, head, *(0,) * (x.ndim - 3))
-        tile = lax.dynamic_slice(_bits(x), at, (1, keys, heads, *x.shape[3:]))[0]
+        tile = lax.dynamic_slice(bits.integers(x), at, (1, keys, heads, *x.shape[3:]))[0]
         return lax.bitcast_convert_type(tile, x.dtype)
 
     return jax.tree.map(cut, x)
-
-
-def _bits(x: Array) -> Array:
-    """XLA on a CPU has no slices of 8-bit floats: it would convert the whole array first."""
-    return lax.bitcast_convert_type(x, jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x
 
 
 def _cut_pages(x: Paged, row, start, head, keys: int, heads: int):
