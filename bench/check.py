@@ -216,17 +216,17 @@ def _lists_judge(workload: MaskBuild):
 
 def _append_judge(workload: Append):
     """The new tokens are in their slots, and nothing else has changed."""
-    size, before = workload.size, workload.state()
+    size, before = workload.size, workload.state().view()
     key, value, positions = (np.asarray(x) for x in workload.tokens)
 
     def judge(result: pa.caches.KVCache) -> Verdict:
-        rows = np.arange(size.batch)[:, None]
+        rows, after = np.arange(size.batch)[:, None], result.view()
         slots = workload.lengths[:, None] + np.arange(size.new)
         differences = []
         for old, new, written in (
-            (before.key, result.key, key),
-            (before.value, result.value, value),
-            (before.positions[:, 0], result.positions[:, 0], positions),
+            (before.key, after.key, key),
+            (before.value, after.value, value),
+            (before.positions[:, 0], after.positions[:, 0], positions),
         ):
             expected = np.array(old)
             expected[rows, slots] = written

@@ -88,12 +88,14 @@ def test_lists_are_compared_block_by_block():
     assert judge(built._replace(classes=classes)).error == 1
 
 
-def test_an_append_to_another_slot_is_refused():
-    workload = named("gpu")["append-chunk"].build(dataclasses.replace(SIZE, q_len=4, new=4))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_append_to_another_slot_is_refused(dtype):
+    workload = named("gpu")["append-chunk"].build(dataclasses.replace(SIZE, q_len=4, new=4, dtype=dtype))
     cache = prepare(workload.ours(), by_device=False).returned
     judge = Oracle(workload).judge
     assert judge(cache).correct
-    assert not judge(dataclasses.replace(cache, key=np.roll(cache.key, 1, axis=1))).correct
+    rolled = jax.tree.map(lambda x: np.roll(x, 1, axis=1), cache.key)
+    assert not judge(dataclasses.replace(cache, key=rolled)).correct
     assert not judge(dataclasses.replace(cache, positions=cache.positions + 1)).correct
 
 

@@ -181,7 +181,7 @@ def test_keys_and_values_are_held_in_the_dtype_of_the_cache(dtype):
     key, value = tokens(4)
     cache = empty(dtype).append(key, value, jnp.zeros((B, 4), jnp.int32))
     assert cache.view().key.dtype == cache.view().value.dtype == dtype
-    np.testing.assert_array_equal(cache.key[:, :4], key.astype(dtype))
+    np.testing.assert_array_equal(cache.view().key[:, :4], key.astype(dtype))
 
 
 def test_bytes():

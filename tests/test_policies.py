@@ -307,7 +307,8 @@ def test_heavy_hitters_count_positions(normalize):
     if normalize:
         slots = Slots(cache.positions, cache.lengths, cache.state)
         ages = np.array([[5, 4, 3, 2, 1], [5, 4, 3, 2, 1], [10, 9, 8, 7, 1]], np.float32)[:, None]
-        np.testing.assert_array_equal(cache.policy.score(slots), np.array([5, 3, 1, 0, 0], np.float32) / ages)
+        expected = np.tile(np.array([5, 3, 1, 0, 0], np.float32) / ages, (1, K, 1))
+        np.testing.assert_array_equal(cache.policy.score(slots), expected)
     cache, _ = append(cache, token[:, :1], token[:, :1], np.array([[5], [12], [10]], np.int32))
     gone = [1, 8, 3]  # of row 2 only 9 and 10 are recent
     for b, position in enumerate(gone):

@@ -102,8 +102,9 @@ class Generator:
         not of a draft model. It is traced into the executables once.
       prefill_rows: so many prompts are read at a time.
       speculation: a ``PromptLookup`` or ``DraftModel``: decode drafts tokens and checks several in one step. Results do
-        not change, nor does the number of executables. Policies must be able to take tokens back: ``Dense``, or
-        ``Window`` with as many spare slots as a step feeds tokens.
+        not change, nor does the number of executables; but a request that is too long for the whole pool of a paged
+        cache may end a few tokens earlier, as drafts are stored until they are checked. Policies must be able to take
+        tokens back: ``Dense``, or ``Window`` with as many spare slots as a step feeds tokens.
 
     Raises:
       ValueError: a size below 1, or one that the policy cannot work with.

@@ -337,7 +337,14 @@ def _noted(report: Report, drawn: Drawn, token: Array, running: Array, number: A
 
 
 def _cleared(rows: Rows, done: Array) -> Rows:
-    request = dataclasses.replace(rows.request, sampling=rows.request.sampling.cleared(done))
+    """The rows, of which those that are done ask for nothing and belong to nobody."""
+    request, own = rows.request, jnp.arange(done.shape[0], dtype=jnp.int32)
+    request = dataclasses.replace(
+        request,
+        leader=jnp.where(done, own, request.leader),
+        partner=jnp.where(done, own, request.partner),
+        sampling=request.sampling.cleared(done),
+    )
     return dataclasses.replace(rows, request=request)
 
 
