@@ -247,8 +247,7 @@ class Generator:
 
         Args and errors are those of :meth:`generate`.
         """
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"interval: expected an int of at least 1, got {interval!r}")
+        _check_interval(interval)
         jobs = self._jobs(prompts, sampling, stop, negative_prompts, guidance_scale, num_samples)
         return self._events(jobs, interval)
 
@@ -288,9 +287,9 @@ class Generator:
 
     def step(self, interval: int = REPORT_WIDTH) -> bool:
         """One round of work for all requests, up to ``interval`` steps each; False if there was nothing to do."""
+        _check_interval(interval)
         if self._scheduler.idle:
             return False
-        self.warmup()
         self.warmup()
         self._scheduler.step(interval)
         return True
@@ -436,6 +435,11 @@ class Generator:
             size = rounded(self.max_length)
             caches += draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk)
         return caches
+
+
+def _check_interval(interval: int) -> None:
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval: expected an int of at least 1, got {interval!r}")
 
 
 def check_prompts(

@@ -160,13 +160,13 @@ class ScoreJob(Job):
 
     Attributes:
       pieces: log-probabilities of its tokens but the first, in pieces.
-      logits: None, or those after each of its tokens, in pieces ``[n, V]`` on the device.
+      logits: None, or those after each of its tokens, in pieces ``[n, V]``.
       finished: whether all of it is read.
       error: what broke the run off, if anything did.
     """
 
     pieces: list[np.ndarray] = dataclasses.field(default_factory=list)
-    logits: list[Array] | None = None
+    logits: list[np.ndarray] | None = None
     finished: bool = False
     error: BaseException | None = None
 

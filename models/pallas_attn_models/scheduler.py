@@ -200,7 +200,7 @@ class Scheduler:
                 count = int(work.count[index])
                 job.pieces.append(logprobs[index, :count])
                 if job.logits is not None:
-                    job.logits.append(logits[index, :count])
+                    job.logits.append(np.asarray(logits)[index, :count])
             for job in finished:
                 job.finished = True
                 self.drop(job)
