@@ -354,7 +354,6 @@ class Generator:
                 if reason is not None and not new:
                     yield StreamEvent(row, None, reason)
 
-        self.warmup()
         for _ in self._run(jobs, interval):
             yield from news()
         # Others, too, keep these going while this waits at a yield.

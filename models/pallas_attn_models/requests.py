@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jax import Array
 
 from pallas_attn_models.sampling import Sampling, stop_sequences
 from pallas_attn_models.stopping import held_back
