@@ -1,5 +1,6 @@
 """Classifier-free guidance: the logits of transformers' processor, and rows that do not see who is guided."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 
 from pallas_attn_models import Generator, Limits, Sampling, load_hf
+from pallas_attn_models.drawing import _guided
 from pallas_attn_models.sampling import SamplingArrays, count_new, count_prompt, sample
 from tests import tolerances
 from tests.models.small_model import Ask, completions
@@ -112,7 +114,7 @@ def test_a_plain_loop_that_runs_both_prompts(generator, last_logits, sampling):
         for step, actual in enumerate(distributions(result)):
             ours, theirs = (log_softmax(last_logits(prompt + new)) for prompt in (ask.prompt, ask.negative))
             guided = theirs + ask.scale * (ours - theirs)
-            np.testing.assert_allclose(actual, log_softmax(guided), rtol=0, atol=tolerances.PROCESSED_LOGITS)
+            np.testing.assert_allclose(actual, log_softmax(guided), rtol=0, atol=tolerances.LOGPROBS)
             drawn = run_sample(jnp.float32(guided[None]), settings, counts, jnp.array([step], jnp.int32)).tokens
             new += drawn.tolist()
             counts = count_new(counts, drawn, jnp.ones(1, jnp.bool_))
@@ -149,9 +151,31 @@ def test_the_processor_of_transformers(generator, last_logits):
         for token, actual in zip(result.tokens, distributions(result), strict=True):
             scores = processor(torch.tensor([ask.prompt + new]), torch.tensor(last_logits(ask.prompt + new))[None])
             expected = torch.log_softmax(scores[0], -1).numpy()
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerances.PROCESSED_LOGITS)
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerances.LOGPROBS)
             assert expected.argmax() == token
             new.append(token)
+
+
+def test_the_same_logits_as_the_processor_of_transformers(generator):
+    """Rows 0 and 2 are guided, by rows 3 and 1."""
+    torch = pytest.importorskip("torch", reason="compares with transformers' own processor")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' own processor")
+    logits = np.random.default_rng(0).normal(0, 3, (4, 50)).astype(np.float32)
+    request = dataclasses.replace(
+        generator._engine.no_work().request,
+        partner=np.array([3, 1, 1, 3], np.int32),
+        guidance=np.array([1.5, 1, 0.25, 1], np.float32),
+    )
+    guided = jax.jit(_guided)(logits, request)
+    for row, partner in ((0, 3), (2, 1)):
+        output = transformers.modeling_outputs.CausalLMOutputWithPast(logits=torch.tensor(logits[partner])[None, None])
+        processor = transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            float(request.guidance[row]), lambda *_, output=output, **__: output, torch.tensor([[1]])
+        )
+        expected = processor(torch.tensor([[1]]), torch.tensor(logits[row])[None])[0].numpy()
+        np.testing.assert_allclose(guided[row], expected, rtol=0, atol=tolerances.PROCESSED_LOGITS)
+    for row in (1, 3):
+        np.testing.assert_array_equal(guided[row], logits[row])
 
 
 def test_generate_of_transformers(generator):
