@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cache_quality", description=__doc__, allow_abbrev=False)
     parser.add_argument("--prompts", type=int, default=100, help="default %(default)s")
     parser.add_argument("--slots", type=int, nargs="+", default=SLOTS, help="default %(default)s")
+    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the checkpoint that ships")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write results there as JSON, and a picture beside")
     options = parser.parse_args(argv)
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             least = 1 if name == "--prompts" else SINKS + CHUNK
             if min(values) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {min(values)}")
-        file = ResultsFile(options.out, suite="cache-quality", machine=machine.describe())
+        file = ResultsFile(options.out, suite="cache-quality", machine=machine.describe(options.revision))
         shipped = Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
         model = load_hf(options.model or shipped, dtype=jnp.float32)
     except (ValueError, OSError, ResultsError) as error:

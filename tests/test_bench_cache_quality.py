@@ -13,15 +13,15 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache_quality, "KINDS", [KINDS["Dense, int8"], KINDS["Window"], KINDS["H2O, int8"]])
     monkeypatch.setattr(cache_quality, "_ROWS", 2)
     out = tmp_path / "quality.json"
-    assert cache_quality.main(["--prompts", "2", "--slots", "40", "--out", str(out)]) == 0
+    assert cache_quality.main(["--prompts", "2", "--slots", "48", "--out", str(out)]) == 0
     dense, window, h2o = json.loads(out.read_text())["results"]
     assert dense["accuracy"] == 1.0, "lists of 60 pairs and more fit"
     assert window["accuracy"] < 1.0, "and here they do not"
     # 3 layers of 2 heads of 64: a slot's keys and values, its positions, what a policy knows; then 5 bytes of the row.
     assert dense["bytes_per_row"] == 3 * (512 * (2 * 2 * (64 + 4) + 4) + 5)
-    assert window["bytes_per_row"] == 3 * (40 * (2 * 2 * 64 * 4 + 4) + 5)
-    assert h2o["bytes_per_row"] == 3 * (40 * (2 * 2 * (64 + 4) + 2 * 4 + 2 * 4) + 5)
-    assert window["policies"] == ["Window(size=21, sinks=4)"] * 3
+    assert window["bytes_per_row"] == 3 * (48 * (2 * 2 * 64 * 4 + 4) + 5)
+    assert h2o["bytes_per_row"] == 3 * (48 * (2 * 2 * (64 + 4) + 2 * 4 + 2 * 4) + 5)
+    assert window["policies"] == ["Window(size=29, sinks=4)"] * 3
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "H2O, int8" in capsys.readouterr().out
 
