@@ -154,7 +154,7 @@ class Engine:
         state, report = self._decode(self._weights(), self._take_state(), np.int32(num_steps), np.bool_(eager))
         report = jax.device_get(report)
         self._state = state
-        self._spend(decode_seconds=time.perf_counter() - start, **self._new_counts(report.tally))
+        self._spend(decode_seconds=time.perf_counter() - start, **self._new_counts(np.asarray(report.tally)))
         return report
 
     def forget(self) -> None:
@@ -179,9 +179,9 @@ class Engine:
         rows = empty_rows(request, self.max_length, self.model.config.vocab_size)
         return State(self._new_caches(), rows, Tally.zero())
 
-    def _new_counts(self, tally: Tally) -> dict[str, int]:
+    def _new_counts(self, digits: np.ndarray) -> dict[str, int]:
         """What the state has counted since this was asked last."""
-        before, self._counted = self._counted, tally.values()
+        before, self._counted = self._counted, Tally.values(digits)
         return {name: number - before[name] for name, number in self._counted.items()}
 
     def _spend(self, **more: float) -> None:

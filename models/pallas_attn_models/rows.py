@@ -107,9 +107,16 @@ class Tally:
         """With int32 scalars added to what they name."""
         return dataclasses.replace(self, **{name: getattr(self, name) + number for name, number in numbers.items()})
 
-    def values(self) -> dict[str, int]:
-        """As Python's integers."""
-        return {field.name: getattr(self, field.name).value() for field in dataclasses.fields(self)}
+    def digits(self) -> Array:
+        """All of it in one array, int32 ``[n, 2]``, as each array that Python reads costs it time."""
+        counts = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return jnp.stack([jnp.stack([count.high, count.low]) for count in counts])
+
+    @staticmethod
+    def values(digits: np.ndarray) -> dict[str, int]:
+        """What :meth:`digits` says, as Python's integers."""
+        names = (field.name for field in dataclasses.fields(Tally))
+        return {name: Count(high, low).value() for name, (high, low) in zip(names, digits.tolist(), strict=True)}
 
 
 @jax.tree_util.register_dataclass
@@ -169,7 +176,7 @@ class Report:
       first: int32 ``[B]``, ``num_new`` before.
       tokens, logprobs: int32 and float32 ``[B, W]``, the new ones from ``first`` on, with that which ended the row.
       top_tokens, top_logprobs: ``[B, W, n]``, the likeliest tokens in the place of each.
-      tally: see :class:`State`.
+      tally: the :meth:`Tally.digits` of the state.
     """
 
     status: Array
@@ -180,7 +187,7 @@ class Report:
     logprobs: Array
     top_tokens: Array
     top_logprobs: Array
-    tally: Tally
+    tally: Array
 
 
 def empty_rows(request: Request, max_length: int, vocab_size: int) -> Rows:

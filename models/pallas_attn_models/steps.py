@@ -211,7 +211,7 @@ def decode(
     caches = lax.fori_loop(0, turns, lambda _, caches: _emptied(caches, done), state.caches)
     rows = _cleared(state.rows, done)
     report = dataclasses.replace(
-        report, status=rows.status, num_new=rows.num_new, matched=rows.matched, tally=state.tally
+        report, status=rows.status, num_new=rows.num_new, matched=rows.matched, tally=state.tally.digits()
     )
     return dataclasses.replace(state, caches=caches, rows=rows), report
 
@@ -312,7 +312,7 @@ def _empty_report(state: State) -> Report:
         logprobs=wide(drawn.logprobs),
         top_tokens=wide(drawn.top_tokens),
         top_logprobs=wide(drawn.top_logprobs),
-        tally=state.tally,
+        tally=state.tally.digits(),
     )
 
 
