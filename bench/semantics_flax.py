@@ -101,7 +101,8 @@ class Layer:
         return jax.tree.map(lambda x: x.astype(self.dtype), nnx.state(self.nnx(), nnx.Param))
 
     def linen_params(self) -> Any:
-        params = self.linen().init(jax.random.key(1), *(x.astype(np.float32) for x in self.inputs()))["params"]
+        inputs = (x.astype(np.float32) for x in self.inputs())
+        params = self.linen().init(jax.random.key(1), *inputs, deterministic=True)["params"]
         return jax.tree.map(lambda x: x.astype(self.dtype), params)
 
     def compare_nnx(self, options: dict[str, Any]) -> list[Compared]:

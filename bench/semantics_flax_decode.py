@@ -77,6 +77,8 @@ class Decode:
     def _linen_steps(self, x: np.ndarray, attention: Function | None, jit: Callable, called: dict[str, Any]) -> Any:
         layer = self.layer.linen(attention, decode=True)
         cache = layer.init(jax.random.key(0), jnp.zeros((*self.layer.batch, self.slots, E), x.dtype))["cache"]
+        # Initialised with parameters of float32, it is of float32, whatever those of the call are.
+        cache = jax.tree.map(lambda c: c.astype(x.dtype) if jnp.issubdtype(c.dtype, jnp.floating) else c, cache)
         params = self.layer.linen_params()
 
         @jit
