@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn.caches import rows as row_sets
 from pallas_attn_models.decoder import Decoder, DecoderOutput
 from pallas_attn_models.drawing import draw
 from pallas_attn_models.rows import CAPACITY, FREE, READING, RUNNING, Report, Rows, State, Work
@@ -153,12 +154,8 @@ def _start(state: State, work: Work) -> State:
     sources, targets = jnp.asarray(work.sources), jnp.asarray(work.targets)
     caches = tuple(cache.copy_rows(sources, targets, jnp.asarray(work.num_copies)) for cache in state.caches)
     rows = state.rows
-
-    def copy_row(number: Array, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(x.at[targets[number]].set(x[sources[number]]) for x in arrays)
-
     read = (rows.status, rows.tokens, rows.length, rows.counts)
-    status, tokens, length, counts = lax.fori_loop(0, work.num_copies, copy_row, read)
+    status, tokens, length, counts = row_sets.copy(read, sources, targets, jnp.asarray(work.num_copies))
     rows = dataclasses.replace(
         rows,
         status=jnp.where(work.started & (status == READING), RUNNING, status),
@@ -207,8 +204,7 @@ def decode(
 
     _, state, report = lax.while_loop(goes_on, step, (jnp.int32(0), state, _empty_report(state)))
     done = before & (state.rows.status != RUNNING)
-    turns = done.any().astype(jnp.int32)
-    caches = lax.fori_loop(0, turns, lambda _, caches: _emptied(caches, done), state.caches)
+    caches = _emptied(state.caches, done)
     rows = _cleared(state.rows, done)
     report = dataclasses.replace(
         report, status=rows.status, num_new=rows.num_new, matched=rows.matched, tally=state.tally.digits()
@@ -349,7 +345,9 @@ def _cleared(rows: Rows, done: Array) -> Rows:
 
 
 def _emptied(caches: tuple, rows: Array) -> tuple:
-    return tuple(cache.reset(jnp.asarray(rows)) for cache in caches)
+    """The caches without what is in ``rows`` bool ``[B]``; most calls have none, and touch nothing."""
+    turns = rows.any().astype(jnp.int32)
+    return lax.fori_loop(0, turns, lambda _, caches: tuple(cache.reset(rows) for cache in caches), caches)
 
 
 def _with_output(state: State, caches: tuple, out: DecoderOutput) -> State:
