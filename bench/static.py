@@ -126,8 +126,10 @@ def _default_entry(name: str, setting: Setting) -> dict:
     return static_report.entry(_CASES[name], setting)
 
 
-def _candidate(names: tuple[str, ...], setting: Setting) -> Candidate:
-    """A candidate in some cases; out as soon as one of them has a problem."""
+def _candidate(names: tuple[str, ...], setting: Setting, reason: str | None = None) -> Candidate:
+    """A candidate in some cases; out as soon as one of them has a problem, or at once for a ``reason``."""
+    if reason:
+        return Candidate(setting, (), reason)
     entries = []
     for name in names:
         try:
@@ -214,7 +216,10 @@ def _ranked_entry(
     key: tuple, case: KernelCase, settings: list[Setting], compiled: Callable[[str, Callable, list[tuple]], list]
 ) -> tuple[dict, list[Candidate]]:
     """An entry of the tuning table as the sweep's report has it, and its candidates in order."""
-    tried = compiled(_about(key), _candidate, [((case.name,), x) for x in settings])
+    tried: list[Candidate] = []
+    for wave in static_sweep.waves(settings):
+        work = [((case.name,), x, static_sweep.hopeless(x.sizes, tried)) for x in wave]
+        tried += compiled(_about(key), _candidate, work)
     leaders = [x.setting for x in static_sweep.ranked(tried)[: static_sweep.FINALISTS]]
     cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel and settings[0].dtype in x.dtypes)
     finalists = compiled(_about(key) + ", the best", _candidate, [(cases, x) for x in leaders])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 from bench.kernel_cases import Setting
 from pallas_attn import BlockSizes
@@ -22,6 +23,8 @@ FINALISTS = 6
 _MOST_REGISTERS = 248  # of 255; the next smaller unit of allocation
 # Estimates closer than this are alike: they leave out more than that.
 _ALIKE = 0.03
+# Bytes of a thread's stack. Who spills so much spills in larger blocks too, and takes longest to compile.
+_HOPELESS = 128
 
 
 def candidates(kernel: str, head_dim: int, itemsize: int) -> list[BlockSizes]:
@@ -61,6 +64,28 @@ class Candidate:
         sizes = self.setting.sizes
         cycles = (entry["loops"][loop]["cycles"] for entry in self.entries if not entry["has_scores"])
         return max(cycles) * 64 * 64 / (sizes.q * sizes.kv)
+
+
+def waves(settings: list[Setting]) -> Iterator[list[Setting]]:
+    """The settings, small blocks and few stages first, so that what one wave finds can spare the next ones."""
+
+    def size(setting: Setting) -> tuple[int, int]:
+        return setting.sizes.q * setting.sizes.kv, setting.sizes.num_stages
+
+    for _, wave in itertools.groupby(sorted(settings, key=size), size):
+        yield list(wave)
+
+
+def hopeless(sizes: BlockSizes, tried: list[Candidate]) -> str | None:
+    """Why a candidate need not be compiled: its blocks are no smaller than those of one that spills much."""
+    for candidate in tried:
+        smaller = candidate.setting.sizes
+        stack = max((entry["stack_bytes"] for entry in candidate.entries), default=0)
+        within = smaller.q <= sizes.q and smaller.kv <= sizes.kv and smaller.num_stages <= sizes.num_stages
+        if within and smaller.num_warps == sizes.num_warps and stack >= _HOPELESS:
+            blocks = f"{smaller.q} x {smaller.kv}, {smaller.num_warps}, {smaller.num_stages}"
+            return f"not compiled: {blocks} spills {stack} bytes of stack"
+    return None
 
 
 def ranked(tried: list[Candidate]) -> list[Candidate]:

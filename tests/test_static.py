@@ -364,6 +364,43 @@ def test_the_sweep_tries_decode_with_one_block_of_queries():
     assert {x.q for x in static_sweep.candidates("pallas_attn_decode", 128, 2)} == {16}
 
 
+def test_the_sweep_compiles_small_blocks_first_and_none_that_hold_those_that_spill_much():
+    def setting(q, kv, warps=4, stages=2):
+        return Setting(90, 64, "bfloat16", pa.BlockSizes(q, kv, num_warps=warps, num_stages=stages))
+
+    large, small, staged, wide = setting(64, 64), setting(32, 32), setting(32, 32, stages=3), setting(32, 64)
+    more_warps = setting(64, 64, warps=8)
+    waves = static_sweep.waves([large, staged, wide, more_warps, small])
+    assert list(waves) == [[small], [staged], [wide], [large, more_warps]]
+
+    def tried(setting, stack):
+        return static_sweep.Candidate(setting, ({"stack_bytes": stack},), "spills")
+
+    broken = static_sweep.Candidate(small, (), "the compiler broke off")
+    spilling = [broken, tried(small, 8), tried(wide, 200)]
+    assert static_sweep.hopeless(large.sizes, spilling) == "not compiled: 32 x 64, 4, 2 spills 200 bytes of stack"
+    for other in (small, staged, more_warps):
+        assert static_sweep.hopeless(other.sizes, spilling) is None
+
+
+def test_what_the_sweep_does_not_compile_is_out(monkeypatch):
+    def entry(case, setting):
+        stack = 500 if setting.sizes.q == 32 else 0
+        loops = {"full": {"cycles": 1}, "partial": {"cycles": 1}}
+        return {"stack_bytes": stack, "registers": 1, "loops": loops, "occupancy": {"warps": 8}, "has_scores": False}
+
+    monkeypatch.setattr(static_report, "entry", entry)
+    monkeypatch.setattr(static_report, "problems", lambda entry: ["spills"] if entry["stack_bytes"] else [])
+    settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, kv)) for q, kv in ((64, 64), (32, 64), (16, 64))]
+    key = FORWARD.kernel, 90, 64, 2
+    ranking, order = static._ranked_entry(key, FORWARD, settings, lambda _, f, work: [f(*x) for x in work])
+    assert [x.setting.sizes.q for x in order] == [16]
+    assert [x["reason"] for x in ranking["out"]] == [
+        "forward: spills",
+        "not compiled: 32 x 64, 4, 2 spills 500 bytes of stack",
+    ]
+
+
 def test_the_committed_report_covers_every_case_without_a_problem():
     lines = static.BASELINE.read_text().splitlines()
     entries = json.loads("\n".join(lines))["entries"]
@@ -444,7 +481,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(one_case, monkeypatch, tmp_path, c
     sweep = [*ONE, "--sweep", "--resume", "--out", str(out)]
     compiled = []
 
-    def candidate(names, setting):
+    def candidate(names, setting, reason=None):
         if setting.head_dim == 128 and len(compiled) == 2:
             raise KeyboardInterrupt
         compiled.append(setting.head_dim)
