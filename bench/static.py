@@ -95,9 +95,6 @@ def _run(options: argparse.Namespace) -> int:
     for line in differences(baseline, report) if baseline else [f"no baseline at {BASELINE}"]:
         console.print(line, highlight=False)
     found = [f"{label(entry)}: {problem}" for entry in entries for problem in static_report.problems(entry)]
-    for entry in entries:
-        for line in static_report.spills(entry) if entry["has_scores"] else []:
-            console.print(f"[yellow]{label(entry)}: {line}[/yellow]", highlight=False)
     for line in found:
         console.print(f"[red]{line}[/red]", highlight=False)
     if options.out:
@@ -220,10 +217,14 @@ def _ranked_entry(
     for wave in static_sweep.waves(settings):
         work = [((case.name,), x, static_sweep.hopeless(x.sizes, tried)) for x in wave]
         tried += compiled(_about(key), _candidate, work)
-    leaders = [x.setting for x in static_sweep.ranked(tried)[: static_sweep.FINALISTS]]
+    leaders = [x.setting for x in static_sweep.ranked(tried)]
     cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel and settings[0].dtype in x.dtypes)
-    finalists = compiled(_about(key) + ", the best", _candidate, [(cases, x) for x in leaders])
-    order = static_sweep.ranked(finalists)
+    finalists: list[Candidate] = []
+    order: list[Candidate] = []
+    while leaders and len(order) < static_sweep.FINALISTS:
+        wanted = static_sweep.FINALISTS - len(order)
+        finalists += compiled(_about(key) + ", the best", _candidate, [(cases, x) for x in leaders[:wanted]])
+        leaders, order = leaders[wanted:], static_sweep.ranked(finalists)
     ranking = {
         **dict(zip(_TABLE_KEY, key, strict=True)),
         "ranking": [x.entries for x in order],
@@ -254,7 +255,7 @@ def _done_rankings(options: argparse.Namespace) -> list[dict]:
 
 
 def _ranking_table(title: str, order: list[Candidate], current: BlockSizes) -> Table:
-    table = Table("q x kv, warps, stages", "full", "partial", "registers", "stack", "warps on SM", "bound", title=title)
+    table = Table("q x kv, warps, stages", "full", "partial", "registers", "warps on SM", "bound", title=title)
     table.add_column("")
     for candidate in order:
         sizes = candidate.setting.sizes
@@ -263,12 +264,11 @@ def _ranking_table(title: str, order: list[Candidate], current: BlockSizes) -> T
             f"{candidate.cycles_per_tile('full'):.0f}",
             f"{candidate.cycles_per_tile('partial'):.0f}",
             str(candidate.registers),
-            str(max(entry["stack_bytes"] for entry in candidate.entries)),
             str(candidate.warps),
             candidate.entries[0]["loops"]["full"]["bound"],
             "in the table" if sizes == current else "",
         )
-    table.caption = "clocks per 64 x 64 pairs; bytes of stack, with scores alone"
+    table.caption = "clocks per 64 x 64 pairs"
     if not any(x.setting.sizes == current for x in order):
         table.caption += f"; in the table, but not among the best: {current}"
     return table

@@ -100,7 +100,7 @@ def _belongs_to_mask(instruction: sass.Instruction, masks: triton_ir.MaskLines) 
     return instruction.line in masks.logic or (compares and instruction.line in masks.loads)
 
 
-def spills(entry: dict) -> list[str]:
+def _spills(entry: dict) -> list[str]:
     """What is spilled, in words."""
     stores, loads = entry["spill_stores"], entry["spill_loads"]
     if entry["stack_bytes"] or stores or loads:
@@ -109,12 +109,8 @@ def spills(entry: dict) -> list[str]:
 
 
 def problems(entry: dict) -> list[str]:
-    """What must not be in a default entry, in words.
-
-    Scores may take compares in full blocks, plain loads of their operands, and registers that one entry of the table
-    does not have for all of them.
-    """
-    found = [] if entry["has_scores"] else spills(entry)
+    """What must not be in a default entry, in words; scores may take compares in full blocks, and plain loads."""
+    found = _spills(entry)
     if entry["occupancy"]["blocks"] == 0:
         found.append(f"does not fit on a multiprocessor: too much of {entry['occupancy']['limit']}")
     for name, loop in entry["loops"].items():

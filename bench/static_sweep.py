@@ -18,8 +18,8 @@ HELD = {
 }
 _WARPS = (4, 8)
 _STAGES = (2, 3)
-# How many of the best in one case are compiled in the others too.
-FINALISTS = 6
+# How many of the best in one case are wanted that have no problem in the others either.
+FINALISTS = 3
 _MOST_REGISTERS = 248  # of 255; the next smaller unit of allocation
 # Estimates closer than this are alike: they leave out more than that.
 _ALIKE = 0.03

@@ -179,10 +179,10 @@ def test_what_scores_excuse_is_reported_without_them(entry):
     full = entry["loops"]["full"] | {"mask": 3, "copied_bytes": {"asked": 2, "done": 1}}
     changed = entry | {"loops": entry["loops"] | {"full": full}, "spill_stores": 1}
     assert len(static_report.problems(changed)) == 3
-    assert static_report.problems(changed | {"has_scores": True}) == []
-    assert static_report.spills(changed | {"has_scores": True}) == ["spills: 0 bytes of stack, 1 stores and 0 loads"]
+    spilled = "spills: 0 bytes of stack, 1 stores and 0 loads"
+    assert static_report.problems(changed | {"has_scores": True}) == [spilled]
     full["multiply_adds"] = {"asked": 2, "done": 1}
-    assert len(static_report.problems(changed | {"has_scores": True})) == 1
+    assert len(static_report.problems(changed | {"has_scores": True})) == 2
 
 
 @pytest.mark.parametrize("kernel", ["forward", "d_query", "d_key_value"])
@@ -381,6 +381,22 @@ def test_the_sweep_compiles_small_blocks_first_and_none_that_hold_those_that_spi
     assert static_sweep.hopeless(large.sizes, spilling) == "not compiled: 32 x 64, 4, 2 spills 200 bytes of stack"
     for other in (small, staged, more_warps):
         assert static_sweep.hopeless(other.sizes, spilling) is None
+
+
+def test_the_sweep_goes_down_its_list_until_enough_have_no_problem_in_any_case(monkeypatch):
+    def candidate(names, setting, reason=None):
+        cycles, alone = setting.sizes.q, len(names) == 1
+        loops = {"full": {"cycles": cycles**2}, "partial": {"cycles": 1}}
+        entry = {"stack_bytes": 0, "registers": 1, "loops": loops, "occupancy": {"warps": 8}, "has_scores": False}
+        return static_sweep.Candidate(setting, (entry,), None if alone or cycles > 16 else "spills with a bias")
+
+    monkeypatch.setattr(static, "_candidate", candidate)
+    monkeypatch.setattr(static_sweep, "FINALISTS", 2)
+    settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, 64)) for q in (128, 64, 32, 16, 8, 4)]
+    key = FORWARD.kernel, 90, 64, 2
+    ranking, order = static._ranked_entry(key, FORWARD, settings, lambda _, f, work: [f(*x) for x in work])
+    assert [x.setting.sizes.q for x in order] == [32, 64]
+    assert len(ranking["out"]) == 3
 
 
 def test_what_the_sweep_does_not_compile_is_out(monkeypatch):

@@ -62,7 +62,7 @@ def backward(
             return dataclasses.replace(block_mask, block_sizes=sizes)
         return BlockMask.from_mask(block_mask.mask, block_mask.q_positions, block_mask.kv_positions, sizes)
 
-    residuals = Residuals(lse, delta, d_out.astype(query.dtype))
+    residuals = Residuals.of(lse, delta, d_out.astype(query.dtype))
 
     per_query = cut_anew("d_query")
     cut = Cut.of(query, value, per_query, scale, interpret)
@@ -99,17 +99,19 @@ def backward(
 def _probabilities(products: Array, lse: Array, allowed: Array | None, scores: Scores, where: tuple, cut: Cut):
     """``(p, back)`` of a tile of products ``q . k``: ``back`` takes the gradient of logits to that of scaled products.
 
-    ``lse`` is in base 2 and broadcasts to the tile; where it is inf, p is 0.
+    ``lse`` is that of :class:`Residuals` and broadcasts to the tile; where it is inf, p is 0.
     """
     if not scores:
         p = cut.exp2(products * (cut.scale * LOG2_E) - lse)
         return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: ds
     logits = products * cut.scale
-    logits = logits if allowed is None else jnp.where(allowed, logits, 0.0)
     scores = look_up(scores, logits, *where)
     logits, derivative = jax.vjp(lambda x: score_algebra.apply(scores, x, *where), logits)
     p = cut.exp2(logits * LOG2_E - lse)
-    return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: derivative(ds)[0]
+    if allowed is None:
+        return p, lambda ds: derivative(ds)[0]
+    # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
+    return jnp.where(allowed, p, 0.0), lambda ds: jnp.where(allowed, derivative(ds)[0], 0.0)
 
 
 def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut):
@@ -118,9 +120,8 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
-    lse = tiles.load(residuals.lse.at[rows], row_exists, -jnp.inf)
-    counts = (q_positions >= 0) & (lse != -jnp.inf)
-    lse = jnp.where(counts, lse * LOG2_E, jnp.inf)[:, None]
+    lse = tiles.load(residuals.lse.at[rows], row_exists, jnp.inf)
+    counts = (q_positions >= 0) & (lse != jnp.inf)
     delta = tiles.load(residuals.delta.at[rows], counts)[:, None]
     q = tiles.load_rows(refs.query, rows, counts, head_columns)
     do = tiles.load_rows(residuals.d_out, rows, counts, value_columns)
@@ -131,11 +132,10 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
         (acc,) = state
         operands, where = (), ()
         if refs.scores:
-            live = counts[:, None] if block.allowed is None else block.allowed & counts[:, None]
-            operands = tiles.where_live(blocks.scores(block.keys, block.exist), live)
+            operands = blocks.scores(block.keys, block.exist)
             where = q_positions[:, None], block.positions[None, :], n
         (k,), (v,) = block.k.parts, block.v.parts
-        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, block.allowed, operands, where, cut)
+        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse[:, None], block.allowed, operands, where, cut)
         ds = back(p * (cut.dot(do, v, (1, 1)) - delta))
         return (acc + cut.dot(ds, k, (1, 0)),)
 
@@ -171,7 +171,6 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
                     lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
                     refs.scores,
                 )
-                operands = operands if allowed is None else tiles.where_live(operands, allowed)
             p, back = _probabilities(cut.dot(k, q, (1, 1)), lse[None, :], allowed, operands, where, cut)
             d_value = d_value + cut.dot(p, do, (1, 0))
             ds = back(p * (cut.dot(v, do, (1, 1)) - delta))
@@ -180,23 +179,20 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
         def full(block, state):
             rows = pl.Slice(block * cut.q_block, cut.q_block)
             q_positions = plgpu.load(refs.q_positions.at[rows]) if refs.scores else None
-            lse = plgpu.load(residuals.lse.at[g, rows]) * LOG2_E
-            if refs.scores:  # which may take every key from a query
-                lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+            lse = plgpu.load(residuals.lse.at[g, rows])
             return visit(state, rows, None, None, q_positions, lse, None)
 
         def partial(block, state):
             rows = pl.Slice(block * cut.q_block, cut.q_block)
             row_exists = block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
             q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
-            lse = tiles.load(residuals.lse.at[g, rows], row_exists, -jnp.inf)
-            counts = (q_positions >= 0) & (lse != -jnp.inf)
+            lse = tiles.load(residuals.lse.at[g, rows], row_exists, jnp.inf)
+            counts = (q_positions >= 0) & (lse != jnp.inf)
             mask = jax.tree.map(
                 lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
                 refs.mask,
             )
             allowed = mask.allowed(q_positions[None, :], kv_positions[:, None]) & real[:, None] & counts[None, :]
-            lse = jnp.where(counts, lse * LOG2_E, jnp.inf)
             return visit(state, rows, row_exists, counts, q_positions, lse, allowed)
 
         return tiles.walk(refs.lists, (tiles.of_head(refs.lists.indices, g), j), full, partial, state)

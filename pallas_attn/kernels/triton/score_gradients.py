@@ -136,9 +136,8 @@ def _kernel(
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
         kv_at = _shared(refs.kv_positions, b, n, cut)
         kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_exists, -1)
-        lse = tiles.load(residuals.lse.at[b, n, at_q], row_exists, -jnp.inf)
-        counts, real = (q_positions >= 0) & (lse != -jnp.inf), kv_positions >= 0
-        lse = jnp.where(counts, lse * LOG2_E, jnp.inf)[:, None]
+        lse = tiles.load(residuals.lse.at[b, n, at_q], row_exists, jnp.inf)
+        counts, real = (q_positions >= 0) & (lse != jnp.inf), kv_positions >= 0
         delta = tiles.load(residuals.delta.at[b, n, at_q], counts)[:, None]
 
         def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
@@ -180,7 +179,7 @@ def _kernel(
             return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
 
         logits, derivative = jax.vjp(score, inputs)
-        p = jnp.where(allowed, cut.exp2(logits * LOG2_E - lse), 0.0)
+        p = jnp.where(allowed, cut.exp2(logits * LOG2_E - lse[:, None]), 0.0)
         (gradient,) = derivative(p * (cut.dot(do, v, (1, 1)) - delta))
         if width is None:
             return gradient

@@ -240,9 +240,15 @@ class Inputs(NamedTuple):
 class Residuals(NamedTuple):
     """What the backward kernels read besides: what the forward pass left, and the gradient of its output."""
 
-    lse: Any  # [B, N, T]
+    lse: Any  # [B, N, T], in base 2; inf for a query that saw nothing, so that its probabilities are 0
     delta: Any  # [B, N, T]
     d_out: Any  # [B, T, N, Dv]
+
+    @classmethod
+    def of(cls, lse: Array, delta: Array, d_out: Array) -> "Residuals":
+        """From the ``lse`` of the forward pass, which is -inf for a query that saw nothing; inf is an overflow."""
+        overflow_shows = jnp.where(lse == jnp.inf, jnp.nan, lse * tiles.LOG2_E)
+        return cls(jnp.where(lse == -jnp.inf, jnp.inf, overflow_shows), delta, d_out)
 
     def specs(self, cut: Cut, part: Part) -> "Residuals":
         """The same structure, of BlockSpecs."""
