@@ -43,7 +43,6 @@ class KernelCase:
       default_sizes: (head_dim, dtype, capability) -> the entry of the tuning table.
       has_scores: whether logits are changed; then there may be compares in full blocks, and plain loads.
       pipelined: whether its loops copy asynchronously; otherwise they load 16 bytes per thread at once.
-      dtypes: what it is compiled for.
     """
 
     name: str
@@ -54,7 +53,6 @@ class KernelCase:
     default_sizes: Callable[[int, str, int], pa.BlockSizes]
     has_scores: bool = False
     pipelined: bool = True
-    dtypes: tuple[str, ...] = DTYPES
 
 
 def _forward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
@@ -159,8 +157,6 @@ def _decode_case(
         ("full", "partial"),
         lambda setting: _decode(setting, kind, page, return_key_weights),
         _default_sizes("decode"),
-        # With float32 queries, int8 keys spill at D 256: the table's entry is the one of float32 keys.
-        dtypes=DTYPES[:2] if kind else DTYPES,
     )
 
 

@@ -80,9 +80,6 @@ def _run(options: argparse.Namespace) -> int:
     baseline = _read_baseline(options.baseline or BASELINE, required=options.baseline is not None)
     if options.out:
         _check_writable(options.out)
-    left_out = set(options.kernel or ()) - {case.name for case, *_ in _settings(options)}
-    if left_out:
-        raise _Refused(f"--kernel {', '.join(sorted(left_out))}: not compiled for --dtype {', '.join(options.dtype)}")
     console = Console(width=None if sys.stdout.isatty() else 180)
     if options.sweep:
         return _sweep(options, console)
@@ -103,13 +100,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> list[tuple[KernelCase, int, int, str]]:
-    settings = itertools.product(
+    choices = itertools.product(
         [_CASES[name] for name in options.kernel or _CASES],
         options.capability or _CAPABILITIES,
         options.head_dim or _HEAD_DIMS,
         options.dtype or _DEFAULT_DTYPES,
     )
-    return [setting for setting in settings if setting[-1] in setting[0].dtypes]
+    return list(choices)
 
 
 def _defaults(options: argparse.Namespace) -> list[tuple[KernelCase, Setting]]:
@@ -218,7 +215,7 @@ def _ranked_entry(
         work = [((case.name,), x, static_sweep.hopeless(x.sizes, tried)) for x in wave]
         tried += compiled(_about(key), _candidate, work)
     leaders = [x.setting for x in static_sweep.ranked(tried)]
-    cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel and settings[0].dtype in x.dtypes)
+    cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel)
     finalists: list[Candidate] = []
     order: list[Candidate] = []
     while leaders and len(order) < static_sweep.FINALISTS:

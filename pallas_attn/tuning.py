@@ -88,7 +88,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     },
     # The same for decode, whose tile holds the queries of a group: what counts is how many bytes of keys are on their
     # way. Blocks are small, for little is computed, and no entry spills with a full tile, or with keys of eight or four
-    # bits, but for one: float32 queries with int8 keys at D 256 spill in blocks of any size that was tried.
+    # bits.
     "decode": {
         (2, 8.0, 64): BlockSizes(16, 64, num_warps=4, num_stages=3),
         (2, 8.0, 128): BlockSizes(16, 32, num_warps=4, num_stages=3),

@@ -161,6 +161,12 @@ def test_quantised_keys_and_values(kinds, function):
     Call(q_len=2, value_dim=48).quantize(*kinds).check(function)
 
 
+@pytest.mark.parametrize("function", [triton.decode, triton.prefill])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(256, 132), (80, 160)])
+def test_wide_heads_of_eight_bits_come_in_halves_for_float32(head_dim, value_dim, function):
+    Call(q_len=2, head_dim=head_dim, value_dim=value_dim).quantize("int8", "int8").check(function)
+
+
 def test_small_scales_are_kept_in_float16():
     """Those of values, below what float16 can say, meet weights of any size."""
     call = Call(dtype="float16")

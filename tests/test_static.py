@@ -547,8 +547,7 @@ def assert_refused(arguments, message, capsys):
     assert "Traceback" not in error
 
 
-def test_what_a_case_is_not_compiled_for(capsys):
-    assert_refused(["--kernel", "decode-int8", "--dtype", "float32"], "not compiled for --dtype float32", capsys)
+def test_what_the_sweep_does_not_choose(capsys):
     assert_refused(["--kernel", "decode-merge", "--sweep"], "--sweep: decode-merge has one size of blocks", capsys)
 
 

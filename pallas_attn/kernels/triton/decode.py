@@ -27,7 +27,7 @@ from pallas_attn.kernels.triton.key_weights import weights_of_logits
 from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.softmax import Attend, Softmax
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
-from pallas_attn.kernels.triton.stored import Place, StoredKeys, parts_of
+from pallas_attn.kernels.triton.stored import Place, StoredKeys
 from pallas_attn.kernels.triton.tiles import LOG2_E, Columns
 from pallas_attn.schedule import Schedule
 from pallas_attn.scores import Scores
@@ -121,10 +121,9 @@ def _split_kernel(
             mask = tiles.outer(exists, part.exist, (packing.tile, part.tile))
             return tiles.load(tiles.at(refs.query, b, t, n, part.at), mask)
 
-        q = tuple(load_queries(part) for part in tiles.columns(cut.head_dim, parts_of(refs.key)))
-        columns = tiles.columns(cut.value_dim, parts_of(refs.value))
-        place = Place(b, owner * packing.group // cut.group, n)
-        blocks = KeyBlocks(StoredKeys(refs, cut, place), t, exists, q_positions)
+        stored = StoredKeys(refs, cut, Place(b, owner * packing.group // cut.group, n))
+        q, columns = tuple(map(load_queries, stored.columns(refs.key))), stored.columns(refs.value)
+        blocks = KeyBlocks(stored, t, exists, q_positions)
 
         def keep(block: KeyBlock, logits: Array) -> None:
             mask = tiles.outer(exists, block.exist, logits.shape)

@@ -19,7 +19,7 @@ from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.softmax import Attend, Softmax
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
-from pallas_attn.kernels.triton.stored import StoredKeys, parts_of
+from pallas_attn.kernels.triton.stored import StoredKeys
 from pallas_attn.kernels.triton.tiles import LOG2_E
 from pallas_attn.scores import Scores
 
@@ -64,11 +64,11 @@ def _kernel(refs: Inputs, sinks_ref, out_ref, lse_ref, *, cut: Cut):
     i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
-    columns = tiles.columns(cut.head_dim, parts_of(refs.key))
-    value_columns = tiles.columns(cut.value_dim, parts_of(refs.value))
-    q = tuple(tiles.load_rows(refs.query, rows, row_exists, part) for part in columns)
+    stored = StoredKeys(refs, cut)
+    value_columns = stored.columns(refs.value)
+    q = tuple(tiles.load_rows(refs.query, rows, row_exists, part) for part in stored.columns(refs.key))
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
-    blocks = KeyBlocks(StoredKeys(refs, cut), rows, row_exists, q_positions)
+    blocks = KeyBlocks(stored, rows, row_exists, q_positions)
     state = Softmax(*blocks.walk((i,), Attend(cut, blocks, q, n), Softmax.empty(cut.q_block, value_columns)))
     if sinks_ref is not None:
         state = state.with_sink(cut, sinks_ref[0])

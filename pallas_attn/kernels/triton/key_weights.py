@@ -21,7 +21,7 @@ from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
-from pallas_attn.kernels.triton.stored import Place, StoredKeys, parts_of
+from pallas_attn.kernels.triton.stored import Place, StoredKeys
 from pallas_attn.kernels.triton.tiles import LOG2_E
 from pallas_attn.schedule import Schedule
 from pallas_attn.scores import Scores
@@ -120,8 +120,8 @@ def _logits_kernel(zeros_ref, logits_ref, lse_ref, schedule: Schedule, indices, 
 
 def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
     j, h, b = (pl.program_id(axis) for axis in range(3))
-    columns = tiles.columns(cut.head_dim, parts_of(refs.key))
     stored = StoredKeys(refs, cut, Place(b, h, h * cut.group))
+    columns = stored.columns(refs.key)
     keys, exist = stored.slots(j), stored.exist(j)
     positions = stored.positions(j, exist)
     k = stored.tile(refs.key, stored.locate(j), positions >= 0)

@@ -17,15 +17,17 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
+from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.quantized import QuantizedArray
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+_WIDE = 128  # columns
 
 
 class Tile(NamedTuple):
     """Keys or values of a block: their columns, in one part or in two halves."""
 
-    parts: tuple[Array, ...]  # [kv_block, D], or two of [kv_block, D / 2]
+    parts: tuple[Array, ...]  # [kv_block, D], or two of [kv_block, D / 2]; see StoredKeys.columns
     scale: Array | None = None  # float32 [kv_block]
 
     def products(self, cut: Cut, q: tuple[Array, ...]) -> Array:
@@ -61,11 +63,6 @@ class Located(NamedTuple):
     page: Array | None  # the page of all its keys, or of each of them
 
 
-def parts_of(stored: Stored) -> int:
-    """Into how many parts the columns of a stored array are cut."""
-    return 2 if isinstance(stored, QuantizedArray) and stored.kind == "int4" else 1
-
-
 @dataclasses.dataclass(frozen=True)
 class StoredKeys:
     """The keys and values of one head of one batch row.
@@ -77,6 +74,15 @@ class StoredKeys:
     refs: Inputs
     cut: Cut
     place: Place | None = None
+
+    def columns(self, stored: Stored) -> tuple[Columns, ...]:
+        """The columns of the keys (or values), in the parts that a tile of them has."""
+        width = self._width(stored)
+        halves = _is_int4(stored)
+        if isinstance(stored, QuantizedArray) and self.cut.dtype == jnp.float32:
+            # Numbers of eight bits become float32 before they are multiplied: a wide row leaves too few registers.
+            halves |= width > _WIDE and width % 2 == 0
+        return tiles.columns(width, 2 if halves else 1)
 
     def locate(self, block: Array) -> Located:
         """Looks up the pages of a block."""
@@ -112,16 +118,17 @@ class StoredKeys:
         index = self._at(at)
         quantized = isinstance(stored, QuantizedArray)
         ref = stored.values if quantized else stored
-        width = self._width(stored)
-        (columns,) = tiles.columns(width)
-        mask = tiles.outer(real, columns.exist, (self.cut.kv_block, columns.tile))
-        values = tiles.load(tiles.at(ref, *index, columns.at), mask)
-        if not quantized:
-            return Tile((values,))
-        if parts_of(stored) == 1:
-            return Tile((values,), tiles.load(stored.scales.at[index], real))
+
+        def load(part: Columns) -> Array:
+            mask = tiles.outer(real, part.exist, (self.cut.kv_block, part.tile))
+            return tiles.load(tiles.at(ref, *index, part.at), mask)
+
+        if not _is_int4(stored):
+            scale = tiles.load(stored.scales.at[index], real) if quantized else None
+            return Tile(tuple(map(load, self.columns(stored))), scale)
         # Two's complement of four bits.
-        high = values.astype(jnp.int8)
+        (bytes_,) = tiles.columns(self._width(stored) // 2)
+        high = load(bytes_).astype(jnp.int8)
         halves = (lax.shift_right_arithmetic(x, jnp.full_like(x, 4)) for x in (high << 4, high))
         scaled = (self._scaled(stored, x, index, real, part) for part, x in enumerate(halves))
         return Tile(tuple(scaled))
@@ -129,7 +136,7 @@ class StoredKeys:
     def _scaled(self, stored: QuantizedArray, values: Array, index: tuple, real: Array | None, half: int) -> Array:
         """Half of an int4 tile times its scales, in the dtype of the products."""
         (rows, columns), groups = values.shape, stored.scales.shape[-1]
-        group = self._width(stored) // groups
+        group = self._width(stored) // 2 // groups
         at = (*index, np.int32(half))
         if groups * group == columns:
             scale = tiles.load(
@@ -169,6 +176,9 @@ class StoredKeys:
         return (at.page, lax.rem(offsets, jnp.full_like(offsets, page)), *after)
 
     def _width(self, stored: Stored) -> int:
-        """Columns of what is stored; a ref may be wider."""
-        width = self.cut.head_dim if stored is self.refs.key else self.cut.value_dim
-        return width // parts_of(stored)
+        """Columns of the keys (or values); a ref may be wider."""
+        return self.cut.head_dim if stored is self.refs.key else self.cut.value_dim
+
+
+def _is_int4(stored: Stored) -> bool:
+    return isinstance(stored, QuantizedArray) and stored.kind == "int4"
