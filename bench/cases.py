@@ -19,6 +19,7 @@ SUITES = ("cpu", "gpu")
 BUFFER_OF_2048 = "buffer of 2048"
 FLOAT32_KEYS = "float32 keys"
 CONTIGUOUS_KEYS = "contiguous keys"
+LISTS_AT_HAND = "lists at hand"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,10 @@ def _decode_8192(size: Size) -> Attention:
     return _decode_rows(np.full(size.batch, min(8192, size.kv_len)), size)
 
 
+def _at_hand(build: Callable[[Size], Attention], size: Size) -> Callable[[], Attention]:
+    return lambda: dataclasses.replace(build(size), lists_at_hand=True)
+
+
 def _quantized(build: Callable[[Size], Attention], kind: Literal["int8", "int4"]) -> Callable[[Size], Attention]:
     return lambda size: dataclasses.replace(build(size), quantized=kind)
 
@@ -220,7 +225,10 @@ CASES = (
         {"cpu": _DECODE_SIZE},
         {"jax.nn": 40.0, BUFFER_OF_2048: 1 / 1.2},
         capacity=True,
-        beside={BUFFER_OF_2048: lambda: _decode(dataclasses.replace(_DECODE_SIZE, kv_len=2048))},
+        beside={
+            BUFFER_OF_2048: lambda: _decode(dataclasses.replace(_DECODE_SIZE, kv_len=2048)),
+            LISTS_AT_HAND: _at_hand(_decode, _DECODE_SIZE),
+        },
     ),
     Case(
         "window",
@@ -271,7 +279,8 @@ CASES = (
         "one token for each row: the first has all keys live, the others a 128th of them",
         "decode",
         _decode_ragged,
-        {"cpu": Size(8, 1, 16384, 16, 4, 64), "gpu": Size(32, 1, 65536, 32, 8, 128, "bfloat16")},
+        {"cpu": _DECODE_SIZE, "gpu": Size(32, 1, 65536, 32, 8, 128, "bfloat16")},
+        beside={LISTS_AT_HAND: _at_hand(_decode_ragged, _DECODE_SIZE)},
     ),
     Case(
         "decode-llama-8b",
@@ -287,7 +296,10 @@ CASES = (
         _decode_1024,
         _LARGE_BUFFER,
         {BUFFER_OF_2048: 1 / 1.3},
-        beside={BUFFER_OF_2048: lambda: _decode_1024(dataclasses.replace(_LARGE_BUFFER["cpu"], kv_len=2048))},
+        beside={
+            BUFFER_OF_2048: lambda: _decode_1024(dataclasses.replace(_LARGE_BUFFER["cpu"], kv_len=2048)),
+            LISTS_AT_HAND: _at_hand(_decode_1024, _LARGE_BUFFER["cpu"]),
+        },
     ),
     Case(
         "decode-int8",
@@ -296,7 +308,10 @@ CASES = (
         _quantized(_decode_8192, "int8"),
         _LARGE_BUFFER,
         {FLOAT32_KEYS: 1.0},
-        beside={FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
+        beside={
+            FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"]),
+            LISTS_AT_HAND: _at_hand(_quantized(_decode_8192, "int8"), _LARGE_BUFFER["cpu"]),
+        },
     ),
     Case(
         "decode-int4",

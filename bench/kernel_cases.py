@@ -41,7 +41,8 @@ class KernelCase:
       loops: names of the kernel's loops over blocks, in their order; one named "full" must hold no mask.
       lower: a setting -> the lowered function.
       default_sizes: (head_dim, dtype, capability) -> the entry of the tuning table.
-      has_scores: whether logits are changed; then there may be compares in full blocks, and plain loads.
+      has_scores: whether logits are changed; then there may be compares in full blocks, plain loads, and spills around
+        the loops.
       pipelined: whether its loops copy asynchronously; otherwise they load 16 bytes per thread at once.
     """
 

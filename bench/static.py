@@ -35,6 +35,7 @@ _CAPABILITIES = (80, 90)
 _HEAD_DIMS = (64, 128, 256)
 _DEFAULT_DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in the names of its instructions alone
 _CASES = {case.name: case for case in CASES}
+_COUNTED = ("matrix", "ex2", "async copy", "barrier", "stack")  # kinds of instructions whose change is reported
 _TABLE_KEY = ("kernel", "capability", "head_dim", "itemsize")  # of an entry of the tuning table
 
 
@@ -91,6 +92,9 @@ def _run(options: argparse.Namespace) -> int:
     console.print(_resources_table(entries), _loops_table(entries))
     for line in differences(baseline, report) if baseline else [f"no baseline at {BASELINE}"]:
         console.print(line, highlight=False)
+    for entry in entries:
+        for line in static_report.spills(entry) if entry["has_scores"] else []:
+            console.print(f"[yellow]{label(entry)}: {line}, outside of the loops[/yellow]", highlight=False)
     found = [f"{label(entry)}: {problem}" for entry in entries for problem in static_report.problems(entry)]
     for line in found:
         console.print(f"[red]{line}[/red]", highlight=False)
@@ -359,7 +363,7 @@ def _facts(entry: dict) -> dict[str, object]:
     facts["warps on SM"] = entry["occupancy"]["warps"]
     for name, loop in entry["loops"].items():
         facts |= {f"{name} {key}": loop[key] for key in ("instructions", "mask", "cycles", "bound")}
-        facts |= {f"{name} {kind}": loop["kinds"].get(kind, 0) for kind in ("matrix", "ex2", "async copy", "barrier")}
+        facts |= {f"{name} {kind}": loop["kinds"].get(kind, 0) for kind in _COUNTED}
     return facts
 
 

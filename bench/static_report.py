@@ -100,7 +100,7 @@ def _belongs_to_mask(instruction: sass.Instruction, masks: triton_ir.MaskLines) 
     return instruction.line in masks.logic or (compares and instruction.line in masks.loads)
 
 
-def _spills(entry: dict) -> list[str]:
+def spills(entry: dict) -> list[str]:
     """What is spilled, in words."""
     stores, loads = entry["spill_stores"], entry["spill_loads"]
     if entry["stack_bytes"] or stores or loads:
@@ -109,8 +109,12 @@ def _spills(entry: dict) -> list[str]:
 
 
 def problems(entry: dict) -> list[str]:
-    """What must not be in a default entry, in words; scores may take compares in full blocks, and plain loads."""
-    found = _spills(entry)
+    """What must not be in a default entry, in words.
+
+    Scores may take compares in full blocks, and plain loads of their operands; and what is kept for after the loops may
+    be spilled before them.
+    """
+    found = [] if entry["has_scores"] else spills(entry)
     if entry["occupancy"]["blocks"] == 0:
         found.append(f"does not fit on a multiprocessor: too much of {entry['occupancy']['limit']}")
     for name, loop in entry["loops"].items():
@@ -119,6 +123,8 @@ def problems(entry: dict) -> list[str]:
             continue
         if name == "full" and loop["mask"] and not entry["has_scores"]:
             found.append(f"{loop['mask']} mask instructions in the loop over full blocks")
+        if spilled := loop["kinds"].get("stack", 0):
+            found.append(f"{spilled} loads and stores of spilled registers in the loop over {name} blocks")
         copied, products = loop["copied_bytes"], loop["multiply_adds"]
         if copied["done"] < copied["asked"] and not entry["has_scores"]:
             missing = f"{copied['done']} of {copied['asked']} bytes"

@@ -65,6 +65,7 @@ class Attention:
       backward: the derivative alone, from what the forward pass left behind.
       quantized: the kind in which the library has keys and values; peers get the numbers that these stand for.
       page: keys per page, where the library has them in a pool, in random order.
+      lists_at_hand: the library's block lists are made before, as the layers of a model share those of the step.
     """
 
     size: Size
@@ -74,6 +75,7 @@ class Attention:
     backward: bool = False
     quantized: Literal["int8", "float8_e4m3fn", "int4"] | None = None
     page: int | None = None
+    lists_at_hand: bool = False
 
     @functools.cached_property
     def work(self) -> physics.Work:
@@ -194,15 +196,16 @@ class Attention:
         )
 
     def ours(self, *, sets: int = 1, interpret: bool = False) -> Contender:
-        """The library's own way. Lists are built inside: their time is ours."""
+        """The library's own way. Unless they are at hand, lists are built inside: their time is ours."""
 
-        def attend(query, key, value, mask, q_positions, kv_positions, page_table=None):
-            positions = {"q_positions": q_positions, "kv_positions": kv_positions}
+        def attend(query, key, value, mask, positions, page_table=None):
             return pa.attention(query, key, value, mask, **positions, page_table=page_table, interpret=interpret)
 
-        extras = (self.mask, self.q_positions, self.kv_positions)
-        if self.page is not None:
-            extras = (*extras, self._page_table[0])
+        if self.lists_at_hand:
+            mask, positions = pa.BlockMask.from_mask(self.mask, self.q_positions, self.kv_positions), {}
+        else:
+            mask, positions = self.mask, {"q_positions": self.q_positions, "kv_positions": self.kv_positions}
+        extras = (mask, positions) if self.page is None else (mask, positions, self._page_table[0])
         if self.page is None and self.quantized is None:
             return self.contender(attend, extras, sets)
         inputs = [self.arrays(seed) for seed in range(sets)]

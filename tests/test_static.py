@@ -179,10 +179,19 @@ def test_what_scores_excuse_is_reported_without_them(entry):
     full = entry["loops"]["full"] | {"mask": 3, "copied_bytes": {"asked": 2, "done": 1}}
     changed = entry | {"loops": entry["loops"] | {"full": full}, "spill_stores": 1}
     assert len(static_report.problems(changed)) == 3
-    spilled = "spills: 0 bytes of stack, 1 stores and 0 loads"
-    assert static_report.problems(changed | {"has_scores": True}) == [spilled]
+    assert static_report.problems(changed | {"has_scores": True}) == []
+    assert static_report.spills(changed | {"has_scores": True}) == ["spills: 0 bytes of stack, 1 stores and 0 loads"]
     full["multiply_adds"] = {"asked": 2, "done": 1}
-    assert len(static_report.problems(changed | {"has_scores": True})) == 2
+    full["kinds"] = full["kinds"] | {"stack": 2}
+    product, spill = sorted(static_report.problems(changed | {"has_scores": True}), reverse=True)
+    assert product == "full blocks: only 1 of 2 multiply-adds are in matrix instructions"
+    assert spill == "2 loads and stores of spilled registers in the loop over full blocks"
+
+
+def test_spills_in_a_loop_are_found():
+    setting = Setting(80, 64, "bfloat16", pa.BlockSizes(64, 64, num_warps=4, num_stages=2))
+    found = static_report.problems(static_report.entry(CASE["d-key-value-bias"], setting))
+    assert any("of spilled registers in the loop over partial blocks" in line for line in found)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "d_query", "d_key_value"])
