@@ -24,7 +24,6 @@ from pallas_attn.scores import Score, Scores
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
 _DTYPES = ("float32", "bfloat16", "float16")
 _LONGEST_AXIS = 2**30  # positions, and the places of tokens in whole blocks, have 32 bits
-_PAGE = 16  # pages are whole numbers of the smallest tiles
 _NO_GRADIENT = (
     "quantised or paged keys and values have no gradient: give plain ones (QuantizedArray.dequantize(), and"
     " pool[page_table] with its pages joined), or stop the gradient by jax.lax.stop_gradient"
@@ -372,8 +371,10 @@ def _check_page_table(page_table: Array | None, query: Array, key: Keys) -> Arra
     if page_table.dtype != jnp.int32 or len(shape) != 2 or shape[0] != batch or shape[1] == 0:
         wanted = f"int32 [{batch}, S // {page}] (query's B, and the tokens of a page)"
         raise ValueError(f"page_table: expected {wanted}, got {page_table.dtype} {list(shape)}")
-    if page % _PAGE:
-        raise ValueError(f"key: expected pages of a multiple of {_PAGE} tokens, got shape {tuple(key.shape)}")
+    if page % tuning.PAGE_MULTIPLE:
+        raise ValueError(
+            f"key: expected pages of a multiple of {tuning.PAGE_MULTIPLE} tokens, got shape {tuple(key.shape)}"
+        )
     if shape[1] * page > _LONGEST_AXIS:
         raise ValueError(f"page_table: expected at most 2^30 keys in a row, got {shape[1]} pages of {page}")
     return jnp.asarray(page_table)

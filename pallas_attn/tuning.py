@@ -104,6 +104,9 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
 _XLA_BLOCK = 256
 _XLA_BLOCK_FINE = 128
 
+# A page is a whole number of the smallest blocks of a kernel.
+PAGE_MULTIPLE = 16
+
 # Up to so many queries a call is decode: the rows of a group make one tile, and the live blocks are shared out.
 DECODE_QUERIES = 16
 

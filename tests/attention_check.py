@@ -92,6 +92,44 @@ def options(implementation: str) -> dict:
     return {"interpret": True} if implementation == "interpreted" else {"implementation": implementation}
 
 
+rng = np.random.default_rng(0)
+
+
+def dense(*shape: int, density: float = 0.5) -> oracle.Mask:
+    return oracle.dense(rng.random(shape) < density)
+
+
+def segments(batch: int, longest: int = 9) -> oracle.Mask:
+    """Sorted document numbers; queries are the last T of the S tokens."""
+    ids = np.sort(rng.integers(0, S // longest, (batch, S)), -1)
+    return oracle.segments(ids[:, S - T :], ids)
+
+
+LAST = positions(T, start=S - T)[None]  # queries at the end of the keys
+LEFT = np.stack([positions(S, left=9), positions(S, left=20)])
+RIGHT = np.stack([positions(S, right=9), positions(S, right=30)])
+BOTH = np.stack([positions(S, left=9, right=9), positions(S, left=3, right=17)])
+EMPTY_ROW = np.stack([positions(S), positions(S, left=S)])
+Q_BOTH = np.stack([positions(T, left=3, right=4), positions(T, right=13)])
+HOLES = np.stack([np.where(rng.random(S) < 0.3, -1, rng.permutation(S)) for _ in range(B * K)]).reshape(B, K, S)
+HOLES = HOLES.astype(np.int32)
+
+SMALL = Case(oracle.causal(), LAST, LEFT)
+
+
+def numbers(case: Case, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, key and value without NaN."""
+    return tuple(np.nan_to_num(x, nan=0.5) for x in case.arrays(seed))
+
+
+def assert_same_bits(actual, expected, message: str = "") -> None:
+    """Equal as integers: NaN equals itself, 0 and -0 differ."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(x) for x in (a, b))
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}"), message)
+
+
 def check(case: Case, implementation: str, seed: int = 0) -> None:
     """Output and lse against the oracle, allowing for what plain attention would lose."""
     query, key, value = case.arrays(seed)

@@ -16,6 +16,12 @@ from pallas_attn.kernels import triton
 from tests import attention_check, oracle, tolerances
 from tests.attention_check import assert_error, options
 
+rng = np.random.default_rng(4)
+
+
+def normal(*shape: int, dtype=np.float32) -> np.ndarray:
+    return rng.standard_normal(shape).astype(dtype)
+
 
 class Arrays(NamedTuple):
     """What has a derivative; ``scores`` holds an array for every score that has one."""

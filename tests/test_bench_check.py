@@ -88,6 +88,14 @@ def test_lists_are_compared_block_by_block():
     assert judge(built._replace(classes=classes)).error == 1
 
 
+def test_lists_at_hand_are_not_built_again(monkeypatch):
+    """The same result from lists that were made before the clock runs."""
+    workload = named("cpu")["decode"].build(dataclasses.replace(SIZE, q_len=1))
+    ours = dataclasses.replace(workload, lists_at_hand=True).ours()
+    monkeypatch.setattr(pa.BlockMask, "from_mask", lambda *_, **__: pytest.fail("lists were built"))
+    assert Oracle(workload).judge(prepare(ours, by_device=False).returned).correct
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_append_to_another_slot_is_refused(dtype):
     workload = named("gpu")["append-chunk"].build(dataclasses.replace(SIZE, q_len=4, new=4, dtype=dtype))

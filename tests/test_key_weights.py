@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from tests import oracle, test_attention, tolerances
-from tests.attention_check import B, K, N, S, T, options
+from tests import oracle, tolerances
+from tests.attention_check import BOTH, EMPTY_ROW, HOLES, LAST, LEFT, Q_BOTH, B, K, N, S, T, dense, options
 from tests.gradient_check import Case
 from tests.oracle import positions
-from tests.test_attention import BOTH, EMPTY_ROW, HOLES, LAST, LEFT, Q_BOTH
 from tests.test_quantized_attention import arrays_of, quantize, stands_for
 
 CAUSAL = oracle.causal()
@@ -28,8 +27,8 @@ CASES = {
     "queries that are not there": Case(CAUSAL, Q_BOTH + (Q_BOTH >= 0) * 12, BOTH),
     "a row without keys": Case(CAUSAL, LAST, EMPTY_ROW),
     "empty slots per head": Case(CAUSAL, LAST, HOLES),
-    "a mask per query head": Case(test_attention.dense(1, N, T, S)),
-    "a mask per key head": Case(test_attention.dense(B, K, T, S)),
+    "a mask per query head": Case(dense(1, N, T, S)),
+    "a mask per key head": Case(dense(B, K, T, S)),
     "one key head": Case(CAUSAL, LAST, LEFT, kv_heads=1),
     "as many key heads": Case(CAUSAL, LAST, LEFT, kv_heads=N),
     "sinks": Case(CAUSAL, LAST, LEFT, sinks=SINKS),

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from tests import oracle, test_attention
-from tests.attention_check import B, K, N, S, T, assert_error, options
+from tests import oracle
+from tests.attention_check import HOLES, LAST, LEFT, B, K, N, S, T, assert_error, dense, options
 from tests.gradient_check import Case
-from tests.test_attention import LAST, LEFT
 
 PLAIN, KINDS = "plain", ("int8", "float8_e4m3fn", "int4")
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -28,9 +27,9 @@ CASES = {
     "int4 keys, plain values": (Case(CAUSAL, LAST, LEFT), "int4", PLAIN),
     "plain keys, float8 values": (Case(CAUSAL, LAST, LEFT), PLAIN, "float8_e4m3fn"),
     "decode, int8 keys, int4 values": (Case(CAUSAL, kv_positions=LEFT, **DECODE), "int8", "int4"),
-    "empty slots per head": (Case(CAUSAL, LAST, test_attention.HOLES), "int4", "int8"),
-    "decode, empty slots per head": (Case(CAUSAL, kv_positions=test_attention.HOLES, **DECODE), "int4", "int8"),
-    "a mask per head": (Case(test_attention.dense(1, N, T, S)), "int8", "int8"),
+    "empty slots per head": (Case(CAUSAL, LAST, HOLES), "int4", "int8"),
+    "decode, empty slots per head": (Case(CAUSAL, kv_positions=HOLES, **DECODE), "int4", "int8"),
+    "a mask per head": (Case(dense(1, N, T, S)), "int8", "int8"),
     "one key head, other value size": (Case(CAUSAL, LAST, LEFT, kv_heads=1, value_dim=48), "int8", "int4"),
     "bfloat16": (Case(CAUSAL, LAST, LEFT, dtype="bfloat16"), "int8", "int8"),
     "float16, mixed": (Case(CAUSAL, LAST, LEFT, dtype="float16"), "int4", PLAIN),

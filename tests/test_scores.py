@@ -11,9 +11,9 @@ import pytest
 
 import pallas_attn as pa
 from tests import oracle, tolerances
+from tests.attention_check import BOTH, LAST, LEFT, Q_BOTH, B, K, N, S, T, assert_same_bits, dense, options
 from tests.gradient_check import Case, check, implementations
 from tests.oracle import positions
-from tests.test_attention import BOTH, LAST, LEFT, Q_BOTH, B, K, N, S, T, assert_same_bits, dense, options
 
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", implementations("reference", "xla", "interpreted"))
 rng = np.random.default_rng(5)

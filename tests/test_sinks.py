@@ -9,9 +9,9 @@ import pytest
 
 import pallas_attn as pa
 from tests import oracle, tolerances
+from tests.attention_check import BOTH, LAST, LEFT, Q_BOTH, B, K, N, S, T, dense, options
 from tests.gradient_check import Case, backward_blocks, check, implementations
 from tests.oracle import positions
-from tests.test_attention import BOTH, LAST, LEFT, Q_BOTH, B, K, N, S, T, dense, options
 
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", implementations("reference", "xla", "interpreted"))
 SINKS = np.array([0.5, -2.0, 3.0, 0.0], np.float32)

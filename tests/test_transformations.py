@@ -1,7 +1,7 @@
 """JAX's transformations of whole programs: sharding over devices, and export. Others have places of their own:
 
-``vmap`` in test_vmap.py; checkpoints and a scan over layers in test_gradients.py; forward mode and second derivatives
-in test_attention.py.
+``vmap`` in test_vmap.py; checkpoints and a scan over layers in test_checkpoints.py; forward mode and second derivatives
+in test_derivatives.py.
 """
 
 import os

@@ -24,6 +24,10 @@ class CachedDecoder(nnx.Module):
     Args:
       model: the decoder, which is shared, not copied.
       batch_size, capacity, policy, storage, dtype, chunk: of the caches, as :meth:`Decoder.init_caches` takes them.
+
+    Raises:
+      TypeError: another kind of model.
+      ValueError: what :meth:`Decoder.init_caches` refuses.
     """
 
     def __init__(
@@ -44,12 +48,14 @@ class CachedDecoder(nnx.Module):
             batch_size=batch_size, capacity=capacity, policy=policy, storage=storage, dtype=dtype, chunk=chunk
         )
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(caches)
-        self.cache = nnx.Dict({_name(path): nnx.Cache(leaf) for path, leaf in leaves})
+        # In the order of the leaves: what holds variables may sort them.
+        self._names = tuple("layer_" + jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in leaves)
+        self.cache = nnx.Dict({name: nnx.Cache(leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)})
 
     @property
     def caches(self) -> tuple[pa.caches.KVCache, ...]:
         """One per layer, as they are now."""
-        return jax.tree.unflatten(self._structure, [self.cache[name].get_value() for name in self._names()])
+        return jax.tree.unflatten(self._structure, [self.cache[name].get_value() for name in self._names])
 
     @property
     def next_positions(self) -> Array:
@@ -116,18 +122,8 @@ class CachedDecoder(nnx.Module):
         self._set(tuple(cache.fork(jnp.asarray(sources)) for cache in self.caches))
 
     def _set(self, caches: tuple[pa.caches.KVCache, ...] | None) -> None:
-        for name, leaf in zip(self._names(), jax.tree.leaves(caches), strict=True):
+        for name, leaf in zip(self._names, jax.tree.leaves(caches), strict=True):
             self.cache[name].set_value(leaf)
-
-    def _names(self) -> list[str]:
-        paths = jax.tree_util.tree_flatten_with_path(
-            jax.tree.unflatten(self._structure, [0] * self._structure.num_leaves)
-        )[0]
-        return [_name(path) for path, _ in paths]
-
-
-def _name(path: tuple) -> str:
-    return "layer_" + jax.tree_util.keystr(path, simple=True, separator="_")
 
 
 def _next_positions(real: Array, lengths: Array) -> Array:

@@ -14,6 +14,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from pallas_attn_models.checkpoint import read_json
+
 _FILE, _TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -42,7 +44,7 @@ class ChatTemplate:
         """
         directory = Path(directory)
         config_path = directory / _TOKENIZER_CONFIG
-        config = _read_config(config_path)
+        config = read_json(config_path) if config_path.is_file() else {}
         path = directory / _FILE
         if path.is_file():
             source = path.read_text(encoding="utf-8")
@@ -72,18 +74,6 @@ class ChatTemplate:
             return self.template.render(**self.special_tokens, **given, add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template: {error.message}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
 def _source(path: Path, value: Any) -> str | None:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.config import DecoderConfig, require_positive_int
 from pallas_attn_models.decoder import Decoder, check_dtype
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -70,7 +70,7 @@ def _weights(model: Decoder) -> dict[str, _Weight]:
 def load_hf(
     directory: str | os.PathLike[str], dtype: DTypeLike = jnp.bfloat16, *, implementation: str | None = None
 ) -> Decoder:
-    """Loads a Llama checkpoint as transformers saves it, tensor by tensor.
+    """Loads a Llama or Mistral checkpoint as transformers saves it, tensor by tensor.
 
     Args:
       directory: holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with its
@@ -89,7 +89,7 @@ def load_hf(
     """
     directory = Path(directory)
     dtype = check_dtype("dtype", dtype)
-    fields = _read_json(directory / CONFIG)
+    fields = read_json(directory / CONFIG)
     try:
         config = DecoderConfig.from_hf(fields)
     except ValueError as error:
@@ -120,7 +120,7 @@ def load_hf(
 
 
 def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Saves a decoder so that :func:`load_hf` and transformers' ``LlamaForCausalLM.from_pretrained`` load it.
+    """Saves a decoder so that :func:`load_hf` and transformers' ``AutoModelForCausalLM.from_pretrained`` load it.
 
     Tensors keep their dtype: ``load_hf(directory, dtype=model.dtype)`` gives the same bits back where the weights have
     that dtype. Every file is written whole beside its place, then renamed into it; what an earlier save left in
@@ -132,10 +132,10 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
       max_shard_bytes: a shard holds no more, unless a single tensor does; one shard becomes one plain file.
 
     Raises:
-      ValueError: ``max_shard_bytes`` is not a positive int.
+      ValueError: ``max_shard_bytes`` is not a positive int, or a config that no file can say
+        (:meth:`DecoderConfig.to_hf`).
     """
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: expected an int of at least 1, got {max_shard_bytes!r}")
+    require_positive_int("max_shard_bytes", max_shard_bytes)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = _weights(model)
@@ -173,7 +173,7 @@ def _locate_tensors(directory: Path) -> dict[str, Path]:
     if not (directory / INDEX).exists():
         raise FileNotFoundError(f"{directory}: expected {WEIGHTS} or {INDEX}, found neither")
 
-    weight_map = _read_json(directory / INDEX).get("weight_map")
+    weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{directory / INDEX}: expected an object weight_map from tensors to files")
     files: dict[str, Path] = {}
@@ -221,7 +221,8 @@ def _open(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: expected a whole safetensors file, got: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of a checkpoint holds; raises as :func:`load_hf` does."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a JSON file, found none")
     try:

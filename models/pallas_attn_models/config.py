@@ -138,7 +138,7 @@ class RopeConfig:
                 raise ValueError(f"rope {field.name}: expected no value, as type {self.type!r} has none, got {value!r}")
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
             _require_positive_float(f"rope {name}", getattr(self, name))
-        _require_positive_int("rope original_max_position_embeddings", self.original_max_position_embeddings)
+        require_positive_int("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope high_freq_factor: expected more than low_freq_factor={self.low_freq_factor}, "
@@ -203,7 +203,7 @@ class DecoderConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            _require_positive_int(name, getattr(self, name))
+            require_positive_int(name, getattr(self, name))
         _require_positive_float("rms_norm_eps", self.rms_norm_eps)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
@@ -223,7 +223,7 @@ class DecoderConfig:
             raise ValueError(f"sliding_windows: expected {wanted}, got {self.sliding_windows!r}")
         for window in self.sliding_windows:
             if window is not None:
-                _require_positive_int("sliding_windows", window)
+                require_positive_int("sliding_windows", window)
 
     def sliding_window(self, layer: int) -> int | None:
         """How many tokens a query of this layer sees; None: all."""
@@ -260,8 +260,8 @@ class DecoderConfig:
 
         hidden_size = required("hidden_size")
         num_heads = required("num_attention_heads")
-        _require_positive_int("hidden_size", hidden_size)
-        _require_positive_int("num_attention_heads", num_heads)
+        require_positive_int("hidden_size", hidden_size)
+        require_positive_int("num_attention_heads", num_heads)
         if fields.get("head_dim") is None and hidden_size % num_heads:
             raise ValueError(f"head_dim: expected a value, as {hidden_size=} is no multiple of {num_heads=}, got none")
         max_position_embeddings = optional("max_position_embeddings", 131072 if is_mistral else 2048)
@@ -270,8 +270,8 @@ class DecoderConfig:
         if window is not None and not is_mistral:
             raise ValueError(f"sliding_window: expected None for a Llama, got {window!r}")
         if window is not None:
-            _require_positive_int("sliding_window", window)
-            _require_positive_int("num_hidden_layers", num_layers)
+            require_positive_int("sliding_window", window)
+            require_positive_int("num_hidden_layers", num_layers)
         config = DecoderConfig(
             vocab_size=required("vocab_size"),
             hidden_size=hidden_size,
@@ -373,7 +373,8 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require_positive_int(name: str, value: Any) -> None:
+def require_positive_int(name: str, value: Any) -> None:
+    """Raises a ValueError that names the argument."""
     if not _is_int(value) or value < 1:
         raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
 

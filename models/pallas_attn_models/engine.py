@@ -71,9 +71,9 @@ class Engine:
     @property
     def compile_counts(self) -> dict[str, int]:
         """How many executables each function has; score only where it was used."""
-        counts = {"prefill": self._prefill, "decode": self._decode, "score": self._score}
-        sizes = {name: _num_executables(function) for name, function in counts.items()}
-        return {name: size for name, size in sizes.items() if size or name != "score"}
+        functions = {"prefill": self._prefill, "decode": self._decode, "score": self._score}
+        counts = {name: _num_executables(function) for name, function in functions.items()}
+        return {name: count for name, count in counts.items() if count or name != "score"}
 
     def compile(self, progress: Callable[[str], None] | None = None) -> float:
         """Compiles prefill and decode, unless that is done, and returns the seconds it took."""

@@ -1,11 +1,12 @@
 """What a checkpoint asks for itself: the ``generation_config.json`` beside its weights."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pallas_attn_models.checkpoint import read_json
 
 _NAME = "generation_config.json"
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -41,13 +42,7 @@ class GenerationDefaults:
         path = Path(directory) / _NAME
         if not path.is_file():
             return GenerationDefaults()
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON, got: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(fields).__name__}")
-        fields = {name: value for name, value in fields.items() if value is not None}
+        fields = {name: value for name, value in read_json(path).items() if value is not None}
         settings = {name: _number(path, name, fields[name]) for name in _SETTINGS if name in fields}
         if fields.get("do_sample", False):
             settings = {"temperature": 1.0} | settings

@@ -5,7 +5,6 @@ the executables (``steps.py``) on the state that the device holds (``rows.py``).
 """
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,19 +13,19 @@ import numpy as np
 from jax import Array
 
 import pallas_attn as pa
+from pallas_attn_models.asked import Tokens, check_asked, check_prompts
+from pallas_attn_models.config import require_positive_int
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.engine import Engine
-from pallas_attn_models.layer_caches import ROW_MULTIPLE
+from pallas_attn_models.layer_caches import whole_pages
 from pallas_attn_models.requests import Handle, Job, ScoreJob, TopLogprobs
-from pallas_attn_models.sampling import Limits, Sampling, check_limits, stop_sequences
-from pallas_attn_models.scheduler import QueueFull as QueueFull
+from pallas_attn_models.sampling import SEEDS, Limits, Sampling, Stop
 from pallas_attn_models.scheduler import Scheduler
 from pallas_attn_models.speculation import Speculation, num_nodes
 from pallas_attn_models.stats import GenerationStats, Spent
 from pallas_attn_models.steps import REPORT_WIDTH
 
 _GREEDY = Sampling()
-_MAX_SEED = 2**32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,7 @@ class Generator:
         sizes += [] if max_length is None else [("max_length", max_length)]
         sizes += [("max_queue", max_queue), ("prefill_rows", prefill_rows)]
         for name, size in sizes:
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+            require_positive_int(name, size)
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
@@ -187,10 +185,10 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Tokens],
         sampling: Sampling | Sequence[Sampling] = _GREEDY,
-        stop: int | Sequence[int | Sequence[int]] = (),
-        negative_prompts: Sequence[Sequence[int]] | None = None,
+        stop: Stop = (),
+        negative_prompts: Sequence[Tokens] | None = None,
         guidance_scale: float | Sequence[float] = 1.0,
         num_samples: int = 1,
     ) -> GenerationResult:
@@ -210,7 +208,7 @@ class Generator:
           ValueError: a prompt, a token, a number of samplings or rows that does not fit, before anything is compiled.
           TypeError: the wrong kind of object.
         """
-        jobs = self._jobs(prompts, sampling, stop, negative_prompts, guidance_scale, num_samples)
+        jobs = self._jobs(num_samples, prompts, sampling, stop, negative_prompts, guidance_scale)
         compile_seconds = self.warmup()
         before = self.spent
         for _ in self._run(jobs, REPORT_WIDTH):
@@ -233,10 +231,10 @@ class Generator:
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Tokens],
         sampling: Sampling | Sequence[Sampling] = _GREEDY,
-        stop: int | Sequence[int | Sequence[int]] = (),
-        negative_prompts: Sequence[Sequence[int]] | None = None,
+        stop: Stop = (),
+        negative_prompts: Sequence[Tokens] | None = None,
         guidance_scale: float | Sequence[float] = 1.0,
         num_samples: int = 1,
         interval: int = 1,
@@ -247,16 +245,16 @@ class Generator:
 
         Args and errors are those of :meth:`generate`.
         """
-        _check_interval(interval)
-        jobs = self._jobs(prompts, sampling, stop, negative_prompts, guidance_scale, num_samples)
+        require_positive_int("interval", interval)
+        jobs = self._jobs(num_samples, prompts, sampling, stop, negative_prompts, guidance_scale)
         return self._events(jobs, interval)
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Tokens,
         sampling: Sampling = _GREEDY,
-        stop: int | Sequence[int | Sequence[int]] = (),
-        negative_prompt: Sequence[int] | None = None,
+        stop: Stop = (),
+        negative_prompt: Tokens | None = None,
         guidance_scale: float = 1.0,
     ) -> Handle:
         """Asks for a continuation of one prompt, which begins as soon as there is a row for it; see :meth:`generate`.
@@ -269,11 +267,11 @@ class Generator:
 
     def submit_samples(
         self,
-        prompt: Sequence[int],
+        prompt: Tokens,
         num_samples: int,
         sampling: Sampling = _GREEDY,
-        stop: int | Sequence[int | Sequence[int]] = (),
-        negative_prompt: Sequence[int] | None = None,
+        stop: Stop = (),
+        negative_prompt: Tokens | None = None,
         guidance_scale: float = 1.0,
     ) -> list[Handle]:
         """Asks for several continuations of one prompt, which is read once; see :meth:`submit`.
@@ -281,13 +279,13 @@ class Generator:
         They begin when there are rows for all of them. With pages they share those of the prompt.
         """
         negatives = None if negative_prompt is None else [negative_prompt]
-        (job,) = self._jobs([prompt], sampling, stop, negatives, guidance_scale, num_samples)
+        (job,) = self._jobs(num_samples, [prompt], sampling, stop, negatives, guidance_scale)
         self._scheduler.submit(job)
         return job.handles
 
     def step(self, interval: int = REPORT_WIDTH) -> bool:
         """One round of work for all requests, up to ``interval`` steps each; False if there was nothing to do."""
-        _check_interval(interval)
+        require_positive_int("interval", interval)
         if self._scheduler.idle:
             return False
         self.warmup()
@@ -299,7 +297,7 @@ class Generator:
         while self.step():
             pass
 
-    def score(self, prompts: Sequence[Sequence[int]], logits: bool = False) -> list[PromptScore]:
+    def score(self, prompts: Sequence[Tokens], logits: bool = False) -> list[PromptScore]:
         """How likely the model finds each prompt, with one more executable, which is compiled when it is first needed.
 
         Args:
@@ -361,32 +359,17 @@ class Generator:
         for handle in handles:
             handle.result()  # raises what broke it off
 
-    def _jobs(self, prompts, sampling, stop, negative_prompts, guidance_scale, num_samples) -> list[Job]:
-        """The requests, after checking all of them; arguments as of :meth:`generate`."""
-        vocab_size = self.model.config.vocab_size
-        checked = check_prompts(prompts, max_length=self.max_length, vocab_size=vocab_size)
-        negatives: list[list[int] | None] = [None] * len(checked)
-        if negative_prompts is not None:
-            name = "negative_prompts"
-            negatives = [*check_prompts(negative_prompts, max_length=self.max_length, vocab_size=vocab_size, name=name)]
-            _check_number(name, negatives, len(checked))
-        scales = _one_each("guidance_scale", guidance_scale, len(checked), numbers.Real)
-        for scale, negative in zip(scales, negatives, strict=True):
-            if isinstance(scale, bool) or not np.isfinite(scale) or scale < 0:
-                raise ValueError(f"guidance_scale: expected a finite number of at least 0, got {scale!r}")
-            if scale != 1 and negative is None:
-                raise ValueError(f"guidance_scale: expected 1 without negative_prompts, got {scale!r}")
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples: expected an int of at least 1, got {num_samples!r}")
-        samplings = _one_each("sampling", sampling, len(checked), Sampling)
-        stop = stop_sequences(stop)
+    def _jobs(self, num_samples: int, *asked: Any) -> list[Job]:
+        """The requests, after checking all of them; what is asked is as :func:`check_asked` takes it."""
+        sizes = {"max_length": self.max_length, "vocab_size": self.model.config.vocab_size, "limits": self.limits}
+        entries = check_asked(*asked, **sizes)
+        require_positive_int("num_samples", num_samples)
         jobs = []
-        for prompt, one, negative, scale in zip(checked, samplings, negatives, scales, strict=True):
-            one = dataclasses.replace(one, stop=(*stop_sequences(one.stop), *stop))
-            check_limits(one, limits=self.limits, vocab_size=vocab_size)
-            seeds = ((one.seed + index) % _MAX_SEED for index in range(num_samples))
-            handles = [Handle(dataclasses.replace(one, seed=seed), self.step, self._scheduler.cancel) for seed in seeds]
-            job = Job(prompt, handles, negative, float(scale))
+        for prompt, settings, negative_prompt, scale in entries:
+            seeds = ((settings.seed + index) % SEEDS for index in range(num_samples))
+            samplings = (dataclasses.replace(settings, seed=seed) for seed in seeds)
+            handles = [Handle(one, self.step, self._scheduler.cancel) for one in samplings]
+            job = Job(prompt, handles, negative_prompt, scale)
             if job.num_rows > self.batch_size:
                 wanted = f"at most batch_size={self.batch_size} rows for a prompt"
                 raise ValueError(f"num_samples: expected {wanted}, got {job.num_rows} (two for a guided sample)")
@@ -418,76 +401,16 @@ class Generator:
                 raise ValueError(f"speculation: expected {wanted}, got {where}")
 
     def _new_caches(self) -> tuple[pa.caches.KVCache, ...]:
-        def rounded(slots: int) -> int:
-            return -(-slots // ROW_MULTIPLE) * ROW_MULTIPLE
-
         capacity, chunk = self.capacity, max(self.prefill_chunk, num_nodes(self.speculation))
         caches = self.model.init_caches(
             batch_size=self.batch_size,
-            capacity=[rounded(slots) for slots in capacity] if isinstance(capacity, Sequence) else rounded(capacity),
+            capacity=[*map(whole_pages, capacity)] if isinstance(capacity, Sequence) else whole_pages(capacity),
             policy=self.policy,
             storage=self.storage,
             chunk=chunk,
         )
         draft = None if self.speculation is None else self.speculation.draft_model
         if draft is not None:
-            size = rounded(self.max_length)
+            size = whole_pages(self.max_length)
             caches += draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk)
         return caches
-
-
-def _check_interval(interval: int) -> None:
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"interval: expected an int of at least 1, got {interval!r}")
-
-
-def check_prompts(
-    prompts: Sequence[Sequence[int]], *, max_length: int, vocab_size: int, name: str = "prompts", room: int = 1
-) -> list[list[int]]:
-    """The prompts as lists, after checking that each has 1 to ``max_length - room`` tokens of the vocabulary.
-
-    Raises:
-      ValueError: no prompt, one that is empty or too long, or a token outside the vocabulary; names row and index.
-      TypeError: a prompt that is no sequence, or a token that is no int.
-    """
-    if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str | bytes):
-        raise TypeError(f"{name}: expected a sequence of prompts, got {type(prompts).__name__}")
-    checked = [_as_tokens(f"{name}[{row}]", prompt, vocab_size) for row, prompt in enumerate(prompts)]
-    if not checked:
-        raise ValueError(f"{name}: expected at least one prompt, got none")
-    for row, prompt in enumerate(checked):
-        if not prompt:
-            raise ValueError(f"{name}[{row}]: expected at least one token, got none")
-        if len(prompt) > max_length - room:
-            most = f"max_length={max_length} (by default the capacity)"
-            wanted = f"fewer tokens than {most}, to leave room for a new one" if room else f"at most {most} tokens"
-            raise ValueError(f"{name}[{row}]: expected {wanted}, got {len(prompt)}")
-    return checked
-
-
-def _as_tokens(name: str, tokens: Any, vocab_size: int) -> list[int]:
-    if isinstance(tokens, np.ndarray | jax.Array):
-        tokens = tokens.tolist()
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
-        raise TypeError(f"{name}: expected a sequence of token ids, got {type(tokens).__name__}")
-    for index, token in enumerate(tokens):
-        if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-            raise TypeError(f"{name}[{index}]: expected a token id, an int, got {token!r}")
-        if not 0 <= int(token) < vocab_size:
-            raise ValueError(f"{name}[{index}]: expected a token in [0, vocab_size={vocab_size}), got {token}")
-    return [int(token) for token in tokens]
-
-
-def _one_each(name: str, value: Any, number: int, kind: Any) -> list:
-    """``value`` for every prompt, or its entries if it is a sequence, all of a kind."""
-    values = list(value) if isinstance(value, Sequence) else [value] * number
-    for one in values:
-        if not isinstance(one, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__} or one per prompt, got {type(one).__name__}")
-    _check_number(name, values, number)
-    return values
-
-
-def _check_number(name: str, values: Sequence, number: int) -> None:
-    if len(values) != number:
-        raise ValueError(f"{name}: expected one, or one for each of {number} prompts, got {len(values)}")

@@ -7,10 +7,8 @@ from typing import Any
 from jax.typing import DTypeLike
 
 import pallas_attn as pa
+from pallas_attn.tuning import PAGE_MULTIPLE
 from pallas_attn_models.config import DecoderConfig
-
-# Some rows of a cache that is not paged are read as pages of their own, which are multiples of so many slots long.
-ROW_MULTIPLE = 16
 
 
 def init_caches(
@@ -45,6 +43,11 @@ def init_caches(
     return tuple(layers)
 
 
+def whole_pages(slots: int, page_size: int = PAGE_MULTIPLE) -> int:
+    """``slots``, and those that fill the last page: some rows of a cache that is not paged are read as pages, too."""
+    return -(-slots // page_size) * page_size
+
+
 def _per_layer(config: DecoderConfig, name: str, value: Any) -> list:
     if not isinstance(value, Sequence):
         return [value] * config.num_layers
@@ -57,8 +60,8 @@ def _of_window(
     window: int, chunk: int, batch_size: int, capacity: int, policy: pa.caches.Policy, storage: pa.caches.Storage
 ) -> tuple[int, pa.caches.Policy, pa.caches.Storage]:
     """What a layer with a sliding window needs to take ``chunk`` tokens at once, if that is less than it was given."""
-    page_size = storage.page_size if isinstance(storage, pa.caches.Paged) else ROW_MULTIPLE
-    slots = -(-(window + chunk - 1) // page_size) * page_size
+    page_size = storage.page_size if isinstance(storage, pa.caches.Paged) else PAGE_MULTIPLE
+    slots = whole_pages(window + chunk - 1, page_size)
     if slots >= capacity:
         return capacity, policy, storage
     if isinstance(storage, pa.caches.Paged):

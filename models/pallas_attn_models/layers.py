@@ -106,8 +106,8 @@ def rotary_tables(positions: Array, head_dim: int, rope: RopeConfig) -> tuple[Ar
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turns ``[B, T, heads, D]`` by the angles of :func:`rotary_tables`, in float32; keeps the dtype of ``x``.
 
-    The pairs are (i, i + D/2), as in the checkpoints that transformers writes; the paper (equation 34) pairs
-    neighbours, which is the same up to an order of the rows of the query and key projections.
+    The pairs are (i, i + D/2), as in the checkpoints that transformers writes; RoFormer (arXiv:2104.09864, equation 34)
+    pairs neighbours, which is the same up to an order of the rows of the query and key projections.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

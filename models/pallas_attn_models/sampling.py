@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+# One token, or tokens and sequences of tokens.
+Stop = int | Sequence[int | Sequence[int]]
+
+SEEDS = 2**32  # how many there are
 _TINY, _HUGE = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
@@ -57,7 +61,7 @@ class Sampling:
     logit_bias: Mapping[int, float] | None = None
     forbidden_tokens: Sequence[int] = ()
     min_new_tokens: int = 0
-    stop: int | Sequence[int | Sequence[int]] = ()
+    stop: Stop = ()
     top_logprobs: int = 0
 
     def __post_init__(self):
@@ -65,7 +69,7 @@ class Sampling:
         _require_int("top_k", self.top_k, 0)
         _require_int("min_new_tokens", self.min_new_tokens, 0)
         _require_int("top_logprobs", self.top_logprobs, 0)
-        _require_int("seed", self.seed, 0, 2**32)
+        _require_int("seed", self.seed, 0, SEEDS)
         _require("temperature", self.temperature, lambda x: x >= 0, "a finite number of at least 0")
         _require("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
         _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
@@ -207,7 +211,7 @@ class SamplingArrays:
         )
 
 
-def stop_sequences(stop: int | Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+def stop_sequences(stop: Stop) -> tuple[tuple[int, ...], ...]:
     """``stop`` of :class:`Sampling` as sequences of tokens.
 
     Raises:

@@ -88,7 +88,7 @@ class Scheduler:
             self._queue.remove(job)
         elif job in self._active:
             self._active.remove(job)
-            self._release(job.rows)
+            self._release([*job.rows, *job.partners])
 
     def step(self, num_steps: int = REPORT_WIDTH) -> None:
         """One round; each running row takes up to ``num_steps`` steps, but one if there are prompts to be read on.

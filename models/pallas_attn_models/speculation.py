@@ -22,12 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn.tuning import DECODE_QUERIES
+from pallas_attn_models.config import require_positive_int
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.drawing import draw
 from pallas_attn_models.rows import FREE, RUNNING, Rows, State
-
-# So many queries attend at once in decode.
-MOST_NODES = 16
 
 
 class Speculation(Protocol):
@@ -45,7 +44,12 @@ class Speculation(Protocol):
         ...
 
     def draft(self, state: State, may: Array, feed: "Feed") -> tuple[State, Array, Array]:
-        """Args: the state, bool ``[B]``: which rows can use drafts, and how the draft model is run.
+        """Drafts for the rows that can use them.
+
+        Args:
+          state: of the Generator.
+          may: bool ``[B]``: which rows these are.
+          feed: runs the draft model.
 
         Returns:
           The state, int32 ``[B, num_candidates, length]``, and bool ``[B]``: rows that have drafts. Whatever the drafts
@@ -82,8 +86,7 @@ class PromptLookup:
 
     def __post_init__(self):
         _check_sizes(self.length, self.num_candidates)
-        if isinstance(self.ngram, bool) or not isinstance(self.ngram, int) or self.ngram < 1:
-            raise ValueError(f"ngram: expected an int of at least 1, got {self.ngram!r}")
+        require_positive_int("ngram", self.ngram)
 
     @property
     def draft_model(self) -> None:
@@ -173,11 +176,11 @@ class DraftModel:
 
 
 def _check_sizes(length: int, num_candidates: int) -> None:
-    for name, size in (("length", length), ("num_candidates", num_candidates)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
-    if length * num_candidates >= MOST_NODES:
-        wanted = f"at most {MOST_NODES - 1} drafted tokens together"
+    require_positive_int("length", length)
+    require_positive_int("num_candidates", num_candidates)
+    # More queries at once than that would not be decode any more.
+    if length * num_candidates >= DECODE_QUERIES:
+        wanted = f"at most {DECODE_QUERIES - 1} drafted tokens together"
         raise ValueError(f"length, num_candidates: expected {wanted}, got {num_candidates} of {length}")
 
 

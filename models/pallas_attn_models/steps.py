@@ -177,7 +177,7 @@ def decode(
     steps: Array,
     eager: Array,
 ) -> tuple[State, Report]:
-    """Takes up to ``steps`` (int32 scalar) steps with every row that is running, but as the report has room for.
+    """Takes up to ``steps`` (int32 scalar) steps with every row that is running, as long as the report has room.
 
     Ends as soon as none is running, or, if ``eager`` (bool scalar), as soon as one is done, to make room for another.
     Rows that are done leave the caches.

@@ -28,7 +28,7 @@ def matched(tail: Array, settings: SamplingArrays, count: Array) -> Array:
     return jnp.where(same & fits, lengths, 0).max(axis=-1, initial=0)
 
 
-def held_back(tokens: Sequence[Any], sequences: Sequence[Sequence[Any]], first: int = 0) -> int:
+def held_back(tokens: Sequence[Any], sequences: Sequence[Sequence[Any]]) -> int:
     """How many of the newest ``tokens`` may become the beginning of one of the ``sequences``.
 
     The longest end of ``tokens`` that is a beginning of a sequence, but not all of it.
@@ -36,10 +36,9 @@ def held_back(tokens: Sequence[Any], sequences: Sequence[Sequence[Any]], first: 
     Args:
       tokens: a tuple, or a string.
       sequences: of the same type, none empty.
-      first: tokens before this one belong to no sequence; for new tokens, their ``min_new_tokens``.
     """
     longest = max(map(len, sequences), default=1) - 1
-    for length in range(min(longest, len(tokens) - first), 0, -1):
+    for length in range(min(longest, len(tokens)), 0, -1):
         end = tokens[len(tokens) - length :]
         if any(len(sequence) > length and sequence[:length] == end for sequence in sequences):
             return length

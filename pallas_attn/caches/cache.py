@@ -16,6 +16,7 @@ from pallas_attn.caches import rows as row_sets
 from pallas_attn.caches.pages import Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
 from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, read, write
+from pallas_attn.tuning import PAGE_MULTIPLE
 
 
 class CacheView(NamedTuple):
@@ -125,7 +126,7 @@ class KVCache:
         """The first half of :meth:`append`: where its tokens go. Caches that hold the same tokens can share it.
 
         Args:
-          positions, rows: as :meth:`append` takes them.
+          positions, rows: as :meth:`append` takes them; raises as it does.
         """
         rows = row_sets.check(rows, self.batch_size)
         self._check_positions(positions, rows)
@@ -144,7 +145,7 @@ class KVCache:
         """The second half of :meth:`append`: stores tokens ``[R, t, K, D]`` where there is room for them.
 
         Args:
-          key, value: as :meth:`append` takes them.
+          key, value: as :meth:`append` takes them; raises as it does.
           reservation: from :meth:`reserve` of this cache, or of another of the same policy, storage and capacity that
             holds the same tokens; with a policy whose heads choose by themselves that can only be this one.
         """
@@ -205,8 +206,9 @@ class KVCache:
             return CacheView(key, value, positions, row_sets.take(self.pages.table, rows, -1))
         if rows is None:
             return CacheView(key, value, positions)
-        if self.capacity % 16:
-            raise ValueError(f"rows: expected None, for pages are multiples of 16 slots, got capacity {self.capacity}")
+        if self.capacity % PAGE_MULTIPLE:
+            wanted = f"None, for pages are multiples of {PAGE_MULTIPLE} slots"
+            raise ValueError(f"rows: expected {wanted}, got capacity {self.capacity}")
         return CacheView(key, value, positions, rows[:, None])
 
     def observe(self, key_weights: Array, rows: Array | None = None) -> "KVCache":
@@ -234,6 +236,7 @@ class KVCache:
 
         Raises:
           NotImplementedError: the policy cannot, for it has dropped tokens in favour of those.
+          ValueError: another shape or dtype.
         """
         requested = self._check_rows("lengths", lengths, jnp.integer).astype(jnp.int32)
         lengths = jnp.clip(requested, 0, self.lengths)
@@ -310,7 +313,7 @@ class KVCache:
         return after._release()
 
     def reset(self, rows: Array) -> "KVCache":
-        """Empties the rows where ``rows`` (bool ``[B]``) is True."""
+        """Empties the rows where ``rows`` (bool ``[B]``) is True. Another shape or dtype raises ValueError."""
         rows = self._check_rows("rows", rows, jnp.bool_)
         after = dataclasses.replace(
             self,
@@ -328,6 +331,9 @@ class KVCache:
 
         Args:
           sources: int32 ``[B]``; ``arange(B)`` changes nothing. What is no row is taken as the nearest one.
+
+        Raises:
+          ValueError: another shape or dtype.
         """
         sources = jnp.clip(self._check_rows("sources", sources, jnp.integer).astype(jnp.int32), 0, self.batch_size - 1)
 

@@ -72,7 +72,7 @@ class H2O(Policy):
         return jnp.where(slots.positions > newest - self.recent, jnp.inf, self.score(slots))
 
     def score(self, slots: Slots) -> Array:
-        """float32 ``[B, K, capacity]``: by which the tokens that are not recent are compared."""
+        """float32 ``[R, K, capacity]``: by which the tokens that are not recent are compared."""
         score = slots.state["score"]
         if not self.normalize:
             return score

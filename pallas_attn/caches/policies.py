@@ -3,6 +3,8 @@
 A policy is static: it holds settings, never arrays. What it knows of each slot is the cache's ``state``, arrays
 ``[B, K, capacity]``, whose entries begin as :meth:`Policy.new_state` says when a token takes the slot. A policy of your
 own overrides :meth:`Policy.importance`, and what else it needs (README.md beside this file has an example).
+
+R is the number of rows that a call is about: those of its ``rows``, or all B.
 """
 
 import dataclasses
@@ -22,9 +24,9 @@ class Slots(NamedTuple):
     """What a cache holds, as its policy sees it.
 
     Attributes:
-      positions: int32 ``[B, M, capacity]``; -1: the slot is free. M is 1, or K where heads keep tokens of their own.
-      lengths: int32 ``[B]``, tokens that came in so far.
-      state: float32 ``[B, K, capacity]`` each.
+      positions: int32 ``[R, M, capacity]``; -1: the slot is free. M is 1, or K where heads keep tokens of their own.
+      lengths: int32 ``[R]``, tokens that came in so far.
+      state: float32 ``[R, K, capacity]`` each.
     """
 
     positions: Array
@@ -38,7 +40,7 @@ class Slots(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """New tokens: as they come ``[B, t, K, D]``, and as the storage holds them."""
+    """New tokens: as they come ``[R, t, K, D]``, and as the storage holds them."""
 
     key: Array
     value: Array
@@ -50,9 +52,9 @@ class Placement(NamedTuple):
     """Where new tokens go.
 
     Attributes:
-      slots: int32 ``[B, M, t]``; a token that is not stored has the slot ``capacity``, which does not exist.
-      lengths: int32 ``[B]``, tokens that came in, with these.
-      lost: bool ``[B]``, rows that had to drop a token which the policy would have kept.
+      slots: int32 ``[R, M, t]``; a token that is not stored has the slot ``capacity``, which does not exist.
+      lengths: int32 ``[R]``, tokens that came in, with these.
+      lost: bool ``[R]``, rows that had to drop a token which the policy would have kept.
     """
 
     slots: Array
@@ -81,12 +83,12 @@ class Policy:
         return capacity
 
     def new_state(self, tokens: Tokens) -> State:
-        """What is known of tokens when they come in: float32 ``[B, t, K]`` each."""
+        """What is known of tokens when they come in: float32 ``[R, t, K]`` each."""
         del tokens
         return {}
 
     def importance(self, slots: Slots) -> Array:
-        """float32 ``[B, M, capacity]``: the least goes first, ``inf`` should stay. Free slots may say anything."""
+        """float32 ``[R, M, capacity]``: the least goes first, ``inf`` should stay. Free slots may say anything."""
         raise NotImplementedError(f"{type(self).__name__}.importance: a policy says which tokens go first")
 
     def place(self, slots: Slots, real: Array) -> Placement:
@@ -96,7 +98,7 @@ class Policy:
 
         Args:
           slots: what is there.
-          real: bool ``[B, t]``; False: padding, which is never stored.
+          real: bool ``[R, t]``; False: padding, which is never stored.
         """
         capacity = slots.capacity
         importance = jnp.where(slots.positions >= 0, self.importance(slots), -jnp.inf)
@@ -108,23 +110,23 @@ class Policy:
         at = jnp.clip(rank, 0, order.shape[-1] - 1)[:, None]
         gone = jnp.take_along_axis(negative, jnp.broadcast_to(at, (*order.shape[:2], at.shape[-1])), axis=-1)
         taken = jnp.take_along_axis(order, jnp.broadcast_to(at, gone.shape), axis=-1)
-        kept_dear = (gone == -jnp.inf).any(1) & stored
+        evicts_needed = (gone == -jnp.inf).any(1) & stored
         return Placement(
             slots=jnp.where(stored[:, None], taken.astype(jnp.int32), capacity),
             lengths=slots.lengths + count,
-            lost=((real & ~stored) | kept_dear).any(1),
+            lost=((real & ~stored) | evicts_needed).any(1),
         )
 
     def observe(self, slots: Slots, key_weights: Array) -> State:
-        """The state after queries gave ``key_weights`` float32 ``[B, K, capacity]`` to what is in the slots."""
+        """The state after queries gave ``key_weights`` float32 ``[R, K, capacity]`` to what is in the slots."""
         del key_weights
         return slots.state
 
     def truncate(self, slots: Slots, lengths: Array) -> tuple[Array, Array]:
-        """Which slots stay when a row keeps its first ``lengths`` int32 ``[B]`` tokens alone, never more than it has.
+        """Which slots stay when a row keeps its first ``lengths`` int32 ``[R]`` tokens alone, never more than it has.
 
         Returns:
-          bool ``[B, M, capacity]``, and bool ``[B]``: rows in which a token is gone that would be needed again.
+          bool ``[R, M, capacity]``, and bool ``[R]``: rows in which a token is gone that would be needed again.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot take tokens back: it has dropped others for them")
 
@@ -211,7 +213,7 @@ class Window(Policy):
         return kept, seen.sum((1, 2), dtype=jnp.int32) < lengths - first
 
     def _numbers(self, slots: Slots) -> Array:
-        """Which of the row's tokens a slot holds, int32 ``[B, 1, capacity]``; -1: none yet."""
+        """Which of the row's tokens a slot holds, int32 ``[R, 1, capacity]``; -1: none yet."""
         slot = lax.broadcasted_iota(jnp.int32, slots.positions.shape, 2)
         ring, lengths = slots.capacity - self.sinks, slots.lengths[:, None, None]
         newest = slot + ring * ((lengths - 1 - slot) // ring)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.quantized import QuantizedArray
+from pallas_attn.tuning import PAGE_MULTIPLE
 
 Stored = Array | QuantizedArray
 
@@ -58,7 +59,7 @@ class Paged(Storage):
     """Pages of ``page_size`` slots from a pool of ``num_pages`` that all rows share, taken when a token needs one.
 
     Attributes:
-      page_size: a multiple of 16 that divides the capacity.
+      page_size: a multiple of 16 (``PAGE_MULTIPLE``) that divides the capacity.
       num_pages: of the pool. With fewer than ``batch_size * capacity / page_size`` not every row can be full at once.
       inner: how the slots of a page are held.
     """
@@ -72,8 +73,8 @@ class Paged(Storage):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an int, got {value!r}")
-        if self.page_size < 1 or self.page_size % 16:
-            raise ValueError(f"page_size: expected a multiple of 16, got {self.page_size}")
+        if self.page_size < 1 or self.page_size % PAGE_MULTIPLE:
+            raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {self.page_size}")
         if self.num_pages < 1:
             raise ValueError(f"num_pages: expected at least 1, got {self.num_pages}")
         if not isinstance(self.inner, Storage) or isinstance(self.inner, Paged):
@@ -89,7 +90,7 @@ def decode(x: Stored) -> Array:
 
 
 def read(buffer: Stored, first: Array, second: Array) -> Stored:
-    """``[B, t, K, D]`` of ``buffer`` ``[R, C, K, D]``, at places int32 ``[B, 1, t]`` along the first two axes."""
+    """``[R, t, K, D]`` of ``buffer``, at places int32 ``[R, 1, t]`` along its first two axes; see :func:`write`."""
     return jax.tree.map(lambda buffer: buffer.at[first[:, 0], second[:, 0]].get(mode="clip"), buffer)
 
 
@@ -97,9 +98,9 @@ def write(buffer: Stored, first: Array, second: Array, x: Stored) -> Stored:
     """``buffer`` with ``x`` at the given places; what is beyond the buffer is dropped.
 
     Args:
-      buffer: ``[R, C, K, D]``, as :func:`pallas_attn.bits.hold` makes it.
-      x: ``[B, t, K, D]``, so too, or as it comes from a storage.
-      first, second: int32 ``[B, M, t]``, never negative: the places along the first two axes, for all heads (M is 1)
+      buffer: ``[B, capacity, K, D]``, or the pool ``[P, page, K, D]``, as :func:`pallas_attn.bits.hold` makes it.
+      x: ``[R, t, K, D]``, so too, or as it comes from a storage.
+      first, second: int32 ``[R, M, t]``, never negative: the places along the first two axes, for all heads (M is 1)
         or each (K).
     """
     every_head = first.shape[1] == 1

@@ -26,10 +26,10 @@ CONFIG = DecoderConfig(
 ONE_EACH = {"prefill": 1, "decode": 1}
 
 
-def make_model() -> Decoder:
+def make_model(seed: int = 3, config: DecoderConfig = CONFIG, wide: float = 8.0) -> Decoder:
     """Weights so wide that tokens attend unevenly and the likeliest token is well ahead."""
-    model = Decoder(CONFIG, rngs=nnx.Rngs(3), implementation="xla", block_sizes=pa.BlockSizes(16, 16))
-    nnx.update(model, jax.tree.map(lambda x: x * 8.0 if x.ndim == 2 else x, nnx.state(model)))
+    model = Decoder(config, rngs=nnx.Rngs(seed), implementation="xla", block_sizes=pa.BlockSizes(16, 16))
+    nnx.update(model, jax.tree.map(lambda x: x * wide if x.ndim == 2 else x, nnx.state(model)))
     return model
 
 

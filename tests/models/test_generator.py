@@ -45,6 +45,7 @@ def make_model() -> Decoder:
 @pytest.fixture(scope="module")
 def generator():
     """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
+    chex.clear_trace_counter()  # which counts by name, in other modules of tests too
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
             patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))

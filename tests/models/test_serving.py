@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from pallas_attn_models import Generator, Sampling, steps
-from pallas_attn_models.generator import QueueFull, StreamEvent
+from pallas_attn_models import Generator, QueueFull, Sampling, steps
+from pallas_attn_models.generator import StreamEvent
 from pallas_attn_models.requests import Completion, Handle
 from pallas_attn_models.rows import RUNNING
 from tests.models.small_model import CONFIG, ONE_EACH, Ask, make_model, prompt_of, random_ask
@@ -27,6 +27,7 @@ PAGE = 16
 @pytest.fixture(scope="module")
 def generator():
     """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
+    chex.clear_trace_counter()  # which counts by name, in other modules of tests too
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
             patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))

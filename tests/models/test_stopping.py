@@ -75,7 +75,7 @@ def stream(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], least: int)
     for count in range(1, len(new) + 1):
         if length := longest_match(new[:count], stops, least):
             return steps, list(new[passed : count - length])
-        certain = count - held_back(new[:count], stops, least)
+        certain = count - held_back(new[least:count], stops)
         steps.append(list(new[passed:certain]))
         passed = max(passed, certain)
     return steps, list(new[passed:])
@@ -91,27 +91,24 @@ def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, leas
     assert [token for step in [*steps, rest] for token in step] == list(expected)
     # Nothing is held without need: some tokens that could follow would make a stop sequence of all that is.
     for count in range(1, len(steps) + 1):
-        held = new[count - held_back(new[:count], stops, least) : count]
+        held = new[count - held_back(new[least:count], stops) : count]
         assert not held or any(stop[: len(held)] == held and len(stop) > len(held) for stop in stops)
 
 
 @pytest.mark.parametrize(
-    ("new", "stops", "first", "held"),
+    ("new", "stops", "held"),
     [
-        ((5, 1), [(1, 2)], 0, 1),
-        ((1, 1), [(1, 1, 2)], 0, 2),
-        ((1, 1, 1), [(1, 1, 2)], 0, 2),
-        ((1, 1, 1), [(1, 1, 2)], 2, 1),
-        ((1,), [(1, 2)], 1, 0),
-        ((1,), [(1, 2)], 9, 0),
-        ((1,), [(1,), (2, 1)], 0, 0),  # a stop sequence already: there is nothing to wait for
-        ((), [(1, 2)], 0, 0),
-        ((1,), [], 0, 0),
-        ("un ", [" bon"], 0, 1),
+        ((5, 1), [(1, 2)], 1),
+        ((1, 1), [(1, 1, 2)], 2),
+        ((1, 1, 1), [(1, 1, 2)], 2),
+        ((1,), [(1,), (2, 1)], 0),  # a stop sequence already: there is nothing to wait for
+        ((), [(1, 2)], 0),
+        ((1,), [], 0),
+        ("un ", [" bon"], 1),
     ],
 )
-def test_how_much_is_held_back(new, stops, first, held):
-    assert held_back(new, stops, first) == held
+def test_how_much_is_held_back(new, stops, held):
+    assert held_back(new, stops) == held
 
 
 def first_stop(text: str, strings: list[str]) -> str | None:

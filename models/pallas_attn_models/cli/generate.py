@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pallas_attn_models import cache_options, tasks
+from pallas_attn_models.asked import check_prompts
 from pallas_attn_models.cli import options
 from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.completions import (
@@ -21,7 +22,7 @@ from pallas_attn_models.cli.completions import (
 )
 from pallas_attn_models.cli.loading import load_model, load_tokenizer, make_generator, read_defaults, shipped_checkpoint
 from pallas_attn_models.cli.output import status
-from pallas_attn_models.generator import Generator, check_prompts
+from pallas_attn_models.generator import Generator
 from pallas_attn_models.sampling import Sampling
 from pallas_attn_models.stats import GenerationStats
 

@@ -78,11 +78,11 @@ class StoredKeys:
     def columns(self, stored: Stored) -> tuple[Columns, ...]:
         """The columns of the keys (or values), in the parts that a tile of them has."""
         width = self._width(stored)
-        halves = _is_int4(stored)
-        if isinstance(stored, QuantizedArray) and self.cut.dtype == jnp.float32:
-            # Numbers of eight bits become float32 before they are multiplied: a wide row leaves too few registers.
-            halves |= width > _WIDE and width % 2 == 0
-        return tiles.columns(width, 2 if halves else 1)
+        if not isinstance(stored, QuantizedArray):
+            return tiles.columns(width)
+        # Numbers of eight bits become float32 before they are multiplied: a wide row would leave too few registers.
+        is_wide = self.cut.dtype == jnp.float32 and width > _WIDE and width % 2 == 0
+        return tiles.columns(width, 2 if stored.kind == "int4" or is_wide else 1)
 
     def locate(self, block: Array) -> Located:
         """Looks up the pages of a block."""
@@ -116,22 +116,21 @@ class StoredKeys:
     def tile(self, stored: Stored, at: Located, real: Array | None) -> Tile:
         """The keys (or values) of a block; what is not ``real`` is not read, and counts as 0."""
         index = self._at(at)
-        quantized = isinstance(stored, QuantizedArray)
-        ref = stored.values if quantized else stored
-
-        def load(part: Columns) -> Array:
-            mask = tiles.outer(real, part.exist, (self.cut.kv_block, part.tile))
-            return tiles.load(tiles.at(ref, *index, part.at), mask)
-
-        if not _is_int4(stored):
-            scale = tiles.load(stored.scales.at[index], real) if quantized else None
-            return Tile(tuple(map(load, self.columns(stored))), scale)
+        if not isinstance(stored, QuantizedArray):
+            return Tile(tuple(self._load(stored, index, part, real) for part in self.columns(stored)))
+        if stored.kind != "int4":
+            parts = tuple(self._load(stored.values, index, part, real) for part in self.columns(stored))
+            return Tile(parts, tiles.load(stored.scales.at[index], real))
         # Two's complement of four bits.
-        (bytes_,) = tiles.columns(self._width(stored) // 2)
-        high = load(bytes_).astype(jnp.int8)
+        (two_columns,) = tiles.columns(self._width(stored) // 2)
+        high = self._load(stored.values, index, two_columns, real).astype(jnp.int8)
         halves = (lax.shift_right_arithmetic(x, jnp.full_like(x, 4)) for x in (high << 4, high))
         scaled = (self._scaled(stored, x, index, real, part) for part, x in enumerate(halves))
         return Tile(tuple(scaled))
+
+    def _load(self, ref: Any, index: tuple, part: Columns, real: Array | None) -> Array:
+        mask = tiles.outer(real, part.exist, (self.cut.kv_block, part.tile))
+        return tiles.load(tiles.at(ref, *index, part.at), mask)
 
     def _scaled(self, stored: QuantizedArray, values: Array, index: tuple, real: Array | None, half: int) -> Array:
         """Half of an int4 tile times its scales, in the dtype of the products."""
@@ -178,7 +177,3 @@ class StoredKeys:
     def _width(self, stored: Stored) -> int:
         """Columns of the keys (or values); a ref may be wider."""
         return self.cut.head_dim if stored is self.refs.key else self.cut.value_dim
-
-
-def _is_int4(stored: Stored) -> bool:
-    return isinstance(stored, QuantizedArray) and stored.kind == "int4"
