@@ -20,7 +20,10 @@ _WARPS = (4, 8)
 _STAGES = (2, 3)
 # How many of the best in one case are wanted that have no problem in the others either.
 FINALISTS = 3
+# With XLA's version of the compilers a kernel may need a few registers more. One that has hardly any left then spills a
+# little, which costs so much.
 _MOST_REGISTERS = 248  # of 255; the next smaller unit of allocation
+_HANDICAP = 1.1
 # Estimates closer than this are alike: they leave out more than that.
 _ALIKE = 0.03
 # Bytes of a thread's stack. Who spills so much spills in larger blocks too, and takes longest to compile.
@@ -91,22 +94,25 @@ def hopeless(sizes: BlockSizes, tried: list[Candidate]) -> str | None:
 def ranked(tried: list[Candidate]) -> list[Candidate]:
     """Those without a problem, best first.
 
-    One that needs nearly all registers comes last, for XLA's version of the compilers may need a few more and spill.
     Among estimates that are alike the one with cheaper partial blocks leads, then the one with more warps resident,
     then the one with more copies in flight: the estimate knows no latency, which those hide.
     """
     fitting = [x for x in tried if x.reason is None]
-    best_full = min((x.cycles_per_tile("full") for x in fitting), default=1.0)
-    best_partial = min((x.cycles_per_tile("partial") for x in fitting), default=1.0)
+
+    def cycles(candidate: Candidate, loop: str) -> float:
+        handicap = _HANDICAP if candidate.registers > _MOST_REGISTERS else 1.0
+        return candidate.cycles_per_tile(loop) * handicap
+
+    best_full = min((cycles(x, "full") for x in fitting), default=1.0)
+    best_partial = min((cycles(x, "partial") for x in fitting), default=1.0)
 
     def order(candidate: Candidate):
         return (
-            candidate.registers > _MOST_REGISTERS,
-            int((candidate.cycles_per_tile("full") / best_full - 1) / _ALIKE),
-            int((candidate.cycles_per_tile("partial") / best_partial - 1) / _ALIKE),
+            int((cycles(candidate, "full") / best_full - 1) / _ALIKE),
+            int((cycles(candidate, "partial") / best_partial - 1) / _ALIKE),
             -candidate.warps,
             -candidate.setting.sizes.num_stages,
-            candidate.cycles_per_tile("full"),
+            cycles(candidate, "full"),
         )
 
     return sorted(fitting, key=order)
