@@ -7,6 +7,7 @@ is *empty* and no kernel ever reads it. Nothing about a list changes a shape, so
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -240,19 +241,15 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
             real = real & _repeat_to(kv_real, x)
         return _interval(x, real, q_block, kv_block)
 
-    intervals, q_span, kv_span = jax.tree.map(
-        lambda x: Interval(*(repeat_heads(bound, heads) for bound in interval(x))), (mask, q, kv)
+    intervals, q_tokens, kv_tokens = jax.tree.map(
+        lambda x: repeat_heads(x, heads),
+        (jax.tree.map(interval, mask), _tokens(q, 2, q_block), _tokens(kv, 3, kv_block)),
     )
-    some, every = intervals.bounds(q_span, kv_span)
+    some, every = intervals.bounds(q_tokens.span, kv_tokens.span)
     # A block with any missing key is never full, so that the loop over full blocks needs no mask at all. Missing
     # *queries* do not matter there: a kernel clears their rows at the end.
-    everywhere = jnp.ones((1, 1, 1, 1), jnp.bool_)
-    some_q = _interval(q_real, everywhere, q_block, kv_block).max
-    every_kv, some_kv = (repeat_heads(x, heads) for x in _interval(kv_real, everywhere, q_block, kv_block))
-    if kv_real.shape[-1] % kv_block:
-        every_kv = every_kv.at[..., -1].set(False)  # the end of the last block is beyond the last key
-    active = some & some_q & some_kv
-    full = active & every & every_kv
+    active = some & q_tokens.some & kv_tokens.some
+    full = active & every & kv_tokens.every
     classes = jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY)).astype(jnp.uint8)
     # A mask whose bounds do not look at its operands still differs by head where they do.
     return jnp.broadcast_to(classes, (classes.shape[0], heads, *classes.shape[2:]))
@@ -264,6 +261,30 @@ def _repeat_to(kv_real: Array, x: Array) -> Array:
         # The operand is shared by heads whose empty slots differ: a key counts if any of those heads has it.
         return kv_real.reshape(kv_real.shape[0], x.shape[1], -1, *kv_real.shape[2:]).any(2)
     return repeat_heads(kv_real, x.shape[1])
+
+
+class _Tokens(NamedTuple):
+    """The tokens of every block, ``[B, M, nq, 1]`` or ``[B, M, 1, nk]``."""
+
+    span: Interval  # of their positions; where there is none, the smallest is above the largest
+    every: Array  # bool: every place of the block has one
+    some: Array  # bool
+
+
+def _tokens(positions: Array, axis: int, block: int) -> _Tokens:
+    """From the positions along an axis; what lies beyond their end is no token."""
+    limits = jnp.iinfo(positions.dtype)
+    lowest, highest = jnp.array(limits.min, positions.dtype), jnp.array(limits.max, positions.dtype)
+    x = _blocks(positions, axis, block, jnp.array(-1, positions.dtype))
+    # One pass for all of it: decode does nothing else with most of a long buffer.
+    first, least, last = jax.lax.reduce(
+        (jnp.where(x >= 0, x, highest), x, x),
+        (highest, highest, lowest),
+        lambda a, b: (jax.lax.min(a[0], b[0]), jax.lax.min(a[1], b[1]), jax.lax.max(a[2], b[2])),
+        (axis + 1,),
+    )
+    some = last >= 0
+    return _Tokens(Interval(first, jnp.where(some, last, lowest)), least >= 0, some)
 
 
 def _interval(x: Array, real: Array, q_block: int, kv_block: int) -> Interval:

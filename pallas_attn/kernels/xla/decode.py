@@ -23,6 +23,9 @@ from pallas_attn.scores import Scores
 # KV heads that a step works on, in all lanes together; and how many lanes there are at most.
 _HEADS = 16
 _LANES = 4
+# Up to so many bytes, a step's keys are multiplied while the caches still have them; more are read with the values,
+# which is faster where both come from memory.
+_CACHED_BYTES = 2**20
 
 
 class _Visit(NamedTuple):
@@ -116,6 +119,7 @@ def decode(
     lanes = min(max(1, _HEADS // cut.heads), _LANES)
     if chunk is None:
         lanes = min(lanes, rows * width)
+    cached = 4 * lanes * cut.heads * cut.kv_block * key.shape[-1] <= _CACHED_BYTES
     pieces = _Pieces.of(num_active, lanes, chunk)
     spare = rows + lanes - 1 if chunk is None else rows * -(-width // chunk)
     q_of_rows = _queries_of_rows(query, cut)
@@ -125,7 +129,7 @@ def decode(
 
     def attend(state: Softmax, visit: _Visit) -> tuple[Softmax, Array]:
         program = program_of(visit)
-        keys = program.partial_block(visit.slot, visit.live)
+        keys = program.partial_block(visit.slot, visit.live).with_known_mask(not cached)
         logits = keys.mask(program.logits(q_of_rows[visit.row], key, keys, scale))
         return state.where(~visit.fresh).attend(logits, program.values(value, keys), cut.precision), logits
 

@@ -107,6 +107,16 @@ class Keys(NamedTuple):
     real: Array | None
     allowed: Array | None
 
+    def with_known_mask(self, before_keys: bool) -> "Keys":
+        """The same, with the mask in memory: else XLA on a CPU evaluates it again for every column of the values.
+
+        ``before_keys``: it is known before keys are read. XLA then reads values next to keys, else after their product.
+        """
+        if before_keys:
+            return Keys(*lax.optimization_barrier(tuple(self)))
+        real, allowed = lax.optimization_barrier((self.real, self.allowed))
+        return self._replace(real=real, allowed=allowed)
+
     def mask(self, logits: Array) -> Array:
         """Logits ``[heads, group, q_block, kv_block]``, -inf for who does not see whom."""
         return logits if self.allowed is None else jnp.where(self.allowed, logits, -jnp.inf)
@@ -183,7 +193,11 @@ class Program:
         """``[heads, group, q_block, kv_block]``, scores applied, of float32 queries ``[heads, group * q_block, D]``."""
         cut = self._cut
         k = as_it_is(self.keys(key, keys.start, scale))
-        logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=cut.precision)
+        # XLA on a CPU turns the right-hand side over: better the smaller one.
+        if q.shape[1] < k.shape[1]:
+            logits = jnp.einsum("hkd,hrd->hkr", k, q, precision=cut.precision).swapaxes(1, 2)
+        else:
+            logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=cut.precision)
         logits = logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
         return self.score(logits, keys.positions, self.score_operands(keys.start)) if self._scores else logits
 
