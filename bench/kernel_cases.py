@@ -133,13 +133,14 @@ def _default_sizes(kernel: tuning.Kernel) -> Callable[[int, str, int], pa.BlockS
 
 def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: pa.masks.Mask, scores: Scores = ()) -> KernelCase:
     lower = _forward if kernel == "forward" else _backward
+    entry: tuning.Kernel = "d_key_value_bias" if kernel == "d_key_value" and scores is _BIAS else kernel
     return KernelCase(
         kernel.replace("_", "-") + suffix,
         f"pallas_attn_{kernel}",
         about,
         ("full", "partial"),
         lambda setting: lower(setting, mask, scores),
-        _default_sizes(kernel),
+        _default_sizes(entry),
         has_scores=bool(scores),
     )
 

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Kernel = Literal["forward", "decode", "d_query", "d_key_value"]
+Kernel = Literal["forward", "decode", "d_query", "d_key_value", "d_key_value_bias"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,12 @@ class BlockSizes:
 
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. They
 # are chosen by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its
-# cases, those of the best estimate, or a few percent more where only those leave shared memory for tiles of a bias.
-# Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are small. The entries from 8.6 on fit
-# into the 99 KiB of shared memory that a block has there, with a bias too.
+# cases, and with scores without one in a loop, those of the best estimate, or a few percent more where only those leave
+# shared memory for tiles of a bias. Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are
+# small. The entries from 8.6 on fit into the 99 KiB of shared memory that a block has there, with a bias too.
 _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     "forward": {
-        (2, 9.0, 64): BlockSizes(128, 128, num_warps=8, num_stages=2),
+        (2, 9.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),
         (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
         (2, 9.0, 256): BlockSizes(128, 32, num_warps=8, num_stages=3),
         (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=3),
@@ -57,9 +57,8 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
     },
-    # The same for dQ, and for the gradients of scores. (2, 9.0, 128) is the forward entry, whose lists it shares. At
-    # (2, 8.0, 256), 64 x 64 estimates 18 % better for dQ, but the gradients of scores would spill; 32 x 64 needs a
-    # little more shared memory than 8.6 and 8.9 have.
+    # The same for dQ, and for the gradients of scores. (2, 9.0, 128) is the forward entry, whose lists it shares. At D
+    # 256, 32 x 64 needs a little more shared memory than 8.6 and 8.9 have.
     "d_query": {
         (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
         (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
@@ -67,7 +66,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),
         (2, 8.0, 128): BlockSizes(128, 32, num_warps=8, num_stages=2),
         (2, 8.6, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
-        (2, 8.0, 256): BlockSizes(32, 64, num_warps=8, num_stages=2),
+        (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
         (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
         (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
         (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
@@ -75,12 +74,13 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
     },
     # The same for dK and dV, whose kernel holds two sums with a row per key. Many keys and few queries estimate best: a
-    # row of queries is read from shared memory by every warp. At D 256, 16 keys are best of what does not spill.
+    # row of queries is read from shared memory by every warp. 16 queries, and at D 256 16 keys, are smaller than what
+    # the sweep tries, and better than what of that does not spill.
     "d_key_value": {
         (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
         (2, 9.0, 128): BlockSizes(32, 128, num_warps=8, num_stages=2),
         (2, 8.0, 64): BlockSizes(32, 128, num_warps=8, num_stages=2),
-        (2, 8.0, 128): BlockSizes(32, 64, num_warps=4, num_stages=2),
+        (2, 8.0, 128): BlockSizes(16, 128, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(32, 16, num_warps=4, num_stages=2),
         (4, 9.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
@@ -98,6 +98,9 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
     },
 }
+
+# With tiles of a bias, the entry that is best without one would spill in its loops.
+_TABLES["d_key_value_bias"] = _TABLES["d_key_value"] | {(2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2)}
 
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache, and,
 # where a mask has edges in many places, that little is computed beyond them.
@@ -127,7 +130,8 @@ def default_block_sizes(
     Args:
       q_len, kv_len: T and S.
       implementation: "triton", "xla" or "reference"; default: "triton" where JAX has a GPU, else "xla".
-      kernel: which of the Triton kernels: the forward pass (decode for few queries), dQ, or dK and dV.
+      kernel: which of the Triton kernels: the forward pass (decode for few queries), dQ, or dK and dV, without or with
+        tiles of a bias.
       head_dim, dtype: of the call, where known.
       compute_capability: of the GPU; default: this machine's, or 9.0 where there is none.
       fine: ``mask.is_fine()`` of the call's mask, where known. Only XLA's entries depend on it.

@@ -79,7 +79,8 @@ def backward(
     )(inputs, residuals)
     d_scores = score_gradients(cut, scores, inputs, residuals, per_query)
 
-    per_key = cut_anew("d_key_value")
+    has_tiles = any(min(x.shape[2:]) > 1 for score in scores if score.aligned for x in jax.tree.leaves(score))
+    per_key = cut_anew("d_key_value_bias" if has_tiles else "d_key_value")
     cut = Cut.of(query, value, per_key, scale, interpret)
     part, inputs = specs.PerKVHead(cut), Inputs.of(query, key, value, per_key, scores)
     inputs = inputs._replace(lists=per_key.transposed)
