@@ -86,14 +86,15 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
     },
-    # The same for decode, whose tile holds the queries of a group: what counts is how many bytes of keys are on their
-    # way. Blocks are small, for little is computed, and no entry spills with a full tile, or with keys of eight or four
-    # bits.
+    # The same for decode, whose tile holds the queries of a group, and with keys of eight or four bits too. Plain keys
+    # wait for memory; so where clocks differ little, the entry with more bytes on their way is taken.
     "decode": {
         (2, 8.0, 64): BlockSizes(16, 64, num_warps=4, num_stages=3),
+        (2, 9.0, 128): BlockSizes(16, 64, num_warps=4, num_stages=2),
         (2, 8.0, 128): BlockSizes(16, 32, num_warps=4, num_stages=3),
+        (2, 9.0, 256): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (2, 8.6, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
-        (2, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=3),
+        (2, 8.0, 256): BlockSizes(16, 64, num_warps=4, num_stages=2),
         (4, 8.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
     },
