@@ -91,6 +91,10 @@ def _left_padded(size: Size) -> Attention:
     return _attention(pa.masks.causal(), size, starts=size.kv_len - lengths)
 
 
+def _left_padded_backward(size: Size) -> Attention:
+    return dataclasses.replace(_left_padded(size), backward=True)
+
+
 def _window(size: Size) -> Attention:
     return _attention(pa.masks.sliding_window(size.kv_len // 32), size)
 
@@ -349,6 +353,14 @@ CASES = (
         {"cpu": _cpu(1, 2048), "gpu": _gpu(4, 4096)},
     ),
     Case(
+        "left-padded-backward",
+        "derivative of attention over a left-padded causal batch",
+        "backward",
+        _left_padded_backward,
+        {"cpu": _cpu(8, 2048), "gpu": _gpu(8, 4096)},
+        {"jax.nn": 3.0},
+    ),
+    Case(
         "window-backward",
         "derivative of attention in a sliding window of a thirty-second of the tokens",
         "backward",
@@ -361,6 +373,7 @@ CASES = (
         "backward",
         _documents_backward,
         {"cpu": _cpu(1, 4096), "gpu": _gpu(4, 4096)},
+        {"jax.nn": 3.0},
     ),
     Case(
         "mask-documents",
