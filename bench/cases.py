@@ -357,7 +357,7 @@ CASES = (
         "derivative of attention over a left-padded causal batch",
         "backward",
         _left_padded_backward,
-        {"cpu": _cpu(8, 2048), "gpu": _gpu(8, 4096)},
+        {"cpu": _cpu(4, 2048), "gpu": _gpu(8, 4096)},
         {"jax.nn": 3.0},
     ),
     Case(

@@ -125,6 +125,8 @@ class Attention:
         q_shape = (size.batch, size.q_len, size.q_heads, size.head_dim)
         kv_shape = (size.batch, size.kv_len, size.kv_heads, size.head_dim)
         query, key, value, cotangent = _normal(seed, (q_shape, kv_shape, kv_shape, q_shape), size.dtype)
+        # No loss looks at padding, whose output is 0 here, and with some peers the mean of all values.
+        cotangent = jnp.where((self.q_positions >= 0)[..., None, None], cotangent, 0)
         if self.quantized is not None:
             key, value = (self._stored(x).dequantize().astype(x.dtype) for x in (key, value))
         return query, key, value, cotangent

@@ -28,7 +28,7 @@ def attend(workload):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["left-padded", "prefix", "causal-backward", "window-backward"])
+@pytest.mark.parametrize("name", ["left-padded", "prefix", "causal-backward", "left-padded-backward", "window-backward"])
 def test_right_results_are_correct(name, dtype):
     workload = named("gpu")[name].build(dataclasses.replace(SIZE, dtype=dtype))
     verdict = Oracle(workload).judge(attend(workload))
