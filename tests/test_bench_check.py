@@ -27,8 +27,11 @@ def attend(workload):
     return jax.vjp(reference, *inputs)[1](cotangent)
 
 
+ATTENTION = ("left-padded", "prefix", "causal-backward", "window-backward", "left-padded-backward")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["left-padded", "prefix", "causal-backward", "left-padded-backward", "window-backward"])
+@pytest.mark.parametrize("name", ATTENTION)
 def test_right_results_are_correct(name, dtype):
     workload = named("gpu")[name].build(dataclasses.replace(SIZE, dtype=dtype))
     verdict = Oracle(workload).judge(attend(workload))
