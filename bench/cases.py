@@ -20,6 +20,7 @@ BUFFER_OF_2048 = "buffer of 2048"
 FLOAT32_KEYS = "float32 keys"
 CONTIGUOUS_KEYS = "contiguous keys"
 LISTS_AT_HAND = "lists at hand"
+BESIDE = (BUFFER_OF_2048, FLOAT32_KEYS, CONTIGUOUS_KEYS, LISTS_AT_HAND)
 
 
 @dataclasses.dataclass(frozen=True)

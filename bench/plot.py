@@ -8,6 +8,7 @@ left out, and said.
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.cases import BESIDE
 from bench.physics import Peaks
 from pallas_attn.picture import plain_style, save_figure
 
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
 _SCHEMA = 1
 _OURS = "pallas_attn"
-# Colours of Okabe and Ito, which colour-blind eyes tell apart; the markers tell them apart in grey.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Colours of Okabe and Ito, and of Paul Tol, which colour-blind eyes tell apart; the markers tell them apart in grey.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#44aa99", "#999933")
+_GREYS = ("#1b2733", "#5d6975", "#8f9aa5", "#c3cad1")
 _MARKERS = "osD^vP*X<>"
 _DARK, _TEXT, _LINE = "#1b2733", "#4a5561", "#b4bdc7"
 _TITLE_HEIGHT = 0.75  # inches
@@ -69,11 +72,12 @@ class Suite:
 
     @property
     def styles(self) -> dict[str, dict[str, Any]]:
-        """The colour and the marker of each contender, the same in all pictures of a suite."""
+        """Colour and marker of each contender, the same in all pictures of a suite; our other workloads are grey."""
         names = dict.fromkeys([_OURS, *(name for one in self.results for name in (*one.ms, *one.ratios))])
+        colours, greys = itertools.cycle(_COLOURS), itertools.cycle(_GREYS)
         return {
-            name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-            for i, name in enumerate(names)
+            name: {"color": next(greys if name in BESIDE else colours), "marker": marker}
+            for name, marker in zip(names, itertools.cycle(_MARKERS))
         }
 
 
