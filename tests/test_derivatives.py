@@ -169,8 +169,11 @@ def test_a_kernel_has_first_derivatives_only_and_says_so(implementation):
     message = f"implementation='{name}' has first derivatives only; for higher ones pass implementation='reference'"
     with pytest.raises(NotImplementedError, match=message):
         jax.grad(lambda x: jax.grad(loss)(x).sum())(query)
-    with pytest.raises(TypeError, match="forward-mode"):
+    message = f"implementation='{name}' has derivatives in reverse mode only; .* pass implementation='reference'"
+    with pytest.raises(TypeError, match=message):
         jax.jvp(loss, (query,), (query,))
+    with pytest.raises(TypeError, match=message):
+        jax.jit(jax.jacfwd(loss))(query)
 
 
 @KERNELS

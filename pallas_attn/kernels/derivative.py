@@ -45,7 +45,18 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
         return d_query, d_key, d_value, None, d_scores, d_sinks
 
     attend.defvjp(attend_forward, attend_backward)
-    return attend
+
+    def attend_or_refuse(*arguments):
+        try:
+            return attend(*arguments)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            # JAX says what is missing; this says what to do.
+            message = f"implementation={name!r} has derivatives in reverse mode only; for forward mode (jvp, jacfwd)"
+            raise TypeError(f"{message} pass implementation='reference'") from error
+
+    return attend_or_refuse
 
 
 def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Array, delta: Array) -> Array:
