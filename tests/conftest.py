@@ -2,11 +2,18 @@
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 import pallas_attn as pa
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples everywhere, however busy the machine is.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser):

@@ -1,18 +1,10 @@
 """Random masks, positions, scores and whole calls for hypothesis, as the oracle describes them."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tests import gradient_check, oracle
-
-# The same examples in every run, however slow the machine.
-repeatable = functools.partial(
-    settings, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
 
 small = st.integers(0, 6)
 # Arrays come from a seed: hypothesis shrinks the structure around them, and a seed prints in one line.

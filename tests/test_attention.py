@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given
+from hypothesis import Phase, given, settings
 
 from tests import oracle, strategies
 from tests.attention_check import (
@@ -153,7 +153,7 @@ def test_masks_equal_the_oracle_in_half_precision(name, dtype, implementation):
 @pytest.mark.slow
 @EVERY_IMPLEMENTATION
 def test_random_masks_and_positions_equal_the_oracle(implementation):
-    @strategies.repeatable(max_examples=40, phases=[Phase.generate])
+    @settings(max_examples=40, phases=[Phase.generate])
     @given(strategies.masks(B, N, K, T, S), strategies.q_positions(B, T), strategies.kv_positions(B, K, S))
     def check_one(mask, q_positions, kv_positions):
         check(Case(mask, q_positions, kv_positions), implementation)

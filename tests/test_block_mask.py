@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 import pallas_attn as pa
 from pallas_attn import block_mask
@@ -193,7 +193,7 @@ def test_a_thousand_random_masks_lose_no_block(op_by_op):
     batch, q_len, kv_len = BATCH, 11, 14
 
     # The shapes of positions do not vary, for the sake of time.
-    @strategies.repeatable(max_examples=1000)
+    @settings(max_examples=1000)
     @given(
         strategies.masks(batch, Q_HEADS, KV_HEADS, q_len, kv_len),
         strategies.q_positions(batch, q_len).map(lambda x: np.broadcast_to(x, (batch, q_len))),

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_attn as pa
-from tests import strategies, tolerances
+from tests import tolerances
 from tests.oracle import positions
 
 B, CAPACITY, K, D = 3, 11, 2, 4
@@ -89,7 +89,7 @@ steps = st.one_of(
 )
 
 
-@strategies.repeatable(max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(steps, min_size=1, max_size=12))
 def test_any_program_leaves_what_a_list_would_hold(program):
     cache, model = empty(), Model()

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_attn as pa
 from pallas_attn.caches import H2O, Dense, Int8, Paged, Window
-from tests import cache_models, strategies
+from tests import cache_models
 from tests.cache_models import NearTieError, Row
 
 B, CAPACITY, PAGE, K, D = 3, 48, 16, 2, 2
@@ -190,13 +190,13 @@ programs = st.lists(steps, min_size=4, max_size=14)
     [("dense", 4), ("dense", 6), ("dense", 9), ("h2o", 5), ("h2o", 9), ("window", 6)],
 )
 class TestAnyProgram:
-    @strategies.repeatable(max_examples=40)
+    @settings(max_examples=40)
     @given(program=programs)
     def test_leaves_what_rows_of_their_own_would_hold(self, name, num_pages, program):
         self.check(name, num_pages, program)
 
     @pytest.mark.slow
-    @strategies.repeatable(max_examples=170)  # more than 1,000 in all
+    @settings(max_examples=170)  # more than 1,000 in all
     @given(program=programs)
     def test_of_a_thousand(self, name, num_pages, program):
         self.check(name, num_pages, program)

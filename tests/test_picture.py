@@ -12,7 +12,7 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_attn as pa
@@ -96,7 +96,7 @@ def test_text_of_a_long_sequence_fits_a_terminal():
     assert "a character is 4096 queries x 2048 keys (32x16 blocks, partial where mixed)" in text
 
 
-@strategies.repeatable(max_examples=100)
+@settings(max_examples=100)
 @given(
     st.tuples(st.integers(1, 40), st.integers(1, 40)).flatmap(
         lambda shape: strategies.generators.map(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_attn as pa
 from pallas_attn.caches import H2O, Dense, Policy, QHitter, Slots, Window
-from tests import cache_models, oracle, strategies, tolerances
+from tests import cache_models, oracle, tolerances
 from tests.cache_models import NearTieError, Row
 
 B, K, D = 3, 2, 4
@@ -168,7 +168,7 @@ outcomes = {"ran": 0, "near tie": 0}
 
 
 @EVERY_CASE
-@strategies.repeatable(max_examples=84)  # more than 1,000 in all
+@settings(max_examples=84)  # more than 1,000 in all
 @given(program=st.lists(steps, min_size=3, max_size=14))
 def test_any_program_leaves_what_lists_would_hold(name, program):
     try:

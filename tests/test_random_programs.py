@@ -5,7 +5,7 @@ import contextlib
 import jax
 import numpy as np
 import pytest
-from hypothesis import Phase, example, given
+from hypothesis import Phase, example, given, settings
 
 from tests import oracle, strategies
 from tests.gradient_check import Case, check
@@ -73,7 +73,7 @@ def quickly_compiled():
     ],
 )
 def test_random_programs_equal_the_oracle(implementation, examples):
-    @strategies.repeatable(max_examples=examples, phases=[Phase.explicit, Phase.generate])
+    @settings(max_examples=examples, phases=[Phase.explicit, Phase.generate])
     @example(capped_twice(-1.5))
     @example(one_bias_for_all())
     @given(strategies.programs())

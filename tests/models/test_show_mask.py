@@ -5,13 +5,13 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_attn as pa
 from pallas_attn_models import cli
 from pallas_attn_models.mask_expression import FORMS, MaskExpressionError, parse
-from tests import oracle, strategies
+from tests import oracle
 from tests.oracle import positions
 
 LENGTH = 12
@@ -95,7 +95,7 @@ def combined(parts: st.SearchStrategy) -> st.SearchStrategy:
 def test_random_expressions_printed_and_read_mean_the_same():
     seen = []
 
-    @strategies.repeatable(max_examples=300)
+    @settings(max_examples=300)
     @given(st.recursive(LEAVES, combined, max_leaves=8))
     def check(written):
         text, mask, _ = written

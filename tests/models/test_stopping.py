@@ -3,12 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_attn_models.sampling import Limits, Sampling, SamplingArrays
 from pallas_attn_models.stopping import StopStrings, held_back, matched
-from tests.strategies import repeatable
 
 LIMITS = Limits(stop_sequences=3, stop_length=4)
 END = 2
@@ -33,7 +32,7 @@ def longest_match(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], leas
     return max((length for length in ends if len(new) - length >= least), default=0)
 
 
-@repeatable(max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(tokens, tokens, sequences, st.integers(0, 6)), min_size=4, max_size=4))
 def test_matches_are_those_of_brute_force(rows):
     settings = arrays([Sampling(stop=stops, min_new_tokens=least) for _, _, stops, least in rows])
@@ -81,7 +80,7 @@ def stream(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], least: int)
     return steps, list(new[passed:])
 
 
-@repeatable(max_examples=300)
+@settings(max_examples=300)
 @given(tokens, sequences, st.integers(0, 6))
 def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, least):
     steps, rest = stream(new, stops, least)
@@ -119,7 +118,7 @@ def first_stop(text: str, strings: list[str]) -> str | None:
     return None
 
 
-@repeatable(max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.text("ab", max_size=5), max_size=6), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_text_stops_at_the_same_place_wherever_it_is_cut(pieces, strings):
     stops, passed = StopStrings(strings), ""
