@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> int:
         console.print(line, highlight=False)
     for entry in entries:
         for line in static_report.spills(entry) if entry["has_scores"] else []:
-            console.print(f"[yellow]{label(entry)}: {line}, outside of the loops[/yellow]", highlight=False)
+            console.print(f"[yellow]{label(entry)}: {line}[/yellow]", highlight=False)
     found = [f"{label(entry)}: {problem}" for entry in entries for problem in static_report.problems(entry)]
     for line in found:
         console.print(f"[red]{line}[/red]", highlight=False)
@@ -104,13 +104,14 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> list[tuple[KernelCase, int, int, str]]:
-    choices = itertools.product(
-        [_CASES[name] for name in options.kernel or _CASES],
-        options.capability or _CAPABILITIES,
-        options.head_dim or _HEAD_DIMS,
-        options.dtype or _DEFAULT_DTYPES,
+    return list(
+        itertools.product(
+            [_CASES[name] for name in options.kernel or _CASES],
+            options.capability or _CAPABILITIES,
+            options.head_dim or _HEAD_DIMS,
+            options.dtype or _DEFAULT_DTYPES,
+        )
     )
-    return list(choices)
 
 
 def _defaults(options: argparse.Namespace) -> list[tuple[KernelCase, Setting]]:

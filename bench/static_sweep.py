@@ -20,8 +20,8 @@ _WARPS = (4, 8)
 _STAGES = (2, 3)
 # How many of the best in one case are wanted that have no problem in the others either.
 FINALISTS = 3
-# With XLA's version of the compilers a kernel may need a few registers more. One that has hardly any left then spills a
-# little, which costs so much.
+# With XLA's version of the compilers a kernel may need a few registers more. One that has hardly any left would then
+# spill a little, which is taken to cost so much.
 _MOST_REGISTERS = 248  # of 255; the next smaller unit of allocation
 _HANDICAP = 1.1
 # Estimates closer than this are alike: they leave out more than that.

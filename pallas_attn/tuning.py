@@ -40,8 +40,9 @@ class BlockSizes:
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. They
 # are chosen by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its
 # cases, and with scores without one in a loop, those of the best estimate, or a few percent more where only those leave
-# shared memory for tiles of a bias. Float32 products take no tensor cores (TF32 would lose 13 bits), so their tiles are
-# small. The entries from 8.6 on fit into the 99 KiB of shared memory that a block has there, with a bias too.
+# shared memory for tiles of a bias. Float32 entries were chosen by hand among three shapes each. Their products take no
+# tensor cores (TF32 would lose 13 bits), so their tiles are small. The entries from 8.6 on fit into the 99 KiB of
+# shared memory that a block has there, with a bias too.
 _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     "forward": {
         (2, 9.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),
@@ -58,7 +59,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
     },
     # The same for dQ, and for the gradients of scores. (2, 9.0, 128) is the forward entry, whose lists it shares. At D
-    # 256, 32 x 64 needs a little more shared memory than 8.6 and 8.9 have.
+    # 256, 32 x 64 needs a little more shared memory than 8.6 and 8.9 have, and the gradient of a bias spills 8 bytes.
     "d_query": {
         (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
         (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
