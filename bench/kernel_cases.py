@@ -72,9 +72,18 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
         return kernels.backward(*inputs, scale=setting.head_dim**-0.5, block_sizes=sizes)
 
     tensors = _tensors(setting)
-    per_query = jax.ShapeDtypeStruct((_BATCH, _Q_HEADS, _LENGTH), jnp.float32)
-    arguments = *tensors, mask, scores, per_query, per_query, tensors[0]
+    arguments = *tensors, mask, scores, _per_query(), _per_query(), tensors[0]
     return lower_for_cuda(backward, *arguments, capability=setting.capability)
+
+
+def _key_weights(setting: Setting, mask: pa.masks.Mask, scores: Scores):
+    def key_weights(query, key, q_positions, kv_positions, mask, scores, lse):
+        block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, setting.sizes)
+        return kernels.key_weights(query, key, block_mask, scores, lse, scale=setting.head_dim**-0.5)
+
+    query, key, _, *positions = _tensors(setting)
+    arguments = query, key, *positions, mask, scores, _per_query()
+    return lower_for_cuda(key_weights, *arguments, capability=setting.capability)
 
 
 def _decode(
@@ -117,6 +126,11 @@ def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
     return *tensors, positions, positions
 
 
+def _per_query() -> jax.ShapeDtypeStruct:
+    """A number for every query and head."""
+    return jax.ShapeDtypeStruct((_BATCH, _Q_HEADS, _LENGTH), jnp.float32)
+
+
 def _default_sizes(kernel: tuning.Kernel) -> Callable[[int, str, int], pa.BlockSizes]:
     def default_sizes(head_dim: int, dtype: str, capability: int) -> pa.BlockSizes:
         return tuning.default_block_sizes(
@@ -145,6 +159,32 @@ def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: pa.masks.Mask, s
     )
 
 
+def _key_weights_case(suffix: str, about: str, mask: pa.masks.Mask, scores: Scores = ()) -> KernelCase:
+    """The pass that finds the weights of keys after a forward pass, whose blocks it has."""
+    return KernelCase(
+        f"key-weights{suffix}",
+        "pallas_attn_key_weights",
+        about,
+        ("full", "partial"),
+        lambda setting: _key_weights(setting, mask, scores),
+        _default_sizes("forward"),
+        has_scores=bool(scores),
+    )
+
+
+def _score_gradient_case(suffix: str, about: str, scores: Scores) -> KernelCase:
+    """The gradient of the one array of a score."""
+    return KernelCase(
+        f"d-score{suffix}",
+        "pallas_attn_d_score",
+        f"causal; {about}",
+        ("visited",),
+        lambda setting: _backward(setting, _CAUSAL, scores),
+        _default_sizes("d_score"),
+        has_scores=True,
+    )
+
+
 def _decode_case(
     suffix: str,
     about: str,
@@ -167,6 +207,7 @@ _CAUSAL = pa.masks.causal()
 _COMPOSED = _CAUSAL & pa.masks.sliding_window(300) | pa.masks.sink(4)
 _ARRAY = _CAUSAL & pa.masks.dense(jnp.ones((1, 1, _LENGTH, _LENGTH), jnp.bool_))
 _ALIBI = pa.scores.alibi(jnp.ones(_Q_HEADS)), pa.scores.softcap(30.0)
+_SLOPES = (pa.scores.alibi(jnp.ones(_Q_HEADS)),)
 _BIAS = (pa.scores.bias(jnp.zeros((1, _Q_HEADS, _LENGTH, _LENGTH), jnp.bfloat16)),)
 
 CASES = [
@@ -180,6 +221,11 @@ CASES = [
         _case(kernel, "-bias", "causal; a bias [1, N, T, S] in bfloat16", _CAUSAL, _BIAS),
     )
 ] + [
+    _key_weights_case("", "causal", _CAUSAL),
+    _key_weights_case("-array", "causal & dense(array)", _ARRAY),
+    _key_weights_case("-bias", "causal; a bias [1, N, T, S] in bfloat16", _CAUSAL, _BIAS),
+    _score_gradient_case("-slopes", "the slopes of alibi", _SLOPES),
+    _score_gradient_case("-bias", "a bias [1, N, T, S] in bfloat16", _BIAS),
     _decode_case("", "plain keys"),
     _decode_case("-int8", "int8 keys and values", "int8"),
     _decode_case("-int4", "int4 keys and values", "int4"),

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Kernel = Literal["forward", "decode", "d_query", "d_key_value", "d_key_value_bias"]
+Kernel = Literal["forward", "decode", "d_query", "d_key_value", "d_key_value_bias", "d_score"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
     },
-    # The same for dQ, and for the gradients of scores. (2, 9.0, 128) is the forward entry, whose lists it shares. At D
-    # 256, 32 x 64 needs a little more shared memory than 8.6 and 8.9 have, and the gradient of a bias spills 8 bytes.
+    # The same for dQ. (2, 9.0, 128) is the forward entry, whose lists it shares. At D 256, 32 x 64 needs a little more
+    # shared memory than 8.6 and 8.9 have.
     "d_query": {
         (2, 9.0, 64): BlockSizes(64, 64, num_warps=4, num_stages=2),
         (2, 9.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
@@ -104,6 +104,15 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
 # With tiles of a bias, the entry that is best without one would spill in its loops.
 _TABLES["d_key_value_bias"] = _TABLES["d_key_value"] | {(2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2)}
 
+# The gradients of scores share the lists of dQ where they can. They hold more than dQ, so that some entries of its would
+# spill.
+_TABLES["d_score"] = _TABLES["d_query"] | {
+    (2, 9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 64): BlockSizes(128, 32, num_warps=8, num_stages=2),
+    (2, 8.6, 256): BlockSizes(32, 64, num_warps=8, num_stages=2),
+    (2, 8.0, 256): BlockSizes(32, 64, num_warps=8, num_stages=2),
+}
+
 # XLA on CPU: large enough that a step's products outweigh its dispatch, small enough that a tile stays in cache, and,
 # where a mask has edges in many places, that little is computed beyond them.
 _XLA_BLOCK = 256
@@ -132,8 +141,8 @@ def default_block_sizes(
     Args:
       q_len, kv_len: T and S.
       implementation: "triton", "xla" or "reference"; default: "triton" where JAX has a GPU, else "xla".
-      kernel: which of the Triton kernels: the forward pass (decode for few queries), dQ, or dK and dV, without or with
-        tiles of a bias.
+      kernel: which of the Triton kernels: the forward pass (decode for few queries), dQ, dK and dV without or with
+        tiles of a bias, or the gradients of scores.
       head_dim, dtype: of the call, where known.
       compute_capability: of the GPU; default: this machine's, or 9.0 where there is none.
       fine: ``mask.is_fine()`` of the call's mask, where known. Only XLA's entries depend on it.

@@ -77,7 +77,13 @@ def backward(
         out_specs=part.queries(cut.head_dim),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
     )(inputs, residuals)
-    d_scores = score_gradients(cut, scores, inputs, residuals, per_query)
+
+    d_scores: Scores = ()
+    if scores:
+        per_score = cut_anew("d_score")
+        cut = Cut.of(query, value, per_score, scale, interpret)
+        inputs = Inputs.of(query, key, value, per_score, scores)
+        d_scores = score_gradients(cut, scores, inputs, residuals, per_score)
 
     has_tiles = any(min(x.shape[2:]) > 1 for score in scores if score.aligned for x in jax.tree.leaves(score))
     per_key = cut_anew("d_key_value_bias" if has_tiles else "d_key_value")
@@ -149,10 +155,14 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
 def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_ref, *, cut: Cut):
     (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
     j, h = refs.lists.order[0, pl.program_id(0)], pl.program_id(1)
-    keys = pl.Slice(j * cut.kv_block, cut.kv_block)
-    key_exists = j * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
 
-    kv_positions = tiles.load(refs.kv_positions.at[np.int32(0), keys], key_exists, -1)
+    def places(j: Array) -> tuple[pl.Slice, Array, Array]:
+        """The places of a block's keys, which of them exist, and their positions."""
+        keys = pl.Slice(j * cut.kv_block, cut.kv_block)
+        exist = j * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+        return keys, exist, tiles.load(refs.kv_positions.at[np.int32(0), keys], exist, -1)
+
+    keys, key_exists, kv_positions = places(j)
     real = kv_positions >= 0
     k = tiles.load_rows(refs.key, keys, real, head_columns)
     v = tiles.load_rows(refs.value, keys, real, value_columns)
@@ -201,6 +211,9 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
     zeros = tuple(jnp.zeros((cut.kv_block, x.shape[1]), jnp.float32) for x in (k, v))
     # A plain 0 fails in the interpreter.
     d_key, d_value = lax.fori_loop(0, cut.group, head, zeros) if cut.group > 1 else head(np.int32(0), zeros)
+    # Worked out again: what a loop does not need is not kept in registers, or on the stack, while it runs.
+    keys, key_exists, kv_positions = places(cut.anew(j))
+    real = kv_positions >= 0
     for ref, x, width in ((d_key_ref, d_key * cut.scale, head_columns), (d_value_ref, d_value, value_columns)):
         out = jnp.where(real[:, None], x, 0.0).astype(ref.dtype)
         plgpu.store(ref.at[keys, :], out, mask=tiles.outer(key_exists, width.exist, out.shape))

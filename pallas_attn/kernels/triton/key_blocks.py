@@ -32,13 +32,13 @@ class KeyBlocks:
 
     Attributes:
       rows: the places of the tile's queries in T: consecutive, or int32 ``[rows]``.
-      row_exists: bool ``[rows]``.
+      row_exists: bool ``[rows]``; None: all of them.
       q_positions: int32 ``[rows]``.
     """
 
     stored: StoredKeys
     rows: pl.Slice | Array
-    row_exists: Array
+    row_exists: Array | None
     q_positions: Array
 
     def walk(self, row: tuple, visit: Callable, state: tuple, slots: tuple[Array, Array] | None = None) -> tuple:

@@ -45,6 +45,8 @@ def key_weights(
 ) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     cut = Cut.of(query, key, block_mask, scale, interpret)
+    # In base 2; inf for a query that saw nothing, so that its probabilities are 0.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
     whole = specs.Whole(cut)
     inputs = Inputs.of(query, key, key, block_mask, scores, page_table)  # no values are read
     inputs = inputs._replace(lists=block_mask.transposed)
@@ -126,39 +128,45 @@ def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
     positions = stored.positions(j, exist)
     k = stored.tile(refs.key, stored.locate(j), positions >= 0)
 
-    def visit(n: Array, i: Array) -> Array:
-        """What a block of queries of one head gives."""
-        rows = pl.Slice(i * cut.q_block, cut.q_block)
-        row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
-        q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], row_exists, -1)
-        lse = tiles.load(lse_ref.at[b, n, rows], row_exists, -jnp.inf)
-        counts = (q_positions >= 0) & (lse != -jnp.inf)
-        blocks = KeyBlocks(StoredKeys(refs, cut, Place(b, h, n)), rows, row_exists, q_positions)
-        allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
-
-        def load_queries(part: tiles.Columns) -> Array:
-            mask = tiles.outer(counts, part.exist, (cut.q_block, part.tile))
-            return tiles.load(refs.query.at[b, rows, n, part.at], mask)
-
-        logits = k.products(cut, tuple(load_queries(part) for part in columns)) * cut.scale
-        if refs.scores:
-            logits = jnp.where(allowed, logits, 0.0)
-            operands = tiles.where_live(blocks.scores(keys, exist), allowed)
-            logits = score_algebra.apply(operands, logits, q_positions[:, None], positions[None, :], n)
-        lse = jnp.where(counts, lse, jnp.inf)[:, None]
-        return jnp.sum(jnp.where(allowed, cut.exp2((logits - lse) * LOG2_E), 0.0), axis=0)
-
-    def head(g: Any, weights: Array) -> Array:
+    def head(g: Any, state: tuple[Array]) -> tuple[Array]:
         n = h * cut.group + g
+        of_head = StoredKeys(refs, cut, Place(b, h, n))
+
+        def load_rows(block: Array, exist: Array | None) -> tuple[KeyBlocks, Array]:
+            """A block of queries as what is known of its rows, and their lse."""
+            rows = pl.Slice(block * cut.q_block, cut.q_block)
+            q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], exist, -1)
+            return KeyBlocks(of_head, rows, exist, q_positions), tiles.load(lse_ref.at[b, n, rows], exist, jnp.inf)
+
+        def weights(blocks: KeyBlocks, lse: Array, exist: Array | None, counts: Array | None) -> Array:
+            """The probabilities ``[q_block, kv_block]`` of a block of queries; anything where nobody sees."""
+
+            def load_queries(part: tiles.Columns) -> Array:
+                mask = tiles.outer(counts, part.exist, (cut.q_block, part.tile))
+                return tiles.load(refs.query.at[b, blocks.rows, n, part.at], mask)
+
+            logits = k.products(cut, tuple(load_queries(part) for part in columns)) * cut.scale
+            if refs.scores:
+                where = blocks.q_positions[:, None], positions[None, :], n
+                logits = score_algebra.apply(blocks.scores(keys, exist), logits, *where)
+            return cut.exp2(logits * LOG2_E - lse[:, None])
+
+        def full(block: Array, state: tuple[Array]) -> tuple[Array]:
+            blocks, lse = load_rows(block, None)
+            return (state[0] + jnp.sum(weights(blocks, lse, None, None), axis=0),)
+
+        def partial(block: Array, state: tuple[Array]) -> tuple[Array]:
+            blocks, lse = load_rows(block, block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len)
+            counts = (blocks.q_positions >= 0) & (lse != jnp.inf)
+            allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
+            # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
+            return (state[0] + jnp.sum(jnp.where(allowed, weights(blocks, lse, exist, counts), 0.0), axis=0),)
+
         of = refs.lists.num_active
-        row = StoredKeys(refs, cut, Place(b, h, n)).shared(of, lambda x: x.h if of.shape[1] == cut.kv_heads else x.n)
+        row = of_head.shared(of, lambda x: x.h if of.shape[1] == cut.kv_heads else x.n)
+        return tiles.walk(refs.lists, (*row, j), full, partial, state)
 
-        def add(slot: Array, weights: Array) -> Array:
-            return weights + visit(n, refs.lists.indices[(*row, j, slot)])
-
-        return lax.fori_loop(0, of[(*row, j)], add, weights)
-
-    weights = jnp.zeros((cut.kv_block,), jnp.float32)
+    state = (jnp.zeros((cut.kv_block,), jnp.float32),)
     # A plain 0 fails in the interpreter.
-    weights = lax.fori_loop(0, cut.group, head, weights) if cut.group > 1 else head(np.int32(0), weights)
+    (weights,) = lax.fori_loop(0, cut.group, head, state) if cut.group > 1 else head(np.int32(0), state)
     plgpu.store(out_ref.at[b, h, keys], weights / cut.group, mask=exist)

@@ -158,7 +158,7 @@ def _kernel(
         raw = jnp.where(allowed, cut.dot(q, k, (1, 1)) * cut.scale, 0.0)
         where = (q_positions[:, None], kv_positions[None, :], n)
 
-        ready = look_up(tiles.where_live(scores, allowed), raw, *where)
+        ready = look_up(_where_live(scores, allowed), raw, *where)
         changed = ready[at]
         if isinstance(changed, LookedUp):
             lookups = changed.lookups[which]
@@ -173,7 +173,7 @@ def _kernel(
 
             def with_inputs(x: Any) -> Score:
                 whole = jax.tree.unflatten(structure, [*leaves[:which], x, *leaves[which + 1 :]])
-                return tiles.where_live((whole,), allowed)[0]
+                return _where_live((whole,), allowed)[0]
 
         def score(x: Any) -> Array:
             return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
@@ -201,6 +201,11 @@ def _kernel(
         keys_at = pl.Slice(first * cut.kv_block, cut.kv_block)
         mask = tiles.outer(row_exists, key_exists, tile)
         plgpu.store(out_ref.at[third // heads, third % heads, rows_at, keys_at], acc, mask=mask)
+
+
+def _where_live(operands: Scores, live: Array) -> Scores:
+    """Float32 tiles. Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN."""
+    return score_algebra.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
 
 
 def _shared(ref, b: Array, n: Array, cut: Cut) -> tuple[Any, Any]:

@@ -70,6 +70,14 @@ class Cut:
         """2 to the power of x."""
         return jnp.exp2(x) if self.interpret else tiles.exp2(x)
 
+    def anew(self, x: Array) -> Array:
+        """The number x; the compiler does not know that it has it already, and works out again what depends on it.
+
+        That is for what is needed before a loop and after it, so that it is not kept while the loop runs. In float32
+        the compiler would use the registers for one more program on a multiprocessor, and spill some for it.
+        """
+        return x if self.interpret or self.dtype == jnp.float32 else tiles.anew(x)
+
 
 class PerQueryHead:
     """Programs (query block i, query head n, batch row b)."""

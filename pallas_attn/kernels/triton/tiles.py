@@ -12,9 +12,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_attn import scores as score_algebra
-from pallas_attn.scores import Scores
-
 LOG2_E = math.log2(math.e)
 
 
@@ -28,6 +25,18 @@ def exp2(x: Array) -> Array:
         "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[result]
     )
     return y
+
+
+def anew(x: Array) -> Array:
+    """The int32 number ``x``, of which the compiler does not know that it has it already; for compiled kernels."""
+    (y,) = plgpu.elementwise_inline_asm(
+        "mov.b32 $0, $1;",
+        args=[jnp.broadcast_to(x, (1,))],
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
+    )
+    return jnp.max(y)  # of one
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -117,11 +126,6 @@ def of_head(ref, head: Array | int) -> Any:
 
 def _length(rows: pl.Slice | Array) -> int:
     return int(rows.size)  # which a Slice says may be an array
-
-
-def where_live(operands: Scores, live: Array) -> Scores:
-    """Float32 tiles. Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN."""
-    return score_algebra.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
 
 
 def walk(
