@@ -104,8 +104,8 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
 # With tiles of a bias, the entry that is best without one would spill in its loops.
 _TABLES["d_key_value_bias"] = _TABLES["d_key_value"] | {(2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2)}
 
-# The gradients of scores share the lists of dQ where they can. They hold more than dQ, so that some entries of its would
-# spill.
+# The gradients of scores share the lists of dQ where they can; but their kernel holds more, and some of those entries
+# would spill.
 _TABLES["d_score"] = _TABLES["d_query"] | {
     (2, 9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
     (2, 8.0, 64): BlockSizes(128, 32, num_warps=8, num_stages=2),
