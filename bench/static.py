@@ -186,24 +186,23 @@ def _compilers(jobs: int, total: int) -> Iterator[Callable[[str, Callable, list[
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Ranks candidates per entry of the tuning table; float16 and bfloat16 share entries."""
     if fixed := [name for name in options.kernel or () if _CASES[name].kernel not in static_sweep.HELD]:
-        raise _Refused(f"--sweep: {', '.join(fixed)} has one size of blocks, which no table holds")
+        raise _Refused(f"--sweep: {', '.join(fixed)} is not swept")
     report = {**_report_head("static sweep"), "rankings": _done_rankings(options)}
     done = [tuple(ranking[name] for name in _TABLE_KEY) for ranking in report["rankings"]]
-    todo: dict[tuple, tuple[KernelCase, list[Setting]]] = {}
+    todo: dict[tuple, tuple[KernelCase, list[Setting], BlockSizes]] = {}
     for case, capability, head_dim, dtype in _settings(options):
         itemsize = jnp.dtype(dtype).itemsize
         key = (case.kernel, capability, head_dim, itemsize)
         if case.kernel in static_sweep.HELD and key not in done and key not in todo:
-            choices = static_sweep.candidates(case.kernel, head_dim, itemsize)
-            todo[key] = case, [Setting(capability, head_dim, dtype, sizes) for sizes in choices]
+            current = case.default_sizes(head_dim, dtype, capability)
+            choices = dict.fromkeys([*static_sweep.candidates(case.kernel, head_dim, itemsize), current])
+            todo[key] = case, [Setting(capability, head_dim, dtype, sizes) for sizes in choices], current
     if done:
         console.print(f"{options.out} has {len(done)} entries; {len(todo)} are left", highlight=False, soft_wrap=True)
-    total = sum(len(settings) + min(static_sweep.FINALISTS, len(settings)) for _, settings in todo.values())
+    total = sum(len(settings) + min(static_sweep.FINALISTS, len(settings)) for _, settings, _ in todo.values())
     with _compilers(options.jobs, total) as compiled:
-        for key, (case, settings) in todo.items():
-            ranking, order = _ranked_entry(key, case, settings, compiled)
-            _, capability, head_dim, _ = key
-            current = case.default_sizes(head_dim, settings[0].dtype, capability)
+        for key, (case, settings, current) in todo.items():
+            ranking, order = _ranked_entry(key, case, settings, current, compiled)
             console.print(_ranking_table(f"{_about(key)}: {len(settings)} tried", order, current))
             report["rankings"].append(ranking)
             if options.out:
@@ -212,12 +211,21 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
 
 def _ranked_entry(
-    key: tuple, case: KernelCase, settings: list[Setting], compiled: Callable[[str, Callable, list[tuple]], list]
+    key: tuple,
+    case: KernelCase,
+    settings: list[Setting],
+    current: BlockSizes,
+    compiled: Callable[[str, Callable, list[tuple]], list],
 ) -> tuple[dict, list[Candidate]]:
     """An entry of the tuning table as the sweep's report has it, and its candidates in order."""
+
+    def hopeless(sizes: BlockSizes) -> str | None:
+        # What is in the table is compared in any case.
+        return None if sizes == current else static_sweep.hopeless(sizes, tried)
+
     tried: list[Candidate] = []
     for wave in static_sweep.waves(settings):
-        work = [((case.name,), x, static_sweep.hopeless(x.sizes, tried)) for x in wave]
+        work = [((case.name,), x, hopeless(x.sizes)) for x in wave]
         tried += compiled(_about(key), _candidate, work)
     leaders = [x.setting for x in static_sweep.ranked(tried)]
     cases = tuple(x.name for x in _CASES.values() if x.kernel == case.kernel)

@@ -16,7 +16,7 @@ import pallas_attn as pa
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
 
-from bench import issue_rates, sass, static, static_report, static_sweep
+from bench import issue_rates, sass, static, static_report, static_sweep, static_tables
 from bench.kernel_cases import CASES, KernelCase, Setting
 from bench.machine_code import compile_kernels, lower_for_cuda
 
@@ -392,6 +392,10 @@ def test_the_sweep_compiles_small_blocks_first_and_none_that_hold_those_that_spi
         assert static_sweep.hopeless(other.sizes, spilling) is None
 
 
+def run_here(about, function, work):
+    return [function(*piece) for piece in work]
+
+
 def test_the_sweep_goes_down_its_list_until_enough_have_no_problem_in_any_case(monkeypatch):
     def candidate(names, setting, reason=None):
         cycles, alone = setting.sizes.q, len(names) == 1
@@ -403,7 +407,7 @@ def test_the_sweep_goes_down_its_list_until_enough_have_no_problem_in_any_case(m
     monkeypatch.setattr(static_sweep, "FINALISTS", 2)
     settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, 64)) for q in (128, 64, 32, 16, 8, 4)]
     key = FORWARD.kernel, 90, 64, 2
-    ranking, order = static._ranked_entry(key, FORWARD, settings, lambda _, f, work: [f(*x) for x in work])
+    ranking, order = static._ranked_entry(key, FORWARD, settings, settings[0].sizes, run_here)
     assert [x.setting.sizes.q for x in order] == [32, 64]
     assert len(ranking["out"]) == 3
 
@@ -416,10 +420,11 @@ def test_what_the_sweep_does_not_compile_is_out(monkeypatch):
 
     monkeypatch.setattr(static_report, "entry", entry)
     monkeypatch.setattr(static_report, "problems", lambda entry: ["spills"] if entry["stack_bytes"] else [])
-    settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, kv)) for q, kv in ((64, 64), (32, 64), (16, 64))]
+    settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, 64)) for q in (128, 64, 32, 16)]
     key = FORWARD.kernel, 90, 64, 2
-    ranking, order = static._ranked_entry(key, FORWARD, settings, lambda _, f, work: [f(*x) for x in work])
-    assert [x.setting.sizes.q for x in order] == [16]
+    in_table = settings[0].sizes
+    ranking, order = static._ranked_entry(key, FORWARD, settings, in_table, run_here)
+    assert [x.setting.sizes.q for x in order] == [128, 16], "what is in the table is compiled in any case"
     assert [x["reason"] for x in ranking["out"]] == [
         "forward: spills",
         "not compiled: 32 x 64, 4, 2 spills 500 bytes of stack",
@@ -436,6 +441,24 @@ def test_the_committed_report_covers_every_case_without_a_problem():
     ]
     assert [x["blocks"]["kv"] for x in entries] == [setting.sizes.kv for _, setting in defaults]
     assert [problem for x in entries for problem in static_report.problems(x)] == []
+
+
+def test_the_readme_has_the_tables_of_the_committed_report():
+    readme = (static.BASELINE.parent.parent / "README.md").read_text()
+    entries = json.loads(static.BASELINE.read_text())["entries"]
+    found = dict(static_tables.tables(entries))
+    assert list(found) == ["Forward", "dQ", "dK and dV", "Decode"]
+    for title, table in found.items():
+        assert len(table.splitlines()) == (20 if title == "Decode" else 14)
+        assert table in readme, f"{title}: python -m bench.static_tables prints what it should be"
+
+
+def test_tables_of_no_report_are_refused(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        static_tables.main([str(path)])
+    assert "cannot be read as a report of bench.static: KeyError('entries')" in capsys.readouterr().err
 
 
 # The command.
@@ -492,9 +515,9 @@ def test_entries_that_the_baseline_lacks_are_named(entry):
 
 
 def test_sweep(one_case, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(static_sweep, "candidates", lambda *_: [SIZES])
+    monkeypatch.setattr(static_sweep, "candidates", lambda *_: [])
     out = tmp_path / "sweep.json"
-    assert static.main([*ONE, "--sweep", "--out", str(out)]) == 0
+    assert static.main([*ONE, "--sweep", "--out", str(out)]) == 0, "what is in the table is tried in any case"
     assert "1 tried" in capsys.readouterr().out
     (report,) = json.loads(out.read_text())["rankings"]
     ((best,),) = report["ranking"]
@@ -557,7 +580,7 @@ def assert_refused(arguments, message, capsys):
 
 
 def test_what_the_sweep_does_not_choose(capsys):
-    assert_refused(["--kernel", "decode-merge", "--sweep"], "--sweep: decode-merge has one size of blocks", capsys)
+    assert_refused(["--kernel", "decode-merge", "--sweep"], "--sweep: decode-merge is not swept", capsys)
 
 
 def test_unwritable_output(tmp_path, capsys):
