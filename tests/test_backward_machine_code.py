@@ -61,3 +61,15 @@ def test_kernels_with_scores_compile(compiled, name):
     kernel = compiled(64, 90, name, scores)
     assert "wgmma.mma_async" in kernel.ptx
     assert "atom" not in kernel.ptx, "nothing is added to memory by two programs"
+
+
+@pytest.mark.parametrize(("head_dim", "capability"), [(64, 80), (256, 80), (256, 90)])
+def test_gradients_of_scores_have_blocks_that_do_not_spill(compiled, head_dim, capability):
+    scores = (pa.scores.bias(jnp.zeros((1, N, LENGTH, LENGTH), jnp.bfloat16)),)
+    kernel = compiled(head_dim, capability, "pallas_attn_d_score", scores)
+    assert (kernel.stack_bytes, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0)
+
+
+def test_what_comes_after_the_loops_is_not_kept_while_they_run(compiled):
+    kernel = compiled(64, 80, "pallas_attn_d_key_value", (pa.scores.alibi(jnp.ones(N)), pa.scores.softcap(30.0)))
+    assert kernel.registers < 200, "all 255, with the places of the last stores"

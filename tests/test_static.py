@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GP
 from bench import issue_rates, sass, static, static_report, static_sweep, static_tables
 from bench.kernel_cases import CASES, KernelCase, Setting
 from bench.machine_code import compile_kernels, lower_for_cuda
+from pallas_attn.kernels import triton as kernels
 
 CASE = {case.name: case for case in CASES}
 FORWARD = CASE["forward"]
@@ -192,6 +194,13 @@ def test_spills_in_a_loop_are_found():
     setting = Setting(80, 64, "bfloat16", pa.BlockSizes(64, 64, num_warps=4, num_stages=2))
     found = static_report.problems(static_report.entry(CASE["d-key-value-bias"], setting))
     assert any("of spilled registers in the loop over partial blocks" in line for line in found)
+
+
+def test_the_report_covers_every_kernel_of_the_package():
+    package = Path(kernels.__file__).parent
+    named = {name for path in package.glob("*.py") for name in re.findall(r'"(pallas_attn_\w+)"', path.read_text())}
+    assert len(named) == 8
+    assert {case.kernel for case in CASES} == named
 
 
 @pytest.mark.parametrize("kernel", ["forward", "d_query", "d_key_value"])
