@@ -34,17 +34,17 @@ def _of_loops(entries: list[dict], case: str) -> str:
     def cells(loop: dict, *, of_bound: bool) -> list[str]:
         share = static.matrix_share(loop)
         bound = [f"{loop['overlapped'] / loop['cycles']:.0%}"] if of_bound else []
-        return [str(loop["instructions"]), str(loop["cycles"]), loop["bound"], *bound, f"{share:.0%}" if share else "–"]
+        return [str(loop["instructions"]), str(loop["cycles"]), loop["bound"], *bound, f"{share:.0%}" if share else "none"]
 
     rows = []
     for dtype in ("bfloat16", "float32"):
         for entry in _ordered(entries, case, dtype):
             sizes = entry["blocks"]
-            blocks = f"{sizes['q']}×{sizes['kv']}, {sizes['num_warps']}, {sizes['num_stages']}"
+            blocks = f"{sizes['q']}x{sizes['kv']}, {sizes['num_warps']}, {sizes['num_stages']}"
             full, partial = entry["loops"]["full"], entry["loops"]["partial"]
             row = [dtype, blocks, *_resources(entry), *cells(full, of_bound=True), *cells(partial, of_bound=False)]
             rows.append(_named(entry) + row)
-    blocks = ["dtype", "q×kv, warps, stages", "registers", "warps on SM"]
+    blocks = ["dtype", "qxkv, warps, stages", "registers", "warps on SM"]
     of_full = ["full: instructions", "clocks", "bound", "bound / clocks", "matrix share"]
     return _markdown(["", "D", *blocks, *of_full, "partial: instructions", "clocks", "bound", "matrix share"], rows)
 
