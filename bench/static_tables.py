@@ -34,7 +34,8 @@ def _of_loops(entries: list[dict], case: str) -> str:
     def cells(loop: dict, *, of_bound: bool) -> list[str]:
         share = static.matrix_share(loop)
         bound = [f"{loop['overlapped'] / loop['cycles']:.0%}"] if of_bound else []
-        return [str(loop["instructions"]), str(loop["cycles"]), loop["bound"], *bound, f"{share:.0%}" if share else "none"]
+        counts = [str(loop["instructions"]), str(loop["cycles"]), loop["bound"]]
+        return [*counts, *bound, f"{share:.0%}" if share else "none"]
 
     rows = []
     for dtype in ("bfloat16", "float32"):
