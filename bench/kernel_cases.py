@@ -13,6 +13,7 @@ from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
 from pallas_attn.kernels.triton.decode import MERGE_SIZES
 from pallas_attn.kernels.triton.key_weights import LOGITS_SIZES
+from pallas_attn.kernels.triton.key_weights import sizes_of as key_weights_sizes
 from pallas_attn.scores import Scores
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -167,7 +168,7 @@ def _key_weights_case(suffix: str, about: str, mask: pa.masks.Mask, scores: Scor
         about,
         ("full", "partial"),
         lambda setting: _key_weights(setting, mask, scores),
-        _default_sizes("forward"),
+        lambda *setting: key_weights_sizes(_default_sizes("forward")(*setting)),
         has_scores=bool(scores),
     )
 

@@ -14,7 +14,7 @@ from bench.kernel_cases import CASES, Setting
 from bench.machine_code import compile_kernels, lower_for_cuda
 
 CAUSAL = pa.masks.causal()
-SECOND_KERNELS = ("d_query", "d_key_value")
+BACKWARD = ("d-query-bias", "d-key-value-bias", "d-score-bias")
 COMPOSED = pa.masks.causal() & pa.masks.sliding_window(300) | pa.masks.sink(4)
 
 
@@ -70,19 +70,19 @@ def test_masks_with_arrays_and_odd_head_sizes_compile():
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("kernel", ["forward", *(pytest.param(k, marks=pytest.mark.slow) for k in SECOND_KERNELS)])
-def test_entries_from_8_6_on_fit_into_99_kib_with_a_bias(kernel, head_dim):
-    sizes = tuning.default_block_sizes(
-        2048, 2048, implementation="triton", kernel=kernel, head_dim=head_dim, compute_capability=8.6
-    )
-    (case,) = [case for case in CASES if case.name == f"{kernel.replace('_', '-')}-bias"]
-    compiled = compile_kernels(case.lower(Setting(80, head_dim, "bfloat16", sizes)), 80)
-    (code,) = [code for code in compiled if code.name == case.kernel]
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "name", ["forward-bias", "key-weights-bias", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKWARD)]
+)
+def test_entries_from_8_6_on_fit_into_99_kib_with_a_bias(name, head_dim):
+    (case,) = [case for case in CASES if case.name == name]
+    setting = Setting(80, head_dim, "bfloat16", case.default_sizes(head_dim, "bfloat16", 86))
+    (code,) = compile_kernels(case.lower(setting), 80, name=case.kernel)
     assert code.shared_bytes <= 99 * 1024
 
 
 def test_geforce_has_the_entries_of_its_shared_memory():
-    for kernel in ("forward", *SECOND_KERNELS):
+    for kernel in ("forward", "d_query", "d_key_value", "d_key_value_bias", "d_score"):
         for head_dim in (64, 128, 256):
             options = {"implementation": "triton", "kernel": kernel, "head_dim": head_dim}
             ada, blackwell = (

@@ -5,6 +5,7 @@ many: there a second pass over the keys, without values, computes probabilities 
 block and head walks the transposed lists, as dK and dV do, so nothing is added to memory by two programs.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -53,13 +54,18 @@ def key_weights(
     return specs.call(
         functools.partial(_kernel, cut=cut),
         "pallas_attn_key_weights",
-        block_mask.block_sizes,
+        sizes_of(block_mask.block_sizes),
         cut,
         grid=(cut.kv_blocks, cut.kv_heads, cut.batch),
         in_specs=[inputs.specs(cut, whole), whole.all(cut.batch, cut.q_heads, cut.q_rows)],
         out_specs=whole.all(cut.batch, cut.kv_heads, cut.kv_rows),
         out_shape=jax.ShapeDtypeStruct((cut.batch, cut.kv_heads, cut.kv_len), jnp.float32),
     )(inputs, lse)
+
+
+def sizes_of(forward: BlockSizes) -> BlockSizes:
+    """Those of the forward pass, whose lists are shared; with one tile per block to copy, not two, more stages fit."""
+    return dataclasses.replace(forward, num_stages=max(3, forward.num_stages))
 
 
 def weights_of_logits(
@@ -153,20 +159,21 @@ def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
 
         def full(block: Array, state: tuple[Array]) -> tuple[Array]:
             blocks, lse = load_rows(block, None)
-            return (state[0] + jnp.sum(weights(blocks, lse, None, None), axis=0),)
+            return (state[0] + weights(blocks, lse, None, None),)
 
         def partial(block: Array, state: tuple[Array]) -> tuple[Array]:
             blocks, lse = load_rows(block, block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len)
             counts = (blocks.q_positions >= 0) & (lse != jnp.inf)
             allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
             # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
-            return (state[0] + jnp.sum(jnp.where(allowed, weights(blocks, lse, exist, counts), 0.0), axis=0),)
+            return (state[0] + jnp.where(allowed, weights(blocks, lse, exist, counts), 0.0),)
 
         of = refs.lists.num_active
         row = of_head.shared(of, lambda x: x.h if of.shape[1] == cut.kv_heads else x.n)
         return tiles.walk(refs.lists, (*row, j), full, partial, state)
 
-    state = (jnp.zeros((cut.kv_block,), jnp.float32),)
+    # Summed over its rows at the end alone: different warps hold them.
+    state = (jnp.zeros((cut.q_block, cut.kv_block), jnp.float32),)
     # A plain 0 fails in the interpreter.
     (weights,) = lax.fori_loop(0, cut.group, head, state) if cut.group > 1 else head(np.int32(0), state)
-    plgpu.store(out_ref.at[b, h, keys], weights / cut.group, mask=exist)
+    plgpu.store(out_ref.at[b, h, keys], jnp.sum(weights, axis=0) / cut.group, mask=exist)
