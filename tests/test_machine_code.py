@@ -70,7 +70,6 @@ def test_masks_with_arrays_and_odd_head_sizes_compile():
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
     "name", ["forward-bias", "key-weights-bias", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKWARD)]
 )
