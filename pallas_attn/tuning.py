@@ -40,8 +40,8 @@ class BlockSizes:
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. They
 # are chosen by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its
 # cases, and with scores without one in a loop, those of the best estimate, or a few percent more where only those leave
-# shared memory for tiles of a bias. Float32 entries were chosen by hand among three shapes each. Their products take no
-# tensor cores (TF32 would lose 13 bits), so their tiles are small. The entries from 8.6 on fit into the 99 KiB of
+# shared memory for tiles of a bias. Products of float32 take no tensor cores (TF32 would lose 13 bits), so their tiles
+# are small. The entries from 8.6 on fit into the 99 KiB of
 # shared memory that a block has there, with a bias too.
 _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     "forward": {
@@ -68,8 +68,9 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 128): BlockSizes(128, 32, num_warps=8, num_stages=2),
         (2, 8.6, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
+        (4, 9.0, 64): BlockSizes(64, 32, num_warps=8, num_stages=3),
         (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
-        (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 9.0, 256): BlockSizes(16, 64, num_warps=8, num_stages=2),
         (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
@@ -83,7 +84,9 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 64): BlockSizes(32, 128, num_warps=8, num_stages=2),
         (2, 8.0, 128): BlockSizes(16, 128, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(32, 16, num_warps=4, num_stages=2),
+        (4, 9.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
         (4, 9.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
+        (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=3),
         (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
     },

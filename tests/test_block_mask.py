@@ -189,11 +189,12 @@ def test_what_an_operand_holds_at_padding_does_not_matter():
     np.testing.assert_array_equal(classes(-7, True), classes(10**6, False))
 
 
-def test_a_thousand_random_masks_lose_no_block(op_by_op):
+@pytest.mark.parametrize("examples", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_masks_lose_no_block(op_by_op, examples):
     batch, q_len, kv_len = BATCH, 11, 14
 
     # The shapes of positions do not vary, for the sake of time.
-    @settings(max_examples=1000)
+    @settings(max_examples=examples)
     @given(
         strategies.masks(batch, Q_HEADS, KV_HEADS, q_len, kv_len),
         strategies.q_positions(batch, q_len).map(lambda x: np.broadcast_to(x, (batch, q_len))),

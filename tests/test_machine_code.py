@@ -45,7 +45,9 @@ def compiled(mask, head_dim, dtype, capability, value_dim=None):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("mask", [CAUSAL, COMPOSED], ids=["causal", "composed"])
+@pytest.mark.parametrize(
+    "mask", [pytest.param(CAUSAL, marks=pytest.mark.slow, id="causal"), pytest.param(COMPOSED, id="composed")]
+)
 def test_default_blocks_do_not_spill(mask, head_dim, capability):
     kernel = compiled(mask, head_dim, jnp.bfloat16, capability)
     assert (kernel.stack_bytes, kernel.spill_stores) == (0, 0)

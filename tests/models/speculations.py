@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import Array
 
 from pallas_attn import caches
@@ -129,11 +128,6 @@ VARIANTS: dict[str, tuple[str, Callable[[], dict]]] = {
 }
 OPTIONS = {"int8": {"storage": caches.Int8()}, "window": {"policy": caches.Window(20, sinks=2), "capacity": 48}}
 CONFIGS = {"sliding": SLIDING}
-SLOW = {"same model, sliding"}
-
-
-def marked(names: Iterable[str]) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import pallas_attn as pa
 from pallas_attn import caches
 from pallas_attn_models import Decoder
 from tests import tolerances
+from tests.marks import quick
 from tests.models.test_decoder import SMALL, compiled, random_tokens, widen
 
 CONFIG = dataclasses.replace(SMALL, head_dim=16)
@@ -65,7 +66,7 @@ def tokens() -> np.ndarray:
     return random_tokens(0, B, T, vocab_size=CONFIG.vocab_size)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", quick(POLICIES, "window", "q-hitter"))
 def test_with_room_for_all_every_policy_equals_the_uncached_forward(policy, tokens):
     model = decoder()
     uncached = compiled(model)(tokens).logits
@@ -87,7 +88,7 @@ def test_in_bfloat16_the_cache_adds_no_error(tokens):
 
 
 # What the default suite runs of all pairs; -m slow runs the others.
-QUICK = {("dense", "int8"), ("window", "paged"), ("h2o by age and value", "paged int8"), ("q-hitter", "int4")}
+QUICK = {("window", "paged"), ("q-hitter", "int4")}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_heads_of_an_h2o_cache_keep_tokens_of_their_own():
         assert (one[..., -8:] == np.arange(192, 200)).all()
 
 
-@pytest.mark.parametrize("policy", ["dense", "window", "h2o"])
+@pytest.mark.parametrize("policy", quick(["dense", "window", "h2o"], "window"))
 @pytest.mark.parametrize("storage", ["plain", "paged int8"])
 def test_one_executable_updates_in_place(policy, storage):
     model = decoder()
@@ -194,7 +195,7 @@ ROWS_OF = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS_OF)
+@pytest.mark.parametrize("name", quick(ROWS_OF, "window, int8", "h2o, paged"))
 def test_some_rows_of_the_caches_get_what_they_get_in_the_whole_batch(name):
     policy, storage = ROWS_OF[name]
     rows_in_all, length = 5, 7
@@ -242,7 +243,7 @@ PARENTS = [-1, 0, 0, 1, 2, 3]
 DEPTHS = [0, 1, 1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("storage", ["plain", "paged int8"])
+@pytest.mark.parametrize("storage", quick(["plain", "paged int8"], "paged int8"))
 def test_a_tree_is_verified_as_each_of_its_paths(storage, tokens):
     """And what is kept of it is what the path alone would have left."""
     model = decoder(sliding_windows=(8, None))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from pallas_attn import caches
 from pallas_attn_models import Decoder, Generator, Sampling
+from tests.marks import quick
 from tests.models.test_decoder import SMALL, random_tokens, widen
 
 CONFIG = dataclasses.replace(SMALL, head_dim=16)
@@ -45,17 +46,19 @@ def greedy_of_the_uncached(model: Decoder, prompt: list[int], count: int) -> lis
     return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"policy": caches.Window(60)},
-        {"policy": caches.H2O(recent=8)},
-        {"policy": [caches.Dense(), caches.QHitter(recent=8)], "storage": caches.Paged(16, 15)},
-    ],
-    ids=["window", "h2o", "one for each layer, paged"],
-)
-def test_with_room_for_all_tokens_are_those_of_dense(options):
-    model = decoder()
+ROOM_FOR_ALL = {
+    "window": {"policy": caches.Window(60)},
+    "h2o": {"policy": caches.H2O(recent=8)},
+    "one for each layer, paged": {
+        "policy": [caches.Dense(), caches.QHitter(recent=8)],
+        "storage": caches.Paged(16, 15),
+    },
+}
+
+
+@pytest.mark.parametrize("name", quick(ROOM_FOR_ALL, "one for each layer, paged"))
+def test_with_room_for_all_tokens_are_those_of_dense(name):
+    model, options = decoder(), ROOM_FOR_ALL[name]
     dense = generator(model, capacity=80).generate(PROMPTS, SAMPLING)
     result = generator(model, capacity=80, **options).generate(PROMPTS, SAMPLING)
     assert result.tokens == dense.tokens
@@ -63,11 +66,20 @@ def test_with_room_for_all_tokens_are_those_of_dense(options):
     assert dense.tokens[1][:6] == greedy_of_the_uncached(model, PROMPTS[1], 6)
 
 
-@pytest.mark.parametrize(
-    "policy", [caches.Window(10, sinks=2), caches.H2O(recent=4), caches.QHitter(recent=4)], ids=["window", "h2o", "q"]
-)
-@pytest.mark.parametrize("storage", [caches.Plain(), caches.Paged(16, 3, caches.Int8())], ids=["plain", "paged int8"])
-def test_rows_may_be_longer_than_a_bounded_cache(policy, storage):
+BOUNDED = {
+    f"{policy}, {storage}": (policies, storages)
+    for policy, policies in {
+        "window": caches.Window(10, sinks=2),
+        "h2o": caches.H2O(recent=4),
+        "q-hitter": caches.QHitter(recent=4),
+    }.items()
+    for storage, storages in {"plain": caches.Plain(), "paged int8": caches.Paged(16, 3, caches.Int8())}.items()
+}
+
+
+@pytest.mark.parametrize("name", quick(BOUNDED, "window, plain", "h2o, paged int8"))
+def test_rows_may_be_longer_than_a_bounded_cache(name):
+    policy, storage = BOUNDED[name]
     generate = generator(decoder(), capacity=16, policy=policy, storage=storage, max_length=500)
     long = random_tokens(9, 400, vocab_size=40).tolist()
     for prompts in (PROMPTS, [long], [long[:5], long[:390]]):

@@ -12,6 +12,7 @@ from pallas_attn_models import Generator, Sampling
 from pallas_attn_models.requests import Handle
 from pallas_attn_models.speculation import DraftModel
 from tests import tolerances
+from tests.marks import quick
 from tests.models import speculations
 from tests.models.small_model import EOS
 from tests.models.speculations import CHUNK, CONFIG, SMALLER, TREE, VARIANTS, generator, make_model, prompt_of
@@ -60,7 +61,9 @@ def run_in_steps(name: str) -> dict[tuple[int, int], Snapshot]:
     return found
 
 
-@pytest.mark.parametrize("name", ["chain", "tree", "hints", "same model", "other model", "hints, window"])
+@pytest.mark.parametrize(
+    "name", quick(["chain", "tree", "hints", "same model", "other model", "hints, window"], "tree", "hints, window")
+)
 def test_caches_hold_what_was_accepted(name):
     plain, actual = run_in_steps(VARIANTS[name][0]), run_in_steps(name)
     assert len(actual) > 10

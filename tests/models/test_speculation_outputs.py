@@ -12,6 +12,7 @@ import pytest
 from pallas_attn_models import Generator, Sampling, load_hf, tasks
 from pallas_attn_models.speculation import DraftModel, PromptLookup, num_nodes
 from tests import tolerances
+from tests.marks import quick
 from tests.models import speculations
 from tests.models.small_model import ONE_EACH, Ask
 from tests.models.speculations import (
@@ -23,7 +24,6 @@ from tests.models.speculations import (
     Ran,
     generator,
     looked_up,
-    marked,
     prompt_of,
     ran,
 )
@@ -44,7 +44,7 @@ def test_the_requests_end_in_every_way():
     assert plain.counted == (fed(plain, 1, lambda *_: None)[0], 0, 0)
 
 
-@pytest.mark.parametrize("name", marked(VARIANTS))
+@pytest.mark.parametrize("name", quick(VARIANTS, "chain", "tree, paged int8", "other model", "hints, window"))
 def test_the_output_is_that_of_plain_decoding(name):
     expected, actual = ran(VARIANTS[name][0]), ran(name)
     assert actual.drawn == expected.drawn
@@ -136,7 +136,7 @@ def test_counts_are_those_of_a_replay(name):
     assert ran(name).counted[2] > 0
 
 
-@pytest.mark.parametrize("name", marked(["same model", "same model, sliding"]))
+@pytest.mark.parametrize("name", quick(["same model", "same model, sliding"], "same model"))
 def test_a_draft_model_that_is_the_model_is_always_right(name):
     plain = ran(VARIANTS[name][0])
     drawn = {request.sampling.seed: tokens for request, tokens in zip(REQUESTS, plain.drawn, strict=True)}
