@@ -41,8 +41,7 @@ class BlockSizes:
 # are chosen by `python -m bench.static --sweep`: of the sizes that compile without a spill under every mask of its
 # cases, and with scores without one in a loop, those of the best estimate, or a few percent more where only those leave
 # shared memory for tiles of a bias. Products of float32 take no tensor cores (TF32 would lose 13 bits), so their tiles
-# are small. The entries from 8.6 on fit into the 99 KiB of
-# shared memory that a block has there, with a bias too.
+# are small. The entries from 8.6 on fit into the 99 KiB of shared memory that a block has there, with a bias too.
 _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     "forward": {
         (2, 9.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),
