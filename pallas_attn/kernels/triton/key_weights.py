@@ -32,6 +32,11 @@ from pallas_attn.tuning import BlockSizes
 LOGITS_SIZES = BlockSizes(16, 16, num_warps=2, num_stages=1)
 
 
+def sizes_of(forward: BlockSizes) -> BlockSizes:
+    """Those of the forward pass, whose lists are shared; with one tile per block to copy, not two, more stages fit."""
+    return dataclasses.replace(forward, num_stages=max(3, forward.num_stages))
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def key_weights(
     query: Array,
@@ -61,11 +66,6 @@ def key_weights(
         out_specs=whole.all(cut.batch, cut.kv_heads, cut.kv_rows),
         out_shape=jax.ShapeDtypeStruct((cut.batch, cut.kv_heads, cut.kv_len), jnp.float32),
     )(inputs, lse)
-
-
-def sizes_of(forward: BlockSizes) -> BlockSizes:
-    """Those of the forward pass, whose lists are shared; with one tile per block to copy, not two, more stages fit."""
-    return dataclasses.replace(forward, num_stages=max(3, forward.num_stages))
 
 
 def weights_of_logits(
