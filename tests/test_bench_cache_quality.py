@@ -9,6 +9,7 @@ from bench import cache_quality
 KINDS = {kind.name: kind for kind in cache_quality.KINDS}
 
 
+@pytest.mark.slow
 def test_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache_quality, "KINDS", [KINDS["Dense, int8"], KINDS["Window"], KINDS["H2O, int8"]])
     monkeypatch.setattr(cache_quality, "_ROWS", 2)

@@ -82,6 +82,7 @@ def test_list_shows_cases_and_peers_with_reasons(capsys):
 # --- the whole suite ---
 
 
+@pytest.mark.slow
 def test_the_whole_gpu_suite_at_toy_sizes(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     # The peers are not written for JAX at its strictest.

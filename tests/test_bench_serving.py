@@ -35,6 +35,7 @@ def written(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_every_case_has_the_same_tokens_and_two_times(written):
     content = json.loads(written.read_text())
     assert content["suite"] == "serving-toy", "no one takes it for a result"
@@ -59,6 +60,7 @@ def test_every_case_has_the_same_tokens_and_two_times(written):
     assert np.isfinite(found["streaming"]["overhead_ms"])
 
 
+@pytest.mark.slow
 def test_the_file_can_be_drawn(written):
     suite = plot.read(written)
     assert [result.case for result in suite.results] == list(serving.CASES)
