@@ -90,6 +90,15 @@ def test_large_matrices_are_refused():
         all_peers()["jax.nn"].contender(case.build(case.size("gpu")), 1)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU it takes part")
+def test_what_would_disturb_the_others_is_not_asked():
+    (case,) = (case for case in CASES if case.name == "decode-32768")
+    workload = case.build(case.size("cpu", toy=True))
+    for name in ("tokamax.xla", "tokamax.xla_chunked"):
+        with pytest.raises(NotImplementedError, match="which disturbs who is timed next"):
+            all_peers()[name].contender(workload, 1)
+
+
 def test_a_peer_without_the_kind_says_so():
     (case,) = (case for case in CASES if case.name == "append-token")
     workload = case.build(case.size("cpu", toy=True))
