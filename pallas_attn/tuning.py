@@ -83,7 +83,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 64): BlockSizes(32, 128, num_warps=8, num_stages=2),
         (2, 8.0, 128): BlockSizes(16, 128, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(32, 16, num_warps=4, num_stages=2),
-        (4, 9.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
+        (4, 8.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
         (4, 9.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=3),
         (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),

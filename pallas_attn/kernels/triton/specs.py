@@ -74,9 +74,11 @@ class Cut:
         """The number x; the compiler does not know that it has it already, and works out again what depends on it.
 
         That is for what is needed before a loop and after it, so that it is not kept while the loop runs. In float32
-        the compiler would use the registers for one more program on a multiprocessor, and spill some for it.
+        with wide heads the compiler would use the registers for one more program on a multiprocessor, and spill some
+        for it.
         """
-        return x if self.interpret or self.dtype == jnp.float32 else tiles.anew(x)
+        is_wide = self.dtype == jnp.float32 and self.head_dim > 64
+        return x if self.interpret or is_wide else tiles.anew(x)
 
 
 class PerQueryHead:
