@@ -103,8 +103,11 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     },
 }
 
-# With tiles of a bias, the entry that is best without one would spill in its loops.
-_TABLES["d_key_value_bias"] = _TABLES["d_key_value"] | {(2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2)}
+# With tiles of a bias, the entries that are best without one would spill.
+_TABLES["d_key_value_bias"] = _TABLES["d_key_value"] | {
+    (2, 8.0, 64): BlockSizes(16, 128, num_warps=8, num_stages=2),
+    (2, 8.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=2),
+}
 
 # The gradients of scores share the lists of dQ where they can; but their kernel holds more, and some of those entries
 # would spill.

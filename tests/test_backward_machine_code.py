@@ -10,6 +10,7 @@ from pallas_attn.kernels import triton as kernels
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
 
+from bench.kernel_cases import CASES, Setting
 from bench.machine_code import compile_kernels, lower_for_cuda
 
 B, LENGTH, N, K = 2, 2048, 8, 2
@@ -70,7 +71,8 @@ def test_gradients_of_scores_have_blocks_that_do_not_spill(compiled, head_dim, c
     assert (kernel.stack_bytes, kernel.spill_stores, kernel.spill_loads) == (0, 0, 0)
 
 
-def test_what_comes_after_the_loops_is_not_kept_while_they_run(compiled):
-    scores = (pa.scores.bias(jnp.zeros((1, N, LENGTH, LENGTH), jnp.bfloat16)),)
-    kernel = compiled(64, 80, "pallas_attn_d_key_value", scores)
+def test_what_comes_after_the_loops_is_not_kept_while_they_run():
+    (case,) = [case for case in CASES if case.name == "d-key-value-bias"]
+    sizes = pa.BlockSizes(32, 128, num_warps=8, num_stages=2)  # with which registers are short
+    (kernel,) = compile_kernels(case.lower(Setting(80, 64, "bfloat16", sizes)), 80, name=case.kernel)
     assert kernel.stack_bytes < 40, "40 with the places of the last stores"

@@ -450,6 +450,7 @@ def test_the_committed_report_covers_every_case_without_a_problem():
     ]
     assert [x["blocks"]["kv"] for x in entries] == [setting.sizes.kv for _, setting in defaults]
     assert [problem for x in entries for problem in static_report.problems(x)] == []
+    assert [spill for x in entries for spill in static_report.spills(x)] == []
 
 
 def test_the_readme_has_the_tables_of_the_committed_report():
