@@ -35,7 +35,12 @@ def peaks() -> Peaks | None:
     device = jax.devices()[0]
     if device.platform != "gpu":
         return None
-    return next((peaks for name, peaks in _PEAKS.items() if name in device.device_kind), None)
+    return peaks_of(device.device_kind)
+
+
+def peaks_of(device_kind: str) -> Peaks | None:
+    """Of a GPU by the name that JAX has for it, where they are known."""
+    return next((peaks for name, peaks in _PEAKS.items() if name in device_kind), None)
 
 
 def describe(revision: str | None = None) -> dict:

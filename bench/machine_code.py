@@ -18,7 +18,7 @@ from jax._src.lib.triton import dialect as triton_dialect
 from jaxlib.mlir import ir
 
 # One GPU that JAX knows for each compute capability.
-_DEVICE_KINDS = {80: "NVIDIA A100-SXM4-40GB", 90: "NVIDIA H100"}
+DEVICE_KINDS = {80: "NVIDIA A100-SXM4-40GB", 90: "NVIDIA H100"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,9 @@ def lower_for_cuda(function: Callable, *arguments, capability: int = 90):
       *arguments: arrays or ``jax.ShapeDtypeStruct``.
       capability: ten times the compute capability.
     """
-    if capability not in _DEVICE_KINDS:
-        raise ValueError(f"capability: expected one of {sorted(_DEVICE_KINDS)}, got {capability}")
-    with _assumed_device(_DEVICE_KINDS[capability]):
+    if capability not in DEVICE_KINDS:
+        raise ValueError(f"capability: expected one of {sorted(DEVICE_KINDS)}, got {capability}")
+    with _assumed_device(DEVICE_KINDS[capability]):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 

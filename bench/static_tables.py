@@ -4,22 +4,22 @@ Prints them as Markdown. A test compares them with those in the README.
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from bench import issue_rates, static
+import jax
+import jax.numpy as jnp
 
-# Bytes and clocks per second, as in NVIDIA's datasheets: of the H100 SXM and of the A100 40GB, whose clocks follow from
-# their published peaks.
-_MEMORY = {90: (3350e9, 1.83e9), 80: (1555e9, 1.41e9)}
-# Stored bytes of a number, and of its share of the scales of a key's (or value's) D numbers.
-_STORED = {
-    "decode": ("bfloat16", lambda head_dim: 2 * head_dim),
-    "decode-int8": ("int8", lambda head_dim: head_dim + 4),
-    "decode-int4": ("int4", lambda head_dim: head_dim // 2 + 4 * (head_dim // 32)),
-}
+from bench import issue_rates, machine, static
+from bench.machine_code import DEVICE_KINDS
+from pallas_attn import QuantizedArray
+
+Kind = Literal["bfloat16", "int8", "int4"]
+_STORED: dict[str, Kind] = {"decode": "bfloat16", "decode-int8": "int8", "decode-int4": "int4"}
 _CAPABILITIES = (90, 80)
 
 
@@ -51,19 +51,35 @@ def _of_loops(entries: list[dict], case: str) -> str:
 
 
 def _of_decode(entries: list[dict]) -> str:
-    found = [(x, kind, size) for case, (kind, size) in _STORED.items() for x in _ordered(entries, case, "bfloat16")]
+    found: list[tuple[dict, Kind]] = [
+        (x, kind) for case, kind in _STORED.items() for x in _ordered(entries, case, "bfloat16")
+    ]
     rows = []
-    for entry, kind, size in sorted(found, key=lambda x: (-x[0]["capability"], x[0]["head_dim"])):
+    for entry, kind in sorted(found, key=lambda x: (-x[0]["capability"], x[0]["head_dim"])):
         sizes, loop = entry["blocks"], entry["loops"]["full"]
-        per_key = 2 * size(entry["head_dim"])
-        bandwidth, clock = _MEMORY[entry["capability"]]
-        multiprocessors = issue_rates.PROCESSORS[entry["capability"]].multiprocessors
-        memory = per_key * sizes["kv"] * multiprocessors / bandwidth * clock
+        per_key = 2 * _stored_bytes(kind, entry["head_dim"])
+        memory = per_key * sizes["kv"] * _clocks_per_byte(entry["capability"])
         blocks = f"{sizes['kv']}, {sizes['num_warps']}, {sizes['num_stages']}"
         counts = [str(per_key), str(loop["instructions"]), str(loop["cycles"]), loop["bound"], f"{memory:.0f}"]
         rows.append([*_named(entry), kind, blocks, *_resources(entry), *counts])
     blocks = ["keys", "kv, warps, stages", "registers", "warps on SM", "bytes per key"]
     return _markdown(["", "D", *blocks, "full: instructions", "clocks", "bound", "memory: clocks"], rows)
+
+
+def _stored_bytes(kind: Kind, head_dim: int) -> int:
+    """Of a key (or value) of one head, scales included."""
+    x = jax.ShapeDtypeStruct((head_dim,), jnp.bfloat16)
+    if kind == "bfloat16":
+        return x.size * x.dtype.itemsize
+    return jax.eval_shape(functools.partial(QuantizedArray.quantize, kind=kind), x).nbytes
+
+
+def _clocks_per_byte(capability: int) -> float:
+    """Of a multiprocessor with its share of the memory's bandwidth, at the clock of the GPU's published peak."""
+    processor, peaks = issue_rates.PROCESSORS[capability], machine.peaks_of(DEVICE_KINDS[capability])
+    assert peaks is not None
+    clock = peaks.tflops * 1e12 / (processor.multiprocessors * processor.multiply_adds * 2)
+    return clock * processor.multiprocessors / (peaks.gbps * 1e9)
 
 
 def _ordered(entries: list[dict], case: str, dtype: str) -> list[dict]:

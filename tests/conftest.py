@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--optimize",
         action="store_true",
-        help="compile with LLVM's optimisations, as users do: half as long again, nearly all of it theirs",
+        help="compile with LLVM's optimisations, as users do; it takes longer",
     )
 
 
