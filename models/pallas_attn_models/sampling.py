@@ -311,7 +311,7 @@ def sample(logits: Array, settings: SamplingArrays, counts: Array, step: Array) 
     A row that is left with no token at all (every one forbidden, say) gets token 0.
     """
     processed = process(logits, settings, counts, step)
-    greedy = jnp.argmax(processed, axis=-1).astype(jnp.int32)
+    greedy = lax.argmax(processed, 1, jnp.int32)
     random = jnp.asarray(settings.temperature) > 0
     # Rows of either kind share a batch, but a batch that is all greedy does not draw.
     tokens = lax.cond(random.any(), lambda: jnp.where(random, _draw(processed, settings, step), greedy), lambda: greedy)
@@ -378,7 +378,7 @@ def _warp(logits: Array, settings: SamplingArrays) -> Array:
 def _top_k_top_p(logits: Array, settings: SamplingArrays) -> Array:
     """Which tokens top-k, and top-p after it, leave: bool ``[B, V]``, at least one per row."""
     batch_size, vocab_size = logits.shape
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True, dtype=jnp.int32)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     rank = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     kept = rank < jnp.where(settings.top_k == 0, vocab_size, settings.top_k)[:, None]
@@ -393,8 +393,9 @@ def _top_k_top_p(logits: Array, settings: SamplingArrays) -> Array:
 
 def _draw(logits: Array, settings: SamplingArrays, step: Array) -> Array:
     """One random token per row, int32 ``[B]``; what it gives for a greedy row means nothing."""
-    draw = jax.vmap(lambda seed, step, row: jax.random.categorical(_key(seed, step), row))
-    return draw(settings.seed, step, logits).astype(jnp.int32)
+    noise = jax.vmap(lambda seed, step: jax.random.gumbel(_key(seed, step), logits.shape[1:], logits.dtype))
+    # As jax.random.categorical draws.
+    return lax.argmax(noise(settings.seed, step) + logits, 1, jnp.int32)
 
 
 def _key(seed: Array, step: Array) -> Array:

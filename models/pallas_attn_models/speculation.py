@@ -118,7 +118,7 @@ class PromptLookup:
         following = jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
         drafts = []
         for _ in range(self.num_candidates):
-            place = rank.argmax(1).astype(jnp.int32)[:, None]
+            place = lax.argmax(rank, 1, jnp.int32)[:, None]
             exists = jnp.take_along_axis(rank, place, axis=1) >= 0
             # What repeats itself is taken to go on doing so.
             period = jnp.maximum(last - place, 1)
@@ -159,7 +159,7 @@ class DraftModel:
     def draft(self, state: State, may: Array, feed: Feed) -> tuple[State, Array, Array]:
         rows = dataclasses.replace(state.rows, status=jnp.where(may, state.rows.status, FREE))
 
-        def another(_: Array, carry: tuple[State, Rows]) -> tuple[State, Rows]:
+        def another(carry: tuple[State, Rows], _: None) -> tuple[tuple[State, Rows], None]:
             state, rows = carry
             # The newest token, and the one before it where it is unread: the last of a draft that was right to the end.
             newest = rows.length[:, None] - 1
@@ -167,9 +167,9 @@ class DraftModel:
             unread = (pair >= state.caches[-1].lengths[:, None]) & (rows.status == RUNNING)[:, None]
             tokens = jnp.take_along_axis(rows.tokens, jnp.maximum(pair, 0), axis=1)
             state, logits = feed(tokens, jnp.where(unread, pair, -1), state)
-            return state, draw(rows, logits)[0]
+            return (state, draw(rows, logits)[0]), None
 
-        state, drawn = lax.fori_loop(0, self.length, another, (state, rows))
+        (state, drawn), _ = lax.scan(another, (state, rows), length=self.length)
         new = rows.length[:, None] + jnp.arange(self.length, dtype=jnp.int32)[None]
         drafts = jnp.take_along_axis(drawn.tokens, jnp.minimum(new, drawn.tokens.shape[1] - 1), axis=1)
         return state, drafts[:, None], may
@@ -225,7 +225,7 @@ class Walk:
 
     def node(self, speculation: Speculation) -> Array:
         """int32 ``[B]``: the node whose logits the next token comes from."""
-        candidate = self.right.argmax(1).astype(jnp.int32)
+        candidate = lax.argmax(self.right, 1, jnp.int32)
         return jnp.where(self.depth == 0, 0, 1 + candidate * speculation.length + self.depth - 1)
 
     def after(self, drafts: Array, token: Array, running: Array) -> "Walk":

@@ -277,7 +277,7 @@ def _kept(caches: tuple, speculation: Speculation, walk: Walk, first: Array, new
     if speculation.num_candidates == 1:
         return tuple(cache.truncate(jnp.where(running, first + new, cache.lengths)) for cache in caches)
     path = jnp.arange(speculation.length + 1, dtype=jnp.int32)[None]
-    candidate = walk.right.argmax(1).astype(jnp.int32)[:, None]
+    candidate = lax.argmax(walk.right, 1, jnp.int32)[:, None]
     path = jnp.where(path == 0, 0, path + candidate * speculation.length)
     return tuple(cache.keep(jnp.where(running, first, cache.lengths), path, new) for cache in caches)
 

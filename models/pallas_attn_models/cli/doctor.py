@@ -82,9 +82,9 @@ def _small_attention(implementation: str) -> jax.Array:
     positions = jnp.arange(53, dtype=jnp.int32)[None] - jnp.array([[0], [9]], jnp.int32)
     positions = jnp.maximum(positions, -1)
     out = pa.attention(
-        jax.random.normal(key_q, (2, 37, 4, 32)),
-        jax.random.normal(key_k, (2, 53, 2, 32)),
-        jax.random.normal(key_v, (2, 53, 2, 32)),
+        jax.random.normal(key_q, (2, 37, 4, 32), jnp.float32),
+        jax.random.normal(key_k, (2, 53, 2, 32), jnp.float32),
+        jax.random.normal(key_v, (2, 53, 2, 32), jnp.float32),
         pa.masks.causal(),
         q_positions=positions[:, -37:],
         kv_positions=positions,
