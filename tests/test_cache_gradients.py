@@ -95,9 +95,12 @@ def old_tokens(policy, dtype) -> KVCache:
     rng = drawn("old tokens")
     cache = empty(policy, dtype=dtype)
     key, value = (jnp.asarray(rng.integers(-8, 8, cache.key.shape), dtype) for _ in range(2))
-    cache = cache.append(key[:, :5], value[:, :5], positions(0, 5))
-    held = (cache.positions >= 0).swapaxes(1, 2)[..., None]
-    return dataclasses.replace(cache, key=jnp.where(held, cache.key, key), value=jnp.where(held, cache.value, value))
+    return with_buffers(cache.append(key[:, :5], value[:, :5], positions(0, 5)), (key, value))
+
+
+def with_buffers(cache: KVCache, buffers) -> KVCache:
+    key, value = bits.hold_with_derivatives(buffers)
+    return dataclasses.replace(cache, key=key, value=value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Journey:
     """What a test needs: a cache, tokens for it, what the policy observes, and factors of all that two views show."""
 
     cache: KVCache
+    old: tuple[jax.Array, jax.Array]
     tokens: tuple[jax.Array, jax.Array]
     weights: jax.Array
     factors: jax.Array  # [view, key or value, B, capacity, K, D]
@@ -117,13 +121,14 @@ class Journey:
         # Small integers, of which every dtype has sums and products as they are.
         factors = jnp.asarray(rng.integers(-2, 3, (2, 2, B, CAPACITY, K, D)), dtype)
         weights = jnp.asarray(rng.random((2, B, K, CAPACITY)), jnp.float32)
-        return Journey(old_tokens(policy, dtype), (tokens[0], tokens[1]), weights, factors)
+        cache = old_tokens(policy, dtype)
+        view = cache.view()
+        return Journey(cache, (view.key, view.value), (tokens[0], tokens[1]), weights, factors)
 
     def views(self, operation: str, old, tokens):
         """What the slots of both views hold: keys and values ``[view, 2, B, capacity, K, D]``, 0 in empty slots."""
-        cache = dataclasses.replace(self.cache, key=old[0], value=old[1])
         found = []
-        for after in run(cache, operation, tokens, self.weights):
+        for after in run(with_buffers(self.cache, old), operation, tokens, self.weights):
             view = after.view()
             held = (view.positions >= 0).swapaxes(1, 2)[..., None]
             found.append(jnp.stack([jnp.where(held, x, jnp.zeros_like(x)) for x in (view.key, view.value)]))
@@ -134,7 +139,7 @@ class Journey:
         numbers = np.arange(1, 1 + B * K * (CAPACITY + FIRST + SECOND), dtype=np.float32)
         old, new = np.split(numbers, [B * CAPACITY * K])
         old, new = (np.repeat(x.reshape(B, -1, K, 1), D, axis=-1) for x in (old, new))
-        value = self.cache.value.astype(jnp.float32), self.tokens[1].astype(jnp.float32)
+        value = self.old[1].astype(jnp.float32), self.tokens[1].astype(jnp.float32)
         shadow = dataclasses.replace(self, cache=dataclasses.replace(self.cache, dtype=jnp.dtype("float32")))
         found = jax.jit(functools.partial(shadow.views, operation))((old, value[0]), (new, value[1]))
         return np.asarray(found)[:, 0, ..., 0].astype(int)
@@ -178,8 +183,7 @@ def test_the_gradient_of_a_token_is_that_of_the_slots_that_show_it(policy, opera
         views = journey.views(operation, old, tokens)
         return (views * journey.factors).astype(jnp.float32).sum()
 
-    old = journey.cache.key, journey.cache.value
-    actual = jax.jit(jax.grad(loss, (0, 1)))(old, journey.tokens)
+    actual = jax.jit(jax.grad(loss, (0, 1)))(journey.old, journey.tokens)
     for gradient, expected in zip(actual, journey.expected(operation), strict=True):
         assert np.abs(expected).max() > 0
         np.testing.assert_array_equal(np.asarray(gradient).astype(np.float64), expected)
