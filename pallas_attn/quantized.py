@@ -76,7 +76,8 @@ class QuantizedArray:
         # to itself first, and not its two halves later.
         head_dim = self.shape[-1]
         twice = jnp.concatenate([self.values, self.values], axis=-1).astype(jnp.int32)
-        shifts = jnp.where(lax.broadcasted_iota(jnp.int32, twice.shape, twice.ndim - 1) < head_dim // 2, 28, 24)
+        in_first_half = lax.broadcasted_iota(jnp.int32, twice.shape, twice.ndim - 1) < head_dim // 2
+        shifts = jnp.where(in_first_half, jnp.int32(28), jnp.int32(24))
         groups = (twice << shifts >> 28).astype(jnp.float32).reshape(*self.scales.shape, self.group)
         return (groups * self.scales[..., None]).reshape(self.shape)
 

@@ -288,7 +288,7 @@ class KVCache:
             written = jnp.where(moved, targets, self.capacity) // self.key.shape[1]
             pages, refused, copied = self.pages.reserve(written)
             # Then what stands before the first token that would have to move is kept.
-            stays = (jnp.cumsum(moved, axis=1) == 0) | ~refused[:, None]
+            stays = (jnp.cumsum(moved, axis=1, dtype=jnp.int32) == 0) | ~refused[:, None]
             stored, moved = stored & stays, moved & stays
             buffers = pages.copy(copied, buffers)
             after = dataclasses.replace(self, pages=pages)
@@ -297,7 +297,7 @@ class KVCache:
         places, written = after._addresses(sources, None), after._addresses(targets, None)
         key, value = (write(x, *written, read(x, *places)) for x in buffers)
         lengths = first + stored.sum(1, dtype=jnp.int32)
-        missing = jnp.minimum(count, path.shape[1]) > stored.sum(1)
+        missing = jnp.minimum(count, path.shape[1]) > stored.sum(1, dtype=jnp.int32)
 
         def move(x: Array) -> Array:
             into, out_of = (jnp.broadcast_to(slots, (*x.shape[:2], path.shape[1])) for slots in (targets, sources))
