@@ -99,8 +99,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays of the cache."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+        """Bytes of all arrays of the cache, but for the carriers of gradients in :class:`pallas_attn.bits.Bits`."""
+        arrays = jax.tree.map(lambda x: x.integers if bits.is_held(x) else x, self, is_leaf=bits.is_held)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
     @property
     def mask(self) -> masks.Mask | None:
@@ -500,8 +501,8 @@ def init(
 
 
 def _at_rest(x: Stored) -> Stored:
-    """What has no gradient is held as integers."""
-    return bits.hold(x) if isinstance(x, QuantizedArray) else x
+    """As a cache keeps it. Quantised numbers have no gradient."""
+    return bits.hold(x) if isinstance(x, QuantizedArray) else bits.hold_with_derivatives(x)
 
 
 def nbytes(policy: Policy | None = None, storage: Storage | None = None, **sizes) -> int:

@@ -138,4 +138,4 @@ def take(buffer: Stored, rows: Array) -> Stored:
 
 def _map(function: Callable, buffer: Stored, *rest: Stored) -> Stored:
     """``function`` of every array that a buffer is made of."""
-    return jax.tree.map(function, buffer, *rest, is_leaf=lambda x: isinstance(x, bits.Bits))
+    return jax.tree.map(function, buffer, *rest, is_leaf=bits.is_held)
