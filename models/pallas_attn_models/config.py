@@ -377,7 +377,9 @@ def _rope_from_hf(fields: dict[str, Any], max_position_embeddings: int) -> RopeC
         settings.setdefault("original_max_position_embeddings", max_position_embeddings)
     expected = set(_ROPE_FIELDS[kind])
     if settings.keys() != expected:
-        raise ValueError(f"rope type {kind!r}: expected the fields {sorted(expected)}, got [{listed(map(repr, settings))}]")
+        raise ValueError(
+            f"rope type {kind!r}: expected the fields {sorted(expected)}, got [{listed(map(repr, settings))}]"
+        )
     return RopeConfig(theta, kind, **settings)
 
 
@@ -400,11 +402,11 @@ def shown(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few names in their order, and how many more there are."""
+def listed(names: Iterable[str], total: int | None = None, most: int = 5) -> str:
+    """The first few names in their order, and how many more there are; ``total``: of which ``names`` are the first."""
     names = sorted(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = (len(names) if total is None else total) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def require_positive_int(name: str, value: Any) -> None:

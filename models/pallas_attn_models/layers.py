@@ -41,7 +41,8 @@ def counted(rngs: nnx.Rngs) -> Iterator[nnx.Rngs]:
     """
     stream = rngs.params
     replacement = nnx.Rngs()
-    replacement.params = counting = _CountedStream(stream)
+    counting = _CountedStream(stream)
+    replacement.params = counting  # pyright: ignore[reportAttributeAccessIssue]
     yield replacement
     stream.count[...] = counting.first + counting.given
 
