@@ -149,8 +149,8 @@ def _check_tensors(directory: Path, layout: Layout, tensors: Mapping[str, Stored
     if missing := len(layout) - len(used):
         first = itertools.islice((name for name in layout if name not in tensors), _SHOWN)
         names = listed(first, total=missing)
-        expected = f"every tensor of the model, {len(layout)} of {layout.num_layers} layers"
-        raise ValueError(f"{directory}: expected {expected}, missing {names}")
+        expected = f"all {len(layout)} tensors of {layout.num_layers} layers"
+        raise ValueError(f"{directory}: expected {expected}, {missing} of them are not there: missing {names}")
     tied_head = {HEAD} & tensors.keys() - used if HEAD not in layout else set()
     if extra := tensors.keys() - used - derived - tied_head:
         raise ValueError(f"{directory}: expected only tensors of the model, got also {listed(extra)}")

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ _FOLDER = ".save-"
 _ID = "[a-z0-9_]{8}"  # as tempfile makes them
 _SHARD = re.compile(rf"model(-(?P<save>{_ID}))?-[0-9]{{5}}-of-[0-9]{{5}}\.safetensors")
 _MAX_JSON_BYTES = 10**8  # as many as safetensors allows in a header
-_ATTEMPTS = 20
+_ATTEMPTS = 1000
 
 
 class StoredTensor(NamedTuple):
@@ -121,29 +121,27 @@ class Save:
 def replacing(directory: Path) -> Iterator[Save]:
     """A folder for the files of a checkpoint, which takes the place of what is in ``directory`` when the block ends.
 
-    Waits for other saves of the same directory to end, if its file system has locks. If the block raises, everything
-    stays as it was.
+    Waits for other saves of the same directory to end, if the system has locks. If the block raises, all stays as it
+    was.
     """
     with _locked(directory) as is_alone:
         if is_alone:
             _recover(directory)
         save = Save(directory, Path(tempfile.mkdtemp(dir=directory, prefix=_FOLDER)), is_alone)
+        own = {save.folder.name}
         try:
             yield save
+            own |= {path.name for path in save.folder.iterdir()}
             _switch(save)
         finally:
-            if is_alone:
-                _recover(directory)
-            left = {path.name for path in save.folder.glob("*")}
-            if left != {CONFIG}:  # which would be needed: see above
-                _remove(save.folder)
+            _recover(directory, own, others=is_alone)
 
 
-def writable_directory(name: str, value: str | os.PathLike[str]) -> Path:
-    """The directory, made if it is not there, in which a file can be made.
+def writable_directory(name: str, value: str | os.PathLike[str], *files: str) -> Path:
+    """A directory, made if it is not there, in which a checkpoint and other ``files`` can be saved.
 
     Raises:
-      OSError: not so; names the argument.
+      OSError: no file can be made in it, or a directory is where one would be; names the argument.
       TypeError, ValueError: what cannot be a path.
     """
     path = as_path(name, value)
@@ -156,7 +154,7 @@ def writable_directory(name: str, value: str | os.PathLike[str]) -> Path:
     except OSError as error:
         expected = f"{name}: expected a directory in which files can be made"
         raise type(error)(f"{expected}, got {path}: {error.strerror}") from error
-    for file in (CONFIG, WEIGHTS, INDEX):
+    for file in (CONFIG, WEIGHTS, INDEX, *files):
         if (path / file).is_dir():
             raise IsADirectoryError(f"{name}: expected a file or nothing at {path / file}, got a directory")
     return path
@@ -164,7 +162,10 @@ def writable_directory(name: str, value: str | os.PathLike[str]) -> Path:
 
 def as_path(name: str, value: str | os.PathLike[str]) -> Path:
     """``value`` as a path, or a TypeError or ValueError that names the argument."""
-    path = value if isinstance(value, str) else getattr(value, "__fspath__", lambda: None)()
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
     if not isinstance(path, str):
         raise TypeError(f"{name}: expected a path, got {type(value).__name__}")
     if not path or "\0" in path:
@@ -322,22 +323,35 @@ def _switch(save: Save) -> None:
             _remove(path)
 
 
-def _recover(directory: Path) -> None:
-    """Takes the last step of a save that was killed before it, and removes what others left. No other may run."""
+def _recover(directory: Path, own: Collection[str] = (), others: bool = True) -> None:
+    """Takes the last step of a save that could not, and removes what belongs to no checkpoint.
+
+    Args:
+      directory: of the checkpoint.
+      own: names that a save which has just ended gave to its folder and files.
+      others: whether to do so for all other saves, too, none of which is under way.
+    """
     try:
-        current, shards = _current(directory)
+        current, files = _current(directory)
     except FileNotFoundError:
-        current, shards = None, set()
+        current, files = None, set()
     except (OSError, ValueError):
         return  # there is no telling what belongs to a checkpoint that is broken
-    if current is not None:
+    folder = f"{_FOLDER}{current}"
+    if folder in own or others:
         with suppress(FileNotFoundError):
-            os.replace(directory / f"{_FOLDER}{current}" / CONFIG, directory / CONFIG)
+            os.replace(directory / folder / CONFIG, directory / CONFIG)
             _sync(directory)
     for path in directory.iterdir():
-        shard = _SHARD.fullmatch(path.name)
-        if re.fullmatch(_FOLDER + _ID, path.name) or (shard and shard["save"] and path.name not in shards):
+        name, shard = path.name, _SHARD.fullmatch(path.name)
+        left = others and (re.fullmatch(_FOLDER + _ID, name) or (shard and shard["save"]))
+        if (name in own or left) and name not in files | {CONFIG, WEIGHTS, INDEX}:
             _remove(path)
+    # A save of shards that got no further than its index.
+    if (directory / WEIGHTS).exists() and (folder in own or others):
+        with suppress(OSError, ValueError):
+            if SAVE in read_json(directory / INDEX).get("metadata", {}):
+                _remove(directory / INDEX)
 
 
 def _remove(path: Path) -> None:
