@@ -70,6 +70,7 @@ OPERATIONS = ("chmod", "fsync", "mkdir", "open", "remove", "rename", "replace", 
 @pytest.fixture
 def stopped(monkeypatch):
     """Calls a function whose file operation number ``at`` raises, and then, if it was killed, all that follow it."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # the disk would take most of the time
 
     def stopped(function, at: int, error: type[BaseException]) -> bool:
         """Whether there was an operation of that number."""
