@@ -352,9 +352,8 @@ def _rope_from_hf(fields: dict[str, Any], max_position_embeddings: int) -> RopeC
 
     def add(source: str, name: str, value: Any) -> None:
         name = {"rope_type": "type", "rope_theta": "theta"}.get(name, name)
-        if settings.setdefault(name, value) != value:
-            said = f"{name}={shown(settings[name])}"
-            raise ValueError(f"{source}: expected {said} as said elsewhere, got {shown(value)}")
+        if (said := settings.setdefault(name, value)) is not value and said != value:
+            raise ValueError(f"{source}: expected {name}={shown(said)} as said elsewhere, got {shown(value)}")
 
     for source in ("rope_parameters", "rope_scaling"):
         value = fields.pop(source, None)

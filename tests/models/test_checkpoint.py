@@ -1,8 +1,8 @@
 """load_hf and save_hf: bitwise round trips, and nothing missing, extra or broken goes unnoticed."""
 
-import contextlib
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -416,16 +416,18 @@ def test_a_path_that_is_none(directory):
 
 
 def test_a_directory_that_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="directory: expected a directory that holds a checkpoint, got .*/none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"directory: expected a directory that holds a checkpoint, got .*/none"
+    ):
         load_hf(tmp_path / "none")
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(
-        NotADirectoryError, match="directory: expected a directory that holds a checkpoint, got .*/file"
+        NotADirectoryError, match=r"directory: expected a directory that holds a checkpoint, got .*/file"
     ):
         load_hf(file)
     for directory in (file, file / "below"):
-        with pytest.raises(NotADirectoryError, match="directory: expected a directory, got .*/file"):
+        with pytest.raises(NotADirectoryError, match=r"directory: expected a directory, got .*/file"):
             save_hf(load_hf(FIXTURES / "gqa"), directory)
     (tmp_path / "config.json").mkdir()
     with pytest.raises(IsADirectoryError, match=r"directory: expected a file or nothing at .*/config\.json"):
@@ -438,33 +440,30 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint_files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(
-        PermissionError, match="directory: expected a directory in which files can be made, got .*denied"
+        PermissionError, match=r"directory: expected a directory in which files can be made, got .*denied"
     ):
         save_hf(load_hf(FIXTURES / "gqa"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", [ValueError, TypeError])
 @pytest.mark.parametrize(
-    ("option", "value", "expected"),
+    ("option", "value", "kind", "got"),
     [
-        ("dtype", jnp.int8, "float32, bfloat16, float16, got int8"),
-        ("dtype", "float64", "float32, bfloat16, float16, got float64"),
-        ("dtype", "half a float", "float32, bfloat16, float16, got 'half a float'"),
-        ("dtype", None, "float32, bfloat16, float16, got None"),
-        ("dtype", 3, "float32, bfloat16, float16, got 3"),
-        ("dtype", ["float32"], "float32, bfloat16, float16, got"),
-        ("implementation", "cudnn", "triton, xla, reference, or None, got 'cudnn'"),
-        ("implementation", ["xla"], "triton, xla, reference, or None, got list"),
-        ("implementation", 1, "triton, xla, reference, or None, got int"),
+        ("dtype", jnp.int8, ValueError, "int8"),
+        ("dtype", "float64", ValueError, "float64"),
+        ("dtype", float, ValueError, "float64"),
+        ("dtype", "half a float", ValueError, "'half a float'"),
+        ("dtype", None, TypeError, "None"),
+        ("dtype", 3, TypeError, "3"),
+        ("dtype", ["float32"], TypeError, "['float32']"),
+        ("implementation", "cudnn", ValueError, "'cudnn'"),
+        ("implementation", ["xla"], TypeError, "list"),
+        ("implementation", 1, TypeError, "int"),
     ],
 )
-def test_options_of_the_wrong_kind(option, value, expected, kind, nothing_is_built):
-    is_kind = kind is (TypeError if not isinstance(value, str | type) else ValueError)
-    with pytest.raises(kind) if is_kind else contextlib.suppress(ValueError, TypeError) as error:
+def test_options_of_the_wrong_kind(option, value, kind, got, nothing_is_built):
+    with pytest.raises(kind, match=f"{option}: expected one of .*, got {re.escape(got)}"):
         load_hf(FIXTURES / "gqa", **{option: value})
-    if is_kind:
-        assert f"{option}: expected one of {expected}" in str(error.value)
 
 
 @pytest.mark.parametrize("model", [None, 3, FIXTURES / "gqa", DecoderConfig, Decoder, {}], ids=repr)
@@ -516,7 +515,7 @@ def test_parameters_that_no_file_of_its_config_can_hold(change, message, tmp_pat
 
 
 def test_a_model_within_a_trace(tmp_path):
-    with pytest.raises(TypeError, match="model: expected parameters that have values, got .*Tracer"):
+    with pytest.raises(TypeError, match=r"model: expected parameters that have values, got .*Tracer"):
         nnx.jit(lambda model: save_hf(model, tmp_path / "new"))(load_hf(FIXTURES / "gqa"))
 
 
