@@ -4,6 +4,7 @@ The Generator checks what it is given and hands it to the scheduler, which decid
 the executables (``steps.py``) on the state that the device holds (``rows.py``).
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from pallas_attn_models.scheduler import Scheduler
 from pallas_attn_models.speculation import Speculation, num_nodes
 from pallas_attn_models.stats import GenerationStats, Spent
 from pallas_attn_models.steps import REPORT_WIDTH
+from pallas_attn_models.turns import Turns
 
 _GREEDY = Sampling()
 
@@ -83,8 +85,12 @@ class Generator:
     :meth:`submit` makes one at any time, and whoever waits for a result keeps all of them going. The tokens of a
     request do not depend on what else is going on.
 
-    Holds the KV caches. The weights are those that the model has when a run starts, from a state without requests. Not
-    for use from several threads.
+    Holds the KV caches. The weights are those that the model has when a run starts, from a state without requests.
+
+    Several threads may share one, and call any method at any time, those of its handles too. One thread works at a
+    time, a round of :meth:`step` each, for the requests of all; the others get their turns in the order in which they
+    came. An error that breaks off a round is raised in the thread that worked; who had a row then gets it as the cause
+    of a RuntimeError. An iterator of :meth:`stream` is for one thread. No method may be called by a layer hook.
 
     Args:
       model: the decoder.
@@ -157,6 +163,7 @@ class Generator:
             layer_hook=layer_hook,
         )
         self._scheduler = Scheduler(self._engine, max_queue, spare=num_nodes(speculation) - 1)
+        self._turns = Turns()
 
     @property
     def compile_counts(self) -> dict[str, int]:
@@ -181,7 +188,8 @@ class Generator:
         Args:
           progress: called with the name of each executable before it is compiled.
         """
-        return self._scheduler.compile(progress)
+        with self._turns.take():
+            return self._scheduler.compile(progress)
 
     def generate(
         self,
@@ -280,17 +288,19 @@ class Generator:
         """
         negatives = None if negative_prompt is None else [negative_prompt]
         (job,) = self._jobs(num_samples, [prompt], sampling, stop, negatives, guidance_scale)
-        self._scheduler.submit(job)
+        with self._turns.take():
+            self._scheduler.submit(job)
         return job.handles
 
     def step(self, interval: int = REPORT_WIDTH) -> bool:
         """One round of work for all requests, up to ``interval`` steps each; False if there was nothing to do."""
         require_positive_int("interval", interval)
-        if self._scheduler.idle:
-            return False
-        self.warmup()
-        self._scheduler.step(interval)
-        return True
+        with self._turns.take():
+            if self._scheduler.idle:
+                return False
+            self.warmup()
+            self._scheduler.step(interval)
+            return True
 
     def run(self) -> None:
         """Works until no request is left."""
@@ -311,6 +321,9 @@ class Generator:
         jobs = [ScoreJob(prompt, [], logits=[] if logits else None) for prompt in checked]
         for _ in self._run(jobs, REPORT_WIDTH):
             pass
+        for job in jobs:
+            if not job.finished:
+                raise RuntimeError("the run was broken off before all prompts were read") from job.error
         return [
             PromptScore(
                 logprobs=np.concatenate(job.pieces)[:-1].tolist(),
@@ -321,19 +334,21 @@ class Generator:
 
     def _run(self, jobs: Sequence[Job], interval: int) -> Iterator[None]:
         """Submits the jobs as the queue has room, and works until they are done; stops after each round."""
-        waiting = [*jobs]
+        waiting = collections.deque(jobs)
         try:
-            while waiting or not all(job.done for job in jobs):
-                while waiting and not self._scheduler.queue_full:
-                    self._scheduler.submit(waiting.pop(0))
-                self._scheduler.step(interval)
+            while not all(job.done for job in jobs):
+                with self._turns.take():
+                    while waiting and not self._scheduler.queue_full:
+                        self._scheduler.submit(waiting.popleft())
+                    if not all(job.done for job in jobs):  # another thread may have brought them to their end
+                        self._scheduler.step(interval)
                 yield
         finally:
-            for job in jobs:
-                for handle in job.handles:
-                    handle.cancel()
-                if not job.done:
-                    self._scheduler.drop(job)
+            self._scheduler.give_up(jobs)
+            # Now, or when whoever has a turn begins another round: a thread that collects garbage must not wait.
+            with self._turns.take_if_free() as has_turn:
+                if has_turn:
+                    self._scheduler.sweep()
 
     def _events(self, jobs: Sequence[Job], interval: int) -> Iterator[StreamEvent]:
         self.warmup()
@@ -341,16 +356,19 @@ class Generator:
         told = [0] * len(handles)
         ended = [False] * len(handles)
 
-        def news() -> Iterator[StreamEvent]:
-            for row, handle in enumerate(handles):
-                new = handle.tokens[told[row] : handle.num_certain]
-                told[row] = handle.num_certain
-                reason = None if ended[row] else handle.finish_reason
-                ended[row] = handle.done
-                for index, token in enumerate(new):
-                    yield StreamEvent(row, token, reason if index == len(new) - 1 else None)
-                if reason is not None and not new:
-                    yield StreamEvent(row, None, reason)
+        def news() -> list[StreamEvent]:
+            events = []
+            with self._turns.take():
+                for row, handle in enumerate(handles):
+                    new: list[int | None] = [*handle.tokens[told[row] : handle.num_certain]]
+                    told[row] = handle.num_certain
+                    reason = None if ended[row] else handle.finish_reason
+                    ended[row] = handle.done
+                    if reason is not None and not new:
+                        new = [None]
+                    events += [StreamEvent(row, token, None) for token in new[:-1]]
+                    events += [StreamEvent(row, token, reason) for token in new[-1:]]
+            return events
 
         for _ in self._run(jobs, interval):
             yield from news()
@@ -368,7 +386,7 @@ class Generator:
         for prompt, settings, negative_prompt, scale in entries:
             seeds = ((settings.seed + index) % SEEDS for index in range(num_samples))
             samplings = (dataclasses.replace(settings, seed=seed) for seed in seeds)
-            handles = [Handle(one, self.step, self._scheduler.cancel) for one in samplings]
+            handles = [Handle(one, self.step, self._scheduler.cancel, self._turns) for one in samplings]
             job = Job(prompt, handles, negative_prompt, scale)
             if job.num_rows > self.batch_size:
                 wanted = f"at most batch_size={self.batch_size} rows for a prompt"

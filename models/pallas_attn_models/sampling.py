@@ -288,12 +288,15 @@ class Drawn:
 
     Attributes:
       tokens: int32 ``[B]``.
+      valid: bool ``[B]``: whether there is a token to draw. If not, everything else that is said of the row means
+        nothing: its logits hold NaN or ``+inf``, or every token is excluded.
       logprobs: float32 ``[B]``.
       top_tokens, top_logprobs: int32 and float32 ``[B, limits.top_logprobs]``, the most likely tokens, best first;
         beyond what a row has asked for, -1 and ``-inf``.
     """
 
     tokens: Array
+    valid: Array
     logprobs: Array
     top_tokens: Array
     top_logprobs: Array
@@ -307,8 +310,6 @@ def sample(logits: Array, settings: SamplingArrays, counts: Array, step: Array) 
       settings: of the rows.
       counts: int32 ``[B, V]``, the tokens that the rows have had; see :func:`count_prompt`.
       step: int32 ``[B]``, the index of the token among the row's new tokens.
-
-    A row that is left with no token at all (every one forbidden, say) gets token 0.
     """
     processed = process(logits, settings, counts, step)
     greedy = jnp.argmax(processed, axis=-1).astype(jnp.int32)
@@ -317,7 +318,10 @@ def sample(logits: Array, settings: SamplingArrays, counts: Array, step: Array) 
     tokens = lax.cond(random.any(), lambda: jnp.where(random, _draw(processed, settings, step), greedy), lambda: greedy)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top_tokens, top_logprobs = _top(logprobs, settings)
-    return Drawn(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], top_tokens, top_logprobs)
+    # Of the row's logits NaN counts as the largest. Some settings hide it, but not from the sum in logprobs.
+    largest, logprob = (jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] for x in (processed, logprobs))
+    valid = jnp.isfinite(largest) & ~jnp.isnan(logprob)
+    return Drawn(tokens, valid, logprob, top_tokens, top_logprobs)
 
 
 def process(logits: Array, settings: SamplingArrays, counts: Array, step: Array) -> Array:
@@ -325,7 +329,8 @@ def process(logits: Array, settings: SamplingArrays, counts: Array, step: Array)
 
     In the order of Hugging Face's transformers: bias and forbidden tokens, repetition penalty, presence and frequency
     penalty, minimum of new tokens; and where the temperature is not 0, temperature, top-k, top-p, min-p. Of random rows
-    the largest logit is 0. Arguments as of :func:`sample`. What no row asks for is not computed.
+    the largest logit is 0. Arguments as of :func:`sample`. What no row asks for is not computed. Biases and penalties
+    of any size leave finite logits finite.
     """
     vocab_size = logits.shape[-1]
     repeated = jnp.asarray(settings.repetition_penalty) != 1
@@ -341,17 +346,24 @@ def process(logits: Array, settings: SamplingArrays, counts: Array, step: Array)
 
 
 def _add_bias(logits: Array, settings: SamplingArrays) -> Array:
-    row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    return logits.at[row, settings.bias_tokens].add(settings.bias, mode="drop")
+    row, bias = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None], jnp.asarray(settings.bias)
+    before = logits.at[row, settings.bias_tokens].get(mode="fill", fill_value=0)
+    after = jnp.where(jnp.isfinite(bias), bounded(before + bias, before), before + bias)
+    return logits.at[row, settings.bias_tokens].set(after, mode="drop")
 
 
 def _penalize(logits: Array, settings: SamplingArrays, counts: Array) -> Array:
     repetition = jnp.where(counts > 0, jnp.asarray(settings.repetition_penalty)[:, None], 1)
-    logits = jnp.where(logits < 0, logits * repetition, logits / repetition)
+    penalized = jnp.where(logits < 0, logits * repetition, logits / repetition)
     new = counts >> 1
     often = new.astype(jnp.float32) * jnp.asarray(settings.frequency_penalty)[:, None]
     once = jnp.where(new > 0, jnp.asarray(settings.presence_penalty)[:, None], 0)
-    return logits - often - once
+    return bounded(penalized - jnp.clip(often, -_HUGE, _HUGE) - once, logits)
+
+
+def bounded(logits: Array, before: Array) -> Array:
+    """``logits``, but the largest finite number in place of infinities where those ``before`` were finite."""
+    return jnp.where(jnp.isfinite(before), jnp.clip(logits, -_HUGE, _HUGE), logits)
 
 
 def _put_off_the_end(logits: Array, settings: SamplingArrays, step: Array) -> Array:

@@ -26,7 +26,7 @@ from pallas_attn.tuning import DECODE_QUERIES
 from pallas_attn_models.config import require_positive_int
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import FREE, RUNNING, Rows, State
+from pallas_attn_models.rows import FREE, INVALID, RUNNING, Rows, State
 
 
 class Speculation(Protocol):
@@ -172,7 +172,7 @@ class DraftModel:
         state, drawn = lax.fori_loop(0, self.length, another, (state, rows))
         new = rows.length[:, None] + jnp.arange(self.length, dtype=jnp.int32)[None]
         drafts = jnp.take_along_axis(drawn.tokens, jnp.minimum(new, drawn.tokens.shape[1] - 1), axis=1)
-        return state, drafts[:, None], may
+        return state, drafts[:, None], may & (drawn.status != INVALID)
 
 
 def _check_sizes(length: int, num_candidates: int) -> None:
@@ -242,6 +242,6 @@ class Walk:
 
 
 def speculated_rows(rows: Rows, speculation: Speculation) -> Array:
-    """bool ``[B]``: running rows with room for a whole tree; of the two of a guided request, both or none."""
-    fits = (rows.status == RUNNING) & (rows.length - 1 + num_nodes(speculation) <= rows.tokens.shape[1])
+    """bool ``[B]``: running rows that may have drafts, and have room for a whole tree; of a guided pair, both or none."""
+    fits = (rows.status == RUNNING) & ~rows.alone & (rows.length - 1 + num_nodes(speculation) <= rows.tokens.shape[1])
     return (fits & fits[rows.request.partner])[rows.request.leader]
