@@ -171,22 +171,24 @@ def test_a_stream_ends_with_the_reason():
 
 
 def test_scores_say_where_they_are_no_numbers():
+    """From the bad token on, and before it as far as attention multiplies what it masks: never in another prompt."""
     one = generator("plain")
     sound, bad, after = one.score([[3, 4, 5], [3, 4, BAD, 5, 6], [3, 4, 5]], logits=True)
     assert np.isfinite(sound.logprobs).all()
-    np.testing.assert_array_equal(np.isnan(bad.logprobs), [False, False, True, True])
-    assert bad.logprobs[0] == sound.logprobs[0]
-    np.testing.assert_array_equal(np.isnan(bad.logits).all(-1), [False, False, True, True, True])
-    assert (after.logprobs, after.total) == (sound.logprobs, sound.total)
+    assert np.isnan(bad.logprobs[2:]).all()
+    assert np.isnan(bad.logits[2:]).all()
     assert math.isnan(bad.total)
+    assert after.logprobs == sound.logprobs
+    assert len(bad.logprobs) == 4
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_infinities_in_the_weights_are_no_numbers_either(value):
-    one = Generator(poisoned(make_model(), value), batch_size=BATCH, capacity=CAPACITY, prefill_chunk=CHUNK)
-    result = one.generate([[3, BAD], [3, 4]], Sampling(4, forbidden_tokens=[BAD, 7]))
-    assert result.finish_reasons == ["invalid", "length"]
-    assert result.tokens[0] == []
+def test_infinities_in_the_weights_are_no_numbers_either():
+    one = generator("plain")
+    for value in (math.inf, -math.inf, math.nan):
+        poisoned(one.model, value)
+        result = one.generate([[3, BAD], [3, 4]], Sampling(4, forbidden_tokens=[BAD, 7]))
+        assert result.finish_reasons == ["invalid", "length"]
+        assert result.tokens[0] == []
 
 
 # --- one draw ---
