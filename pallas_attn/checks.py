@@ -86,7 +86,7 @@ def float_dtype(name: str, value: Any) -> np.dtype:
 
 def array(name: str, value: Any, wanted: str = "an array") -> np.ndarray | Array:
     """An array of NumPy or JAX, or what has one (a variable of Flax)."""
-    if hasattr(value, "__jax_array__") and not isinstance(value, type):
+    if not isinstance(value, Array | type) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
     # The mask of a masked array would be lost.
     if not isinstance(value, np.ndarray | np.generic | Array) or isinstance(value, np.ma.MaskedArray):
