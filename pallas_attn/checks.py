@@ -73,8 +73,8 @@ def float_dtype(name: str, value: Any) -> np.dtype:
     """A dtype of floating point, of at most 32 bits."""
     wanted = "a floating-point dtype of at most 32 bits"
     try:
-        # NumPy takes None for float64, and an array for its dtype.
-        dtype = None if value is None or hasattr(value, "shape") else jnp.dtype(value)
+        # NumPy takes more for a dtype, None for float64.
+        dtype = jnp.dtype(value) if isinstance(value, str | type | np.dtype) else None
     except (TypeError, ValueError):
         dtype = None
     if dtype is None:

@@ -107,7 +107,7 @@ def repeat_heads(x: Array, heads: int) -> Array:
 
 def _checked(operator: str, other: Any) -> Mask:
     if not isinstance(other, Mask):
-        raise TypeError(f"{operator} combines a mask with a mask, got {type(other).__name__}")
+        raise TypeError(f"{operator}: expected a mask on both sides, got {checks.describe(other)}")
     return other
 
 

@@ -162,4 +162,6 @@ def _floating(name: str, value: Any, *, rank: int | None) -> Array:
     x = checks.floats(name, x)
     if rank is not None and x.ndim != rank:
         raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(x.shape)}")
+    if rank is not None and 0 in x.shape:
+        raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
     return x

@@ -79,7 +79,7 @@ class Paged(Storage):
         if self.page_size < 1 or self.page_size % PAGE_MULTIPLE:
             raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {self.page_size}")
         if not isinstance(self.inner, Storage) or isinstance(self.inner, Paged):
-            raise TypeError(f"inner: expected a pallas_attn.caches.Storage that is not paged, got {self.inner!r}")
+            raise TypeError(f"inner: expected a pallas_attn.caches.Storage that is not paged, got {checks.describe(self.inner)}")
 
     def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Stored:
         return self.inner.encode(x, dtype)
