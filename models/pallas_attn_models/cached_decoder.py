@@ -115,11 +115,11 @@ class CachedDecoder(nnx.Module):
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Takes back what comes after each row's first ``lengths`` (int ``[B]``) tokens."""
-        self._set(tuple(cache.truncate(jnp.asarray(lengths)) for cache in self.caches))
+        self._set(tuple(cache.truncate(lengths) for cache in self.caches))
 
     def fork(self, sources: ArrayLike) -> None:
         """Row b goes on as what row ``sources[b]`` (int ``[B]``) is."""
-        self._set(tuple(cache.fork(jnp.asarray(sources)) for cache in self.caches))
+        self._set(tuple(cache.fork(sources) for cache in self.caches))
 
     def _set(self, caches: tuple[pa.caches.KVCache, ...] | None) -> None:
         for name, leaf in zip(self._names, jax.tree.leaves(caches), strict=True):
