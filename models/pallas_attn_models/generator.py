@@ -7,22 +7,23 @@ the executables (``steps.py``) on the state that the device holds (``rows.py``).
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
 import pallas_attn as pa
-from pallas_attn_models.asked import Tokens, check_asked, check_prompts
-from pallas_attn_models.config import require_positive_int
+from pallas_attn import checks
+from pallas_attn_models.asked import Asked, Bounds, Tokens, check_asked, check_one, check_prompts
+from pallas_attn_models.config import require_positive_int, require_size, shown
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.engine import Engine
 from pallas_attn_models.layer_caches import whole_pages
 from pallas_attn_models.requests import Handle, Job, ScoreJob, TopLogprobs
 from pallas_attn_models.sampling import SEEDS, Limits, Sampling, Stop
 from pallas_attn_models.scheduler import Scheduler
-from pallas_attn_models.speculation import Speculation, num_nodes
+from pallas_attn_models.speculation import Speculation, check_speculation, num_nodes
 from pallas_attn_models.stats import GenerationStats, Spent
 from pallas_attn_models.steps import REPORT_WIDTH
 from pallas_attn_models.turns import Turns
@@ -65,7 +66,8 @@ class PromptScore:
     """How likely a model finds a prompt.
 
     Attributes:
-      logprobs: of each token but the first, given those before it.
+      logprobs: of each token but the first, given those before it. NaN where the model's logits are no numbers; this
+        can reach a few tokens before the one that caused it, but no other prompt.
       logits: float32 ``[tokens, V]``, after each token, or None if they were not asked for.
     """
 
@@ -112,8 +114,8 @@ class Generator:
         tokens back: ``Dense``, or ``Window`` with as many spare slots as a step feeds tokens.
 
     Raises:
-      ValueError: a size below 1, or one that the policy cannot work with.
-      TypeError: another kind of model, policy or storage.
+      ValueError: a size below 1 or beyond 32 bits, or one that the policy cannot work with.
+      TypeError: another kind of model, policy, storage, limits, layer hook or speculation.
     """
 
     def __init__(
@@ -134,12 +136,21 @@ class Generator:
     ) -> None:
         if not isinstance(model, Decoder):
             raise TypeError(f"model: expected a Decoder, got {type(model).__name__}")
+        if not isinstance(limits, Limits | None):
+            raise TypeError(f"limits: expected a Limits or None, got {type(limits).__name__}")
+        if layer_hook is not None and not callable(layer_hook):
+            raise TypeError(f"layer_hook: expected a function or None, got {type(layer_hook).__name__}")
+        if speculation is not None:
+            check_speculation(speculation)
         capacities = [*capacity] if isinstance(capacity, Sequence) else [capacity]
-        sizes = [("batch_size", batch_size), ("prefill_chunk", prefill_chunk)]
-        sizes += [("capacity", size) for size in capacities]
+        if not capacities:
+            raise ValueError("capacity: expected an int of at least 1, or one per layer, got none")
+        sizes = [("batch_size", batch_size), *(("capacity", size) for size in capacities)]
         sizes += [] if max_length is None else [("max_length", max_length)]
-        sizes += [("max_queue", max_queue), ("prefill_rows", prefill_rows)]
         for name, size in sizes:
+            require_size(name, size, checks.LONGEST_AXIS)
+        # What is more than there is to read, or to wait for, asks for all of it.
+        for name, size in (("prefill_chunk", prefill_chunk), ("max_queue", max_queue), ("prefill_rows", prefill_rows)):
             require_positive_int(name, size)
         self.model = model
         self.batch_size = batch_size
@@ -187,7 +198,12 @@ class Generator:
 
         Args:
           progress: called with the name of each executable before it is compiled.
+
+        Raises:
+          TypeError: ``progress`` is no function.
         """
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress: expected a function or None, got {type(progress).__name__}")
         with self._turns.take():
             return self._scheduler.compile(progress)
 
@@ -216,7 +232,9 @@ class Generator:
           ValueError: a prompt, a token, a number of samplings or rows that does not fit, before anything is compiled.
           TypeError: the wrong kind of object.
         """
-        jobs = self._jobs(num_samples, prompts, sampling, stop, negative_prompts, guidance_scale)
+        self._check_samples(num_samples, negative_prompts)
+        asked = check_asked(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
+        jobs = self._jobs(asked, num_samples)
         compile_seconds = self.warmup()
         before = self.spent
         for _ in self._run(jobs, REPORT_WIDTH):
@@ -254,7 +272,9 @@ class Generator:
         Args and errors are those of :meth:`generate`.
         """
         require_positive_int("interval", interval)
-        jobs = self._jobs(num_samples, prompts, sampling, stop, negative_prompts, guidance_scale)
+        self._check_samples(num_samples, negative_prompts)
+        asked = check_asked(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
+        jobs = self._jobs(asked, num_samples)
         return self._events(jobs, interval)
 
     def submit(
@@ -286,8 +306,9 @@ class Generator:
 
         They begin when there are rows for all of them. With pages they share those of the prompt.
         """
-        negatives = None if negative_prompt is None else [negative_prompt]
-        (job,) = self._jobs(num_samples, [prompt], sampling, stop, negatives, guidance_scale)
+        self._check_samples(num_samples, negative_prompt)
+        asked = check_one(prompt, sampling, stop, negative_prompt, guidance_scale, self._bounds)
+        (job,) = self._jobs([asked], num_samples)
         with self._turns.take():
             self._scheduler.submit(job)
         return job.handles
@@ -299,7 +320,7 @@ class Generator:
             if self._scheduler.idle:
                 return False
             self.warmup()
-            self._scheduler.step(interval)
+            self._scheduler.step(min(interval, REPORT_WIDTH))
             return True
 
     def run(self) -> None:
@@ -316,6 +337,8 @@ class Generator:
 
         Raises as :meth:`generate`.
         """
+        if not isinstance(logits, bool):
+            raise TypeError(f"logits: expected a bool, got {type(logits).__name__}")
         vocab_size = self.model.config.vocab_size
         checked = check_prompts(prompts, max_length=self.max_length, vocab_size=vocab_size, room=0)
         jobs = [ScoreJob(prompt, [], logits=[] if logits else None) for prompt in checked]
@@ -341,7 +364,7 @@ class Generator:
                     while waiting and not self._scheduler.queue_full:
                         self._scheduler.submit(waiting.popleft())
                     if not all(job.done for job in jobs):  # another thread may have brought them to their end
-                        self._scheduler.step(interval)
+                        self._scheduler.step(min(interval, REPORT_WIDTH))
                 yield
         finally:
             self._scheduler.give_up(jobs)
@@ -377,21 +400,27 @@ class Generator:
         for handle in handles:
             handle.result()  # raises what broke it off
 
-    def _jobs(self, num_samples: int, *asked: Any) -> list[Job]:
-        """The requests, after checking all of them; what is asked is as :func:`check_asked` takes it."""
-        sizes = {"max_length": self.max_length, "vocab_size": self.model.config.vocab_size, "limits": self.limits}
-        entries = check_asked(*asked, **sizes)
+    @property
+    def _bounds(self) -> Bounds:
+        config = self.model.config
+        return Bounds(self.max_length, config.vocab_size, config.eos_token_ids, self.limits)
+
+    def _check_samples(self, num_samples: int, negative: object) -> None:
+        """Raises a ValueError unless there are rows for so many samples, two for each if there is a negative prompt."""
         require_positive_int("num_samples", num_samples)
+        num_rows = num_samples * (1 if negative is None else 2)
+        if num_rows > self.batch_size:
+            wanted = f"at most batch_size={self.batch_size} rows for a prompt"
+            raise ValueError(f"num_samples: expected {wanted}, got {shown(num_rows)} (two for a guided sample)")
+
+    def _jobs(self, asked: Sequence[Asked], num_samples: int) -> list[Job]:
+        """The requests."""
         jobs = []
-        for prompt, settings, negative_prompt, scale in entries:
+        for prompt, settings, negative_prompt, scale in asked:
             seeds = ((settings.seed + index) % SEEDS for index in range(num_samples))
             samplings = (dataclasses.replace(settings, seed=seed) for seed in seeds)
             handles = [Handle(one, self.step, self._scheduler.cancel, self._turns) for one in samplings]
-            job = Job(prompt, handles, negative_prompt, scale)
-            if job.num_rows > self.batch_size:
-                wanted = f"at most batch_size={self.batch_size} rows for a prompt"
-                raise ValueError(f"num_samples: expected {wanted}, got {job.num_rows} (two for a guided sample)")
-            jobs.append(job)
+            jobs.append(Job(prompt, handles, negative_prompt, scale))
         return jobs
 
     def _check_caches(self) -> None:

@@ -230,6 +230,10 @@ def _speculate(
     state, drafts, found = speculation.draft(state, speculated_rows(state.rows, speculation), _feed(forwards[-1]))
     forward, before = forwards[0], state.rows
     running, leader = before.status == RUNNING, before.request.leader
+    wanted = (len(running), speculation.num_candidates, speculation.length)
+    if (drafts.shape, drafts.dtype, found.shape, found.dtype) != (wanted, jnp.int32, running.shape, jnp.bool_):
+        got = f"{drafts.dtype} {list(drafts.shape)} and {found.dtype} {list(found.shape)}"
+        raise ValueError(f"speculation.draft: expected int32 {list(wanted)} and bool {list(running.shape)}, got {got}")
     # Rows of a guided pair check the same drafts.
     drafts, found = drafts[leader], found[leader] & running
 

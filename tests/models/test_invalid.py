@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pallas_attn import caches
 from pallas_attn_models import Decoder, DraftModel, Generator, Sampling
@@ -16,7 +15,7 @@ from pallas_attn_models.requests import Completion
 from pallas_attn_models.sampling import Limits, SamplingArrays, process, sample
 from pallas_attn_models.speculation import PromptLookup
 from tests.marks import quick
-from tests.models.small_model import CONFIG, ONE_EACH, Ask, make_model, prompt_of, random_ask
+from tests.models.small_model import ONE_EACH, Ask, make_model, prompt_of, random_ask
 from tests.models.test_serving import assert_nothing_is_held
 
 BATCH, CAPACITY, CHUNK = 3, 48, 8
@@ -137,7 +136,7 @@ def as_it_would_go_on() -> list[tuple[Ask, Completion]]:
 
 @pytest.mark.parametrize("name", quick(DENSE, "plain", "drafts that read NaN"))
 def test_the_tokens_before_are_kept(name):
-    """The bad token is drawn from logits that are numbers, so it is the last of the result, and drafts change nothing."""
+    """The bad token is drawn from logits that are numbers, so it is the last of its row. Drafts change nothing."""
     one = generator(name)
     wanted = as_it_would_go_on()
     handles = [ask.submit(one) for ask, _ in wanted]
@@ -176,6 +175,7 @@ def test_scores_say_where_they_are_no_numbers():
     sound, bad, after = one.score([[3, 4, 5], [3, 4, BAD, 5, 6], [3, 4, 5]], logits=True)
     assert np.isfinite(sound.logprobs).all()
     assert np.isnan(bad.logprobs[2:]).all()
+    assert bad.logits is not None
     assert np.isnan(bad.logits[2:]).all()
     assert math.isnan(bad.total)
     assert after.logprobs == sound.logprobs

@@ -144,8 +144,8 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
             try:
                 way(int(rng.integers(len(asks))), rng)
             except Exception as error:
-                cause = error.__cause__ or error
-                assert "no such direction" in str(cause), repr(error)
+                if "no such direction" not in str(error.__cause__ or error):
+                    raise
                 outcomes["broken off"] += 1
 
     together(lambda number=number: work(number) for number in range(THREADS))
@@ -233,12 +233,15 @@ def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
 
     monkeypatch.setattr(generator._engine, "score", slow)
 
+    def interrupted():
+        raise KeyboardInterrupt
+
     def interrupt():
         started.wait(PATIENCE)
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            with generator._turns.take():
-                patch.setattr(generator._scheduler, "_admit", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-                generator._scheduler.step()
+        with generator._turns.take(), monkeypatch.context() as patch:
+            patch.setattr(generator._scheduler, "_admit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                generator.step()
 
     def ask():
         with pytest.raises(RuntimeError, match="broken off") as raised:
