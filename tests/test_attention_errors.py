@@ -157,7 +157,7 @@ BAD_CALLS = {
     "scale, NaN": ({"scale": float("nan")}, ValueError, "scale", "nan"),
     "scale, infinite": ({"scale": float("inf")}, ValueError, "scale", "inf"),
     "implementation, unknown": ({"implementation": "cuda"}, ValueError, "implementation", "'cuda'"),
-    "implementation, a bool": ({"implementation": False}, ValueError, "implementation", "False"),
+    "implementation, a bool": ({"implementation": False}, TypeError, "implementation", "False"),
     "interpret with xla": ({"interpret": True, "implementation": "xla"}, ValueError, "interpret", "'xla'"),
     "block_sizes, a tuple": ({"block_sizes": (16, 16)}, TypeError, "block_sizes", "tuple"),
     "block_sizes, an int": ({"block_sizes": 16}, TypeError, "block_sizes", "int"),

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.tuning import DECODE_QUERIES
-from pallas_attn_models.config import require_positive_int
+from pallas_attn_models.config import require_positive_int, shown
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import FREE, RUNNING, Rows, State
+from pallas_attn_models.rows import FREE, INVALID, RUNNING, Rows, State
 
 
 class Speculation(Protocol):
@@ -108,7 +108,7 @@ class PromptLookup:
         last = length[:, None] - 1
         agree = jnp.zeros(tokens.shape, jnp.int32)
         agrees = places < last
-        for back in range(self.ngram):
+        for back in range(min(self.ngram, tokens.shape[1])):  # no more tokens can agree
             newest = jnp.take_along_axis(tokens, jnp.maximum(last - back, 0), axis=1)
             earlier = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
             agrees = agrees & (earlier == newest) & (places >= back)
@@ -172,7 +172,23 @@ class DraftModel:
         (state, drawn), _ = lax.scan(another, (state, rows), length=self.length)
         new = rows.length[:, None] + jnp.arange(self.length, dtype=jnp.int32)[None]
         drafts = jnp.take_along_axis(drawn.tokens, jnp.minimum(new, drawn.tokens.shape[1] - 1), axis=1)
-        return state, drafts[:, None], may
+        return state, drafts[:, None], may & (drawn.status != INVALID)
+
+
+def check_speculation(speculation: object) -> None:
+    """Raises an error that names the argument unless it is a :class:`Speculation`."""
+    parts = ("length", "num_candidates", "draft_model", "draft")
+    if isinstance(speculation, type) or not all(hasattr(speculation, name) for name in parts):
+        got = speculation.__name__ + " itself" if isinstance(speculation, type) else type(speculation).__name__
+        raise TypeError(f"speculation: expected a PromptLookup, a DraftModel or another Speculation, got {got}")
+    length, num_candidates, draft_model, draft = (getattr(speculation, name) for name in parts)
+    require_positive_int("speculation.length", length)
+    require_positive_int("speculation.num_candidates", num_candidates)
+    if not isinstance(draft_model, Decoder | None):
+        got = type(draft_model).__name__
+        raise TypeError(f"speculation.draft_model: expected a Decoder or None, got {got}")
+    if not callable(draft):
+        raise TypeError(f"speculation.draft: expected a method, got {type(draft).__name__}")
 
 
 def _check_sizes(length: int, num_candidates: int) -> None:
@@ -181,7 +197,8 @@ def _check_sizes(length: int, num_candidates: int) -> None:
     # More queries at once than that would not be decode any more.
     if length * num_candidates >= DECODE_QUERIES:
         wanted = f"at most {DECODE_QUERIES - 1} drafted tokens together"
-        raise ValueError(f"length, num_candidates: expected {wanted}, got {num_candidates} of {length}")
+        got = f"{shown(num_candidates)} of {shown(length)}"
+        raise ValueError(f"length, num_candidates: expected {wanted}, got {got}")
 
 
 def num_nodes(speculation: Speculation | None) -> int:
@@ -242,6 +259,6 @@ class Walk:
 
 
 def speculated_rows(rows: Rows, speculation: Speculation) -> Array:
-    """bool ``[B]``: running rows with room for a whole tree; of the two of a guided request, both or none."""
-    fits = (rows.status == RUNNING) & (rows.length - 1 + num_nodes(speculation) <= rows.tokens.shape[1])
+    """bool ``[B]``: running rows with room for a whole tree that may have drafts; of a guided pair, both or none."""
+    fits = (rows.status == RUNNING) & ~rows.alone & (rows.length - 1 + num_nodes(speculation) <= rows.tokens.shape[1])
     return (fits & fits[rows.request.partner])[rows.request.leader]
