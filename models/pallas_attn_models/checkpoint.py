@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pallas_attn_models.checkpoint_files import read_json
 from pallas_attn_models.config import DecoderConfig, require_positive_int
 from pallas_attn_models.decoder import Decoder, check_dtype
 
@@ -219,19 +220,6 @@ def _open(path: Path) -> Iterator[Any]:
             yield tensors
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a whole safetensors file, got: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of a checkpoint holds; raises as :func:`load_hf` does."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
