@@ -1,7 +1,6 @@
 """What a checkpoint asks for itself: the ``generation_config.json`` beside its weights."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from pallas_attn_models.checkpoint_files import read_json
 from pallas_attn_models.sampling import Sampling
 
 _NAME = "generation_config.json"
+_HUGE = float(np.finfo(np.float32).max)
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _ONLY_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 # Fields that ask for nothing that a row of new tokens could show.
@@ -39,7 +39,7 @@ class GenerationDefaults:
       settings: of :class:`~pallas_attn_models.sampling.Sampling`, by name: those that the file gives. A file whose
         ``do_sample`` is not true wants the most likely token, whatever its temperature, as in transformers.
       eos_token_ids: the tokens that end a text, besides those of the model's config.
-      unused: fields that ask for something that has no counterpart here, or that nothing can be made of and that greedy
+      unused: fields that ask for something that has no counterpart here, or that are out of their range and that greedy
         decoding does not need.
     """
 
@@ -52,7 +52,8 @@ class GenerationDefaults:
         """What the directory of a checkpoint says; nothing if it has no such file.
 
         Raises:
-          ValueError: a file that is no JSON object, or a field of the wrong kind or out of its range; named.
+          ValueError: a file that is no JSON object, or a field of the wrong kind, or out of its range where it
+            matters; named.
         """
         path = Path(directory) / _NAME
         if not path.exists():
@@ -64,8 +65,10 @@ class GenerationDefaults:
         settings, unused = {}, {name for name in fields if not _asks_for_nothing(name, fields[name])}
         for name in _SETTINGS:
             if name in fields:
+                value = _number(path, name, fields[name])
                 try:
-                    settings[name] = _setting(name, fields[name])
+                    Sampling(**{name: value})
+                    settings[name] = value
                 except ValueError as error:
                     if sample or name not in _ONLY_FOR_SAMPLING:
                         raise ValueError(f"{path}: {error}") from error
@@ -86,20 +89,17 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return name in _IRRELEVANT or name in _SETTINGS or (name in _NEUTRAL and value == _NEUTRAL[name])
 
 
-def _setting(name: str, value: Any) -> int | float:
-    """A number as transformers takes it, and within its range here."""
+def _number(path: Path, name: str, value: Any) -> int | float:
+    """A number as transformers takes it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: expected a number, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+        raise ValueError(f"{path}: {name}: expected a number, got {value!r}")
+    if not abs(value) <= _HUGE:
+        raise ValueError(f"{path}: {name}: expected a finite number that fits float32, got {value}")
     if name == "top_k":
         value = int(value) if value == int(value) else value
-        value = 0 if value == -1 else value  # both are off
-    elif abs(value) > np.finfo(np.float32).max:
-        raise ValueError(f"{name}: expected a number that fits float32, got {value!r}")
-    elif name == "top_p" and value == 0:
-        value = float(np.finfo(np.float32).tiny)  # the likeliest token alone
-    Sampling(**{name: value})
+        return 0 if value == -1 else value  # both are off
+    if name == "top_p" and value == 0:
+        return float(np.finfo(np.float32).tiny)  # the likeliest token alone
     return value
 
 

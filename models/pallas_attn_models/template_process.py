@@ -97,8 +97,12 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Refused(Exception):
+    """The template's own words."""
+
+
 def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    raise _Refused(message)
 
 
 def _now(form: str) -> str:
@@ -122,6 +126,8 @@ def _limit(cpu_seconds: int, num_bytes: int) -> None:
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     try:
         return {"text": render(asked["source"], asked["variables"])}
+    except _Refused as error:
+        return {"error": str(error) or "it refuses the conversation", "line": None}
     except jinja2.TemplateSyntaxError as error:
         return {"error": error.message, "line": error.lineno}
     except jinja2.TemplateError as error:

@@ -42,9 +42,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     config = TokenizerConfig.read(directory)
     tokenizer = guarded(path, "expected a file of the tokenizers library", lambda: _build(path, config))
     if config.class_name == "CodeLlamaTokenizer":
-        bos = config.named["bos_token"].content
+        bos = [config.named["bos_token"].content] if "bos_token" in config.named else []
         tokenizer.post_processor = processors.TemplateProcessing(
-            f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            [*bos, "$A"], special_tokens=[(one, tokenizer.token_to_id(one)) for one in bos]
         )
     tokenizer.encode_special_tokens = _flag(config, "split_special_tokens")
     if _flag(config, "clean_up_tokenization_spaces") and not isinstance(tokenizer.model, models.BPE):

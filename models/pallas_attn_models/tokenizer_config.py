@@ -70,7 +70,7 @@ CLASS_TOKENS: dict[str, dict[str, str | None]] = {
     "RemBertTokenizer": _tokens("[CLS]", "[SEP]", "<unk>", "[SEP]", "<pad>", "[CLS]", "[MASK]"),
     "RobertaTokenizer": _BART,
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    "WhisperTokenizer": _tokens(*["<|endoftext|>"] * 3) | {"pad_token": None},
+    "WhisperTokenizer": _tokens(*["<|endoftext|>"] * 3),
     "XGLMTokenizer": {name: text for name, text in _BART.items() if name != "mask_token"},
     "XLMRobertaTokenizer": _BART,
     "XLNetTokenizer": _tokens("<s>", "</s>", "<unk>", "<sep>", "<pad>", "<cls>", "<mask>"),
@@ -159,7 +159,7 @@ def _class_name(directory: Path, fields: Mapping[str, Any], definition: str) -> 
     name = name.removesuffix("Fast")
     # Llama 3 calls its tokenizer by the class of Llama 2, which it is not.
     misnamed = name == "LlamaTokenizer" and '"ByteLevel"' in definition
-    return "" if misnamed or model.get("model_type") in _MISTRALS or name not in CLASS_TOKENS else name
+    return "" if misnamed or str(model.get("model_type")) in _MISTRALS or name not in CLASS_TOKENS else name
 
 
 def _special_tokens(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -204,7 +204,8 @@ def _added_tokens(
             raise ValueError(f"{path}: {text}: expected a token id, got {id!r}")
         added[id] = AddedToken(text, special=text in special, normalized=text not in special)
     path = directory / TOKENIZER
-    for token in definition.get("added_tokens") or []:
+    listed = definition.get("added_tokens") or []
+    for token in listed if isinstance(listed, list) else [listed]:
         if not isinstance(token, dict) or not isinstance(token.get("id"), int):
             raise ValueError(f"{path}: added_tokens: expected objects with an id, got {token!r}")
         added[token["id"]] = _plain_token(path, "added_tokens", token)
