@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pallas_attn_models.tokenizer_config import TOKENIZER_CONFIG, TokenizerConfi
 _FILE, _MORE_FILES = "chat_template.jinja", "additional_chat_templates"
 _DEFAULT = "default"
 _PROGRAM = Path(__file__).with_name("template_process.py")
+_HALF = re.compile("[\ud800-\udfff]")
 # What a template may take. Real ones take milliseconds and next to no memory.
 _CPU_SECONDS, _SECONDS, _BYTES = 5, 60, 2**30
 
@@ -66,7 +68,12 @@ class ChatTemplate:
           ValueError: the template refuses the conversation, as some do two messages of a role in a row, or fails.
         """
         given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
-        return self._run({**self.special_tokens, **given, "add_generation_prompt": add_generation_prompt})
+        text = self._run({**self.special_tokens, **given, "add_generation_prompt": add_generation_prompt})
+        if half := _HALF.search(text):
+            if not any(half[0] in said for message in messages for said in message.values()):
+                raise ValueError(f"{self.path}: chat template: it writes {half[0]!r}, half a character")
+            raise ValueError(f"messages: expected text in UTF-8, got {half[0]!r} in it")
+        return text
 
     def _run(self, variables: Mapping[str, Any] | None) -> str:
         # Without "site", which takes longer than Jinja; but with whatever this process finds Jinja by.
