@@ -138,7 +138,7 @@ def test_a_conversation_longer_than_the_cache(talk, terminal, capsys):
 
 def test_what_the_template_refuses_is_not_kept(talk):
     _, one, _, err = talk(["refuse", "a"], ["x"], terminal=True)
-    assert "error: chat template: this is refused" in err
+    assert "/tokenizer_config.json: chat template: this is refused" in err
     assert [message["content"] for message in one.messages] == ["a", "x"]
 
 
