@@ -62,13 +62,14 @@ class GenerationDefaults:
         sample = fields.get("do_sample", False)
         if not isinstance(sample, bool):
             raise ValueError(f"{path}: do_sample: expected true or false, got {sample!r}")
-        settings, unused = {}, {name for name in fields if not _asks_for_nothing(name, fields[name])}
+        settings: dict[str, Any] = {}
+        unused = {name for name in fields if not _asks_for_nothing(name, fields[name])}
         for name in _SETTINGS:
             if name in fields:
-                value = _number(path, name, fields[name])
+                asked: dict[str, Any] = {name: _number(path, name, fields[name])}
                 try:
-                    Sampling(**{name: value})
-                    settings[name] = value
+                    Sampling(**asked)
+                    settings |= asked
                 except ValueError as error:
                     if sample or name not in _ONLY_FOR_SAMPLING:
                         raise ValueError(f"{path}: {error}") from error
