@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pallas_attn_models.checkpoint_files import read_text
+from pallas_attn_models.text_files import read_text
 from pallas_attn_models.tokenizer_config import TOKENIZER_CONFIG, TokenizerConfig
 
 _FILE, _MORE_FILES = "chat_template.jinja", "additional_chat_templates"

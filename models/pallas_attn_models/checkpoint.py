@@ -21,9 +21,9 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pallas_attn_models.checkpoint_files import read_json
 from pallas_attn_models.config import DecoderConfig, require_positive_int
 from pallas_attn_models.decoder import Decoder, check_dtype
+from pallas_attn_models.text_files import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pallas_attn_models.checkpoint_files import read_json
 from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.text_files import read_json
 
 _NAME = "generation_config.json"
 _HUGE = float(np.finfo(np.float32).max)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from pallas_attn_models.checkpoint_files import parse_json, read_json, read_text
+from pallas_attn_models.text_files import parse_json, read_json, read_text
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP, _ADDED_TOKENS, _MODEL_CONFIG = "special_tokens_map.json", "added_tokens.json", "config.json"

@@ -165,7 +165,7 @@ def test_the_same_in_a_process_of_its_own(damaged):
     assert (finished.returncode, finished.stdout) == (2, "")
     assert (
         finished.stderr.splitlines()[-1]
-        == f"error: {directory}/config.json: expected JSON, got brackets nested too deeply"
+        == f"error: {directory}/config.json: expected JSON, got objects or arrays that are nested too deeply"
     )
     assert "Traceback" not in finished.stderr
 

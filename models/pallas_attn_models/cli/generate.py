@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from pallas_attn_models import cache_options, tasks
 from pallas_attn_models.asked import check_prompts
-from pallas_attn_models.checkpoint_files import read_text
 from pallas_attn_models.cli import options
 from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.completions import (
@@ -34,6 +33,7 @@ from pallas_attn_models.cli.output import status
 from pallas_attn_models.generator import Generator
 from pallas_attn_models.sampling import Sampling
 from pallas_attn_models.stats import GenerationStats
+from pallas_attn_models.text_files import read_text
 
 _BATCH_SIZE = 8
 _CAPACITY = 1024

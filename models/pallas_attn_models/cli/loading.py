@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from pallas_attn_models import cache_options
 from pallas_attn_models.checkpoint import CONFIG, load_hf
-from pallas_attn_models.checkpoint_files import read_json
 from pallas_attn_models.cli.output import quiet_failures, status
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.decoder import Decoder
@@ -20,6 +19,7 @@ from pallas_attn_models.generation_config import GenerationDefaults
 from pallas_attn_models.generator import Generator
 from pallas_attn_models.sampling import Limits, Sampling, stop_sequences
 from pallas_attn_models.speculation import PromptLookup
+from pallas_attn_models.text_files import read_json
 from pallas_attn_models.tokenizer import encode as encode_text
 from pallas_attn_models.tokenizer import load_tokenizer as load_tokenizer
 from pallas_attn_models.tokenizer_config import TOKENIZER

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+_MAX_BYTES = 10**8
+
 
 def read_text(path: Path) -> str:
     """The text of a file: UTF-8, or UTF-16 if it begins with a byte order mark, which is no part of the text.
@@ -13,11 +15,13 @@ def read_text(path: Path) -> str:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: bytes that are no text.
+      ValueError: bytes that are no text, or too many.
       OSError: the file cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file, found {'a directory' if path.is_dir() else 'none'}")
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise ValueError(f"{path}: expected at most {_MAX_BYTES} bytes of text, got {size}")
     content = path.read_bytes()
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
@@ -36,7 +40,7 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError(f"{path}: expected JSON, got brackets nested too deeply") from None
+        raise ValueError(f"{path}: expected JSON, got objects or arrays that are nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got: {error}") from error
     if not isinstance(value, dict):
