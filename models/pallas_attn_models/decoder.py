@@ -17,7 +17,7 @@ from pallas_attn_models.attention import Attention
 from pallas_attn_models.block_masks import Sizes, block_masks, reservations
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.layer_caches import init_caches
-from pallas_attn_models.layers import MLP, Embedding, RMSNorm, linear, rotary_tables
+from pallas_attn_models.layers import MLP, Embedding, RMSNorm, counted, linear, rotary_tables
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -84,6 +84,10 @@ class Decoder(nnx.Module):
       implementation: of ``pa.attention``; default: the best that can serve.
       block_sizes: a ``pa.BlockSizes`` for the block masks; default from the tuning table. Where its ``chunk`` is None,
         decode gets a fixed one all the same, so that a row does not depend, to the bit, on who shares the batch.
+
+    Raises:
+      ValueError: a dtype that weights cannot have, an unknown implementation, or ``rngs`` without parameters' stream.
+      TypeError: the wrong kind of object.
     """
 
     def __init__(
@@ -96,6 +100,15 @@ class Decoder(nnx.Module):
         implementation: str | None = None,
         block_sizes: pa.BlockSizes | None = None,
     ) -> None:
+        if not isinstance(config, DecoderConfig):
+            raise TypeError(f"config: expected a DecoderConfig, got {type(config).__name__}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs: expected an nnx.Rngs, got {type(rngs).__name__}")
+        if not isinstance(block_sizes, pa.BlockSizes | None):
+            raise TypeError(f"block_sizes: expected a BlockSizes or None, got {type(block_sizes).__name__}")
+        if "params" not in rngs and "default" not in rngs:
+            raise ValueError(f"rngs: expected a stream 'params' or 'default', got {sorted(rngs)}")
+        check_implementation(implementation)
         dtype = check_dtype("dtype", dtype)
         param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -103,16 +116,19 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.implementation = implementation
         self.block_sizes = block_sizes
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
-        self.layers = nnx.List(
-            DecoderLayer(config, rngs=rngs, implementation=implementation, **dtypes) for _ in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
-        self.head = (
-            None
-            if config.tie_word_embeddings
-            else linear(config.hidden_size, config.vocab_size, rngs=rngs, preferred_element_type=jnp.float32, **dtypes)
-        )
+        sizes = config.hidden_size, config.vocab_size
+        with counted(rngs) as rngs:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
+            self.layers = nnx.List(
+                DecoderLayer(config, rngs=rngs, implementation=implementation, **dtypes)
+                for _ in range(config.num_layers)
+            )
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
+            self.head = (
+                None
+                if config.tie_word_embeddings
+                else linear(*sizes, rngs=rngs, preferred_element_type=jnp.float32, **dtypes)
+            )
 
     def __call__(
         self,
@@ -280,10 +296,28 @@ def _tree_mask(
 
 
 def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
-    """A dtype that weights and activations can have, or a ValueError that names the argument."""
-    if (checked := jnp.dtype(dtype)).name not in FLOAT_DTYPES:
-        raise ValueError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, got {checked.name}")
+    """A dtype that weights and activations can have, or a ValueError or TypeError that names the argument."""
+    expected = f"{name}: expected one of {', '.join(FLOAT_DTYPES)}"
+    try:
+        checked = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
+    except (TypeError, ValueError):
+        checked = None
+    if checked is None:
+        raise (ValueError if isinstance(dtype, str) else TypeError)(f"{expected}, got {dtype!r}")
+    if checked.name not in FLOAT_DTYPES:
+        raise ValueError(f"{expected}, got {checked.name}")
     return checked
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises a ValueError or TypeError unless ``pa.attention`` has an implementation of this name, or it is None."""
+    if implementation is None:
+        return
+    expected = f"implementation: expected one of {', '.join(pa.implementations())}, or None"
+    if not isinstance(implementation, str):
+        raise TypeError(f"{expected}, got {type(implementation).__name__}")
+    if implementation not in pa.implementations():
+        raise ValueError(f"{expected}, got {implementation!r}")
 
 
 def _as_int32(name: str, value: ArrayLike) -> Array:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from pallas_attn_models import cache_options
-from pallas_attn_models.checkpoint import CONFIG, load_hf
+from pallas_attn_models.checkpoint import load_hf
+from pallas_attn_models.checkpoint_files import CONFIG
 from pallas_attn_models.cli.output import quiet_failures, status
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.decoder import Decoder
