@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, dtypes, lax
 
-from pallas_attn import bits
-
-from pallas_attn import checks
+from pallas_attn import bits, checks
 
 Tree = TypeVar("Tree")
 
