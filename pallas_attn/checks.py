@@ -122,7 +122,7 @@ def int32(name: str, x: np.ndarray | Array) -> Array:
       ValueError: 32 bits do not hold a value.
     """
     if not fits_int32(x):
-        values = _known(x)
+        values = known(x)
         if values is None:
             return jnp.asarray(x)
         largest = max(values.min(), values.max(), key=lambda value: abs(int(value)))
@@ -134,7 +134,7 @@ def fits_int32(x: np.ndarray | Array) -> bool:
     """Whether 32 bits are known to hold every element of an array of integers."""
     if _has_int32_range(x):
         return True
-    values = _known(x)
+    values = known(x)
     if values is None:
         return False
     return values.size == 0 or (int(values.min()) >= SMALLEST_INT32 and int(values.max()) <= LARGEST_INT32)
@@ -185,7 +185,7 @@ def floats(name: str, x: np.ndarray | Array) -> Array:
         raise ValueError(f"{name}: expected floating-point numbers, got dtype {x.dtype}")
     if x.dtype.itemsize <= 4:
         return jnp.asarray(x)
-    values = _known(x)
+    values = known(x)
     if values is not None:
         beyond = np.isfinite(values) & (np.abs(values) > _LARGEST_FLOAT32)
         if beyond.any():
@@ -193,7 +193,7 @@ def floats(name: str, x: np.ndarray | Array) -> Array:
     return jnp.asarray(x.astype(np.float32))
 
 
-def _known(x: np.ndarray | Array) -> np.ndarray | None:
+def known(x: np.ndarray | Array) -> np.ndarray | None:
     """The values, if they can be had."""
     if isinstance(x, np.ndarray):
         return x

@@ -404,7 +404,11 @@ def tree(ancestors: Array, start: Array | None = None) -> Mask:
     if ancestors.shape[-1] != ancestors.shape[-2]:
         raise ValueError(f"tree: ancestors: expected [T, T] or [B|1, T, T], got shape {tuple(ancestors.shape)}")
     if start is not None:
-        start = checks.clipped(_integers("tree: start", start, rank=1))[:, None, None, None]
+        start = _integers("tree: start", start, rank=1)
+        values = checks.known(start)
+        if values is not None and values.min() < 0:
+            raise ValueError(f"tree: start: expected keys, from 0 on, got {values.min()}")
+        start = checks.clipped(start)[:, None, None, None]
         if ancestors.ndim == 3 and ancestors.shape[0] not in (1, start.shape[0]):
             raise ValueError(f"tree: start: expected [{ancestors.shape[0]}], as ancestors, got [{start.shape[0]}]")
     return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None], start)
