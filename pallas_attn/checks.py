@@ -33,7 +33,7 @@ def describe(value: Any) -> str:
         return f"{_shortened(repr(value))} ({kind})"
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype} {list(value.shape)} ({kind})"
-    return kind
+    return f"{kind} {value.__name__}" if callable(value) and hasattr(value, "__name__") else kind
 
 
 def _shortened(text: str) -> str:
