@@ -1,7 +1,8 @@
 """``attention()``: validate, choose an implementation, run it."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, overload
 
@@ -13,9 +14,11 @@ from pallas_attn import checks, masks, tuning
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels import reference, triton, xla
-from pallas_attn.kernels.derivative import differentiable, without_derivative
+from pallas_attn.kernels.batching import paged_forward
+from pallas_attn.kernels.derivative import differentiable
 from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.quantized import Kind, QuantizedArray
+from pallas_attn.refusal import without_derivative
 from pallas_attn.scores import Score, Scores
 
 # Best first. Each module has `forward`, `backward` (the reference needs none: JAX differentiates it), `unavailable()`
@@ -24,8 +27,8 @@ _IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "refere
 _DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_SCALE = 2.0**127  # in base 2, as kernels compute, it is still a float32
 _NO_GRADIENT = (
-    "quantised or paged keys and values have no gradient: give plain ones (QuantizedArray.dequantize(), and"
-    " pool[page_table] with its pages joined), or stop the gradient by jax.lax.stop_gradient"
+    "quantised keys and values have no gradient: give plain ones (QuantizedArray.dequantize()), or stop the gradient by"
+    " jax.lax.stop_gradient"
 )
 _NO_GRADIENT_OF_KEY_WEIGHTS = (
     "key_weights have no gradient: stop it by jax.lax.stop_gradient, or compute them from query, key and lse"
@@ -196,7 +199,8 @@ def attention(
       page_table: int32 ``[B, S // page]``: key ``s`` of row ``b`` lies in page ``page_table[b, s // page]`` of the
         pools, at ``s % page`` (PagedAttention, arXiv:2309.06180). Rows may share pages; page is a multiple of 16. Where
         the pool has no such page, as at -1, the keys count as empty slots; a BlockMask must have position -1 there
-        itself, and nothing outside of the pool is read if it has not.
+        itself, and nothing outside of the pool is read if it has not. Gradients reach the pools; for them, the pages
+        of every row are copied.
       return_key_weights: also return how much probability each key got, float32 ``[B, K, S]``: the sum over real
         queries of the mean over the query heads of its group (what H2O, arXiv:2306.14048, ranks keys by). It has no
         gradient. With more than a few queries it costs a second pass over the keys.
@@ -214,7 +218,7 @@ def attention(
       TypeError: the wrong kind of object; forward-mode differentiation (``jax.jvp``) of another implementation than
         "reference", in JAX's own words.
       NotImplementedError: the named implementation cannot serve the call, with the reason; a derivative with
-        quantised or paged keys or values, or of key weights; or a second derivative of another implementation than
+        quantised keys or values, or of key weights; or a second derivative of another implementation than
         "reference".
     """
     flags = {"return_lse": return_lse, "return_key_weights": return_key_weights, "interpret": interpret}
@@ -254,25 +258,18 @@ def attention(
     options: dict[str, Any] = {"scale": scale, "return_key_weights": return_key_weights}
     if interpret:
         options["interpret"] = True
-    if page_table is not None or isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
-        attend = without_derivative(_paged(module.forward, **options), _NO_GRADIENT)
+    if isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
+        attend = without_derivative(paged_forward(functools.partial(module.forward, **options)), _NO_GRADIENT)
         results = attend(page_table, query, key, value, block_mask, scores, sinks)
     elif name == "reference":
-        results = reference.forward(query, key, value, block_mask, scores, sinks, **options)
+        results = reference.forward(query, key, value, block_mask, scores, sinks, page_table=page_table, **options)
     else:
-        results = differentiable(module, name, **options)(query, key, value, block_mask, scores, sinks)
+        results = differentiable(module, name, **options)(page_table, query, key, value, block_mask, scores, sinks)
     out, lse, *rest = results
     if not return_lse and not return_key_weights:
         return out
     refuse = without_derivative(lambda x: x, _NO_GRADIENT_OF_KEY_WEIGHTS)
     return AttentionOutput(out, lse if return_lse else None, *map(refuse, rest))
-
-
-def _paged(forward: Callable, **options) -> Callable:
-    """``forward`` with its page table first, as an argument like the others; ``jax.vmap`` runs it one by one."""
-    return jax.custom_batching.sequential_vmap(
-        lambda page_table, *arguments: forward(*arguments, page_table=page_table, **options)
-    )
 
 
 def _positions_in_pages(positions: Array | None, page_table: Array, key: Keys) -> Array:

@@ -19,7 +19,7 @@ from pallas_attn import checks, masks, tuning
 from pallas_attn.masks import Interval, Mask, operands, repeat_heads
 from pallas_attn.schedule import Schedule
 
-EMPTY, PARTIAL, FULL = 0, 1, 2
+EMPTY, PARTIAL, FULL = (np.uint8(x) for x in range(3))  # classes of blocks
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +175,7 @@ class BlockMask:
         place = jax.lax.broadcasted_iota(jnp.int32, self.indices.shape, 3)
         full = place < self.num_full[..., None]
         active = place < self.num_active[..., None]
-        kind = jnp.where(full, FULL, PARTIAL).astype(jnp.uint8)
+        kind = jnp.where(full, FULL, PARTIAL)
         empty = jnp.zeros((*self.num_full.shape, self.grid[1]), jnp.uint8)
         return _scatter_last(empty, jnp.where(active, self.indices, self.grid[1]), kind)
 
@@ -267,7 +267,7 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
     # *queries* do not matter there: a kernel clears their rows at the end.
     active = some & q_tokens.some & kv_tokens.some
     full = active & every & kv_tokens.every
-    classes = jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY)).astype(jnp.uint8)
+    classes = jnp.where(full, FULL, jnp.where(active, PARTIAL, EMPTY))
     # A mask whose bounds do not look at its operands still differs by head where they do.
     return jnp.broadcast_to(classes, (classes.shape[0], heads, *classes.shape[2:]))
 
@@ -367,7 +367,7 @@ def _lists_from_classes(classes: Array, width: int | None = None) -> BlockLists:
     )
     column = jax.lax.broadcasted_iota(jnp.int32, classes.shape, classes.ndim - 1)
     indices = _scatter_last(jnp.zeros((*classes.shape[:-1], width), jnp.int32), place, column)
-    order = jnp.argsort(-(num_full + 2 * num_partial), axis=-1, stable=True).astype(jnp.int32)
+    order = jnp.argsort(-(num_full + 2 * num_partial), axis=-1, stable=True, dtype=jnp.int32)
     return BlockLists(num_full, num_full + num_partial, indices, order)
 
 

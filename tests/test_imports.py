@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "pallas_attn"
 LAYERS = {
     "pallas_attn.pytrees": -1,
     "pallas_attn.checks": -1,
+    "pallas_attn.refusal": -1,
     "pallas_attn.bits": 0,
     "pallas_attn.masks": 0,
     "pallas_attn.scores": 0,

@@ -192,9 +192,13 @@ FUNCTIONS = {
         {"block_mask": BLOCK_MASK, "path": "mask.png"},
         {"block_mask": {"BlockMask"}, "title": {"str"}},
     ),
-    "QuantizedArray": (quantized, {"values": np.ones((3, 8), np.int8), "scales": np.ones(3, np.float32)}, {
-        "scales": {"floats"},
-    }),
+    "QuantizedArray": (
+        quantized,
+        {"values": np.ones((3, 8), np.int8), "scales": np.ones(3, np.float32)},
+        {
+            "scales": {"floats"},
+        },
+    ),
     "quantize": (
         pa.QuantizedArray.quantize,
         {"x": KEY, "kind": "int4", "group": 4},
@@ -217,7 +221,11 @@ FUNCTIONS = {
     "tree": (masks.tree, {"ancestors": np.ones((2, 2), np.bool_)}, {"start": LISTED_INTEGERS}),
     "masks.custom": (masks.custom, {"function": jnp.equal}, {"function": CALLABLE}),
     "softcap": (scores.softcap, {"cap": 5.0}, {"cap": {*NUMBERS, "2**31", "2**70"}}),
-    "alibi": (scores.alibi, {"slopes": [1.0]}, {"slopes": {"floats", "list of floats", "list of ints", "range", "list of arrays"}}),
+    "alibi": (
+        scores.alibi,
+        {"slopes": [1.0]},
+        {"slopes": {"floats", "list of floats", "list of ints", "range", "list of arrays"}},
+    ),
     "bias": (scores.bias, {"array": np.ones((1, 1, 1, 1), np.float32)}, {}),
     "caches.init": (
         caches.init,

@@ -29,7 +29,7 @@ def recomputed_limit(largest_logit: float) -> float:
 
 
 def summed_limit(summed: float, dtype) -> float:
-    """What few pairs make up, by the sum of what is added up in it, taken as positive: plain attention may be exact.
+    """For a sum that may cancel, relative to the sum of its terms' magnitudes: plain attention may be exact by luck.
 
     Eight float32 roundings (of one key alone the probability is exactly 1 in plain attention); and where outputs are
     shorter, an eighth of their last bit, for ``d_out . out`` takes the rounded output.

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 import pallas_attn as pa
+from pallas_attn import bits
 from pallas_attn_models.asked import Tokens, check_asked, check_prompts
 from pallas_attn_models.config import require_positive_int
 from pallas_attn_models.decoder import Decoder
@@ -413,4 +414,4 @@ class Generator:
         if draft is not None:
             size = whole_pages(self.max_length)
             caches += draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk)
-        return caches
+        return bits.hold(caches)  # nothing here asks for a gradient

@@ -15,7 +15,8 @@ from pallas_attn import bits, checks, masks
 from pallas_attn.caches import rows as row_sets
 from pallas_attn.caches.pages import Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
-from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, read, write
+from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, read, take, write
+from pallas_attn.quantized import QuantizedArray
 from pallas_attn.tuning import PAGE_MULTIPLE
 
 
@@ -157,7 +158,7 @@ class KVCache:
         encoded = self.storage.encode(key, self.dtype), self.storage.encode(value, self.dtype)
         after = dataclasses.replace(self, pages=pages)
         first, second = after._addresses(slots, rows)
-        new_state = self.policy.new_state(Tokens(key, value, *encoded))
+        new_state = self.policy.new_state(Tokens(*lax.stop_gradient((key, value, *encoded))))
         state_slots = jnp.broadcast_to(slots, (slots.shape[0], key.shape[2], slots.shape[2]))
         buffers = self.key, self.value
         if pages is not None and sources is not None:
@@ -223,8 +224,8 @@ class KVCache:
         if key_weights.shape != expected or key_weights.dtype != jnp.float32:
             got = f"{key_weights.dtype} {list(key_weights.shape)}"
             raise ValueError(f"key_weights: expected float32 {list(expected)}, got {got}")
-        key_weights = jnp.asarray(key_weights)
-        state = self.policy.observe(self._slots_of(rows), key_weights)
+        # Slots are chosen by them, and have no derivative.
+        state = self.policy.observe(self._slots_of(rows), lax.stop_gradient(jnp.asarray(key_weights)))
         return dataclasses.replace(
             self, state={name: row_sets.put(x, rows, state[name]) for name, x in self.state.items()}
         )
@@ -285,7 +286,7 @@ class KVCache:
             written = jnp.where(moved, targets, self.capacity) // self.key.shape[1]
             pages, refused, copied = self.pages.reserve(written)
             # Then what stands before the first token that would have to move is kept.
-            stays = (jnp.cumsum(moved, axis=1) == 0) | ~refused[:, None]
+            stays = (jnp.cumsum(moved, axis=1, dtype=jnp.int32) == 0) | ~refused[:, None]
             stored, moved = stored & stays, moved & stays
             buffers = pages.copy(copied, buffers)
             after = dataclasses.replace(self, pages=pages)
@@ -294,7 +295,7 @@ class KVCache:
         places, written = after._addresses(sources, None), after._addresses(targets, None)
         key, value = (write(x, *written, read(x, *places)) for x in buffers)
         lengths = first + stored.sum(1, dtype=jnp.int32)
-        missing = jnp.minimum(count, path.shape[1]) > stored.sum(1)
+        missing = jnp.minimum(count, path.shape[1]) > stored.sum(1, dtype=jnp.int32)
 
         def move(x: Array) -> Array:
             into, out_of = (jnp.broadcast_to(slots, (*x.shape[:2], path.shape[1])) for slots in (targets, sources))
@@ -346,15 +347,12 @@ class KVCache:
         """
         sources = jnp.clip(self._check_integers("sources", sources), 0, self.batch_size - 1)
 
-        def take(x: Array) -> Array:
-            return x[sources]
-
         key, value, pages = self.key, self.value, self.pages
         if pages is None:
-            key, value = jax.tree.map(take, (key, value))
+            key, value = take(key, sources), take(value, sources)
         else:
-            pages = pages.of_table(take(pages.table))
-        rows = jax.tree.map(take, (self.positions, self.lengths, self.overflowed, self.state))
+            pages = pages.of_table(pages.table[sources])
+        rows = jax.tree.map(lambda x: x[sources], (self.positions, self.lengths, self.overflowed, self.state))
         positions, lengths, overflowed, state = rows
         return dataclasses.replace(
             self,
@@ -406,7 +404,7 @@ class KVCache:
         return dataclasses.replace(after, positions=positions, lengths=lengths, overflowed=overflowed, state=state)
 
     def _slots_of(self, rows: Array | None) -> Slots:
-        state = {name: row_sets.take(x, rows) for name, x in self.state.items()}
+        state = {name: row_sets.take(lax.stop_gradient(x), rows) for name, x in self.state.items()}
         return Slots(row_sets.take(self.positions, rows, -1), row_sets.take(self.lengths, rows), state)
 
     def _addresses(self, slots: Array, rows: Array | None) -> tuple[Array, Array]:
@@ -503,7 +501,7 @@ def init(
 
     def zeros(shape: tuple[int, ...]) -> Stored:
         x = jax.ShapeDtypeStruct(shape, dtype)
-        like = jax.eval_shape(lambda x: bits.hold(storage.encode(x, dtype)), x)
+        like = jax.eval_shape(lambda x: _at_rest(storage.encode(x, dtype)), x)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def new_state(x: Array) -> State:
@@ -523,6 +521,11 @@ def init(
         policy=policy,
         storage=storage,
     )
+
+
+def _at_rest(x: Stored) -> Stored:
+    """What has no gradient is held as integers."""
+    return bits.hold(x) if isinstance(x, QuantizedArray) else x
 
 
 def nbytes(policy: Policy | None = None, storage: Storage | None = None, **sizes) -> int:

@@ -50,7 +50,7 @@ class H2O(Policy):
         return capacity - self.recent
 
     def new_state(self, tokens: Tokens) -> State:
-        state = {"score": jnp.zeros(tokens.value.shape[:-1])}
+        state = {"score": jnp.zeros(tokens.value.shape[:-1], jnp.float32)}
         if self.value_norm:
             state["value_norm"] = jnp.linalg.norm(tokens.value.astype(jnp.float32), axis=-1)
         return state

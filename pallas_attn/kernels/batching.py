@@ -46,6 +46,13 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
     return call
 
 
+def paged_forward(forward: Callable) -> Callable:
+    """``forward`` with its keyword ``page_table`` as its first argument; ``jax.vmap`` runs it one by one."""
+    return jax.custom_batching.sequential_vmap(
+        lambda page_table, *arguments: forward(*arguments, page_table=page_table)
+    )
+
+
 def batched_backward(backward: Callable) -> Callable:
     """``backward`` of an implementation, made ready for ``jax.vmap``."""
 
