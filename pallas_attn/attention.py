@@ -1,7 +1,6 @@
 """``attention()``: validate, choose an implementation, run it."""
 
 import functools
-import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, overload

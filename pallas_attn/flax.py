@@ -48,8 +48,8 @@ def attention_fn(
 
     Args:
       mask: who may see whom, combined (``&``) with what each call brings: a mask, or a bool array
-        ``[B|1, N|K|1, T, S]`` or ``[T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is refused, for it is
-        bound to the positions of one call; pass its ``mask``.
+        ``[B|1, N|K|1, T, S]`` or ``[T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is
+        refused, for it is bound to the positions of one call; pass its ``mask``.
       scores, sinks, scale, implementation, interpret, block_sizes: as in :func:`pallas_attn.attention`.
 
     Returns:

@@ -283,7 +283,7 @@ def test_numbers_that_float32_does_not_hold_are_refused(argument, value, compila
 
 @pytest.mark.parametrize("cap", [1e31, 1e38, 3.4e38])
 def test_a_cap_that_would_take_logits_for_0_is_refused(cap):
-    with pytest.raises(ValueError, match="^softcap: cap: expected "):
+    with pytest.raises(ValueError, match=r"^softcap: cap: expected "):
         scores.softcap(cap)
 
 

@@ -185,7 +185,7 @@ FUNCTIONS = {
     "BlockSizes": (
         pa.BlockSizes,
         {"q": 16, "kv": 16},
-        {name: INTEGERS for name in ("q", "kv", "num_warps", "num_stages", "chunk", "shares")},
+        dict.fromkeys(("q", "kv", "num_warps", "num_stages", "chunk", "shares"), INTEGERS),
     ),
     "save_picture": (
         pa.save_picture,
