@@ -323,3 +323,23 @@ def test_arrays_of_64_bits_that_fit_count_as_float32():
     for make in (lambda x: {"scores": scores.bias(x)}, lambda x: {"sinks": x[0, :, 0, 0]}):
         np.testing.assert_array_equal(attention(**make(values)), attention(**make(values.astype(np.float32))))
     assert not np.isnan(attention(scores=scores.bias(np.where(values > 0, 0.0, -np.inf)))).all()
+
+
+# --- jax_enable_x64, where integers have 64 bits unless told otherwise ---
+
+
+@pytest.mark.parametrize("options", [{"implementation": "xla"}, {"interpret": True}], ids=["xla", "interpreted"])
+def test_ids_positions_and_lengths_of_64_bits_that_are_traced(options):
+    generator = np.random.default_rng(0)
+    query, key, value = generator.standard_normal((3, 1, 20, N, D)).astype(np.float32)
+
+    def attend(ids, positions, limit):
+        below = masks.custom(lambda q, k, x: k.astype(x.dtype) < x, limit)
+        mask = masks.segments(ids) & masks.causal() & below | masks.prefix(positions[0, 3:4])
+        return pa.attention(query, key, value, mask, q_positions=positions, kv_positions=positions, **options)
+
+    ids, positions, limit = np.repeat(np.arange(4), 5)[None], np.arange(20)[None], np.full((1, 1, 1, 1), 15)
+    expected = jax.jit(attend)(*(x.astype(np.int32) for x in (ids, positions, limit)))
+    with jax.enable_x64(True):
+        actual = jax.jit(attend)(ids + 2**40, positions, limit)
+    assert_same_bits(actual, expected)
