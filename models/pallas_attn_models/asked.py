@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_attn_models.config import shown
-from pallas_attn_models.sampling import Limits, Sampling, Stop, check_limits, is_float32, stop_sequences
+from pallas_attn_models.sampling import (
+    Limits,
+    Sampling,
+    Stop,
+    check_leaves_a_token,
+    check_limits,
+    is_float32,
+    stop_sequences,
+)
 
 Tokens = Sequence[int]
 
@@ -52,7 +60,8 @@ class Bounds:
             raise ValueError(f"guidance_scale: expected 1 without negative_prompts, got {shown(scale)}")
         sampling = asked.sampling
         sampling = dataclasses.replace(sampling, stop=(*stop_sequences(sampling.stop), *stop_sequences(stop)))
-        check_limits(sampling, limits=self.limits, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
+        check_limits(sampling, limits=self.limits, vocab_size=self.vocab_size)
+        check_leaves_a_token(sampling, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
         return asked._replace(sampling=sampling, guidance_scale=float(scale))
 
 

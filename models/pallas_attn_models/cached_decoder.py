@@ -122,11 +122,13 @@ class CachedDecoder(nnx.Module):
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Takes back what comes after each row's first ``lengths`` (int ``[B]``) tokens."""
-        self._set(tuple(cache.truncate(lengths) for cache in self.caches))
+        wanted: Any = lengths  # a cache takes lists, too
+        self._set(tuple(cache.truncate(wanted) for cache in self.caches))
 
     def fork(self, sources: ArrayLike) -> None:
         """Row b goes on as what row ``sources[b]`` (int ``[B]``) is."""
-        self._set(tuple(cache.fork(sources) for cache in self.caches))
+        wanted: Any = sources
+        self._set(tuple(cache.fork(wanted) for cache in self.caches))
 
     def _set(self, caches: tuple[pa.caches.KVCache, ...] | None) -> None:
         for name, leaf in zip(self._names, jax.tree.leaves(caches), strict=True):

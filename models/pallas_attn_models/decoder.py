@@ -224,12 +224,12 @@ class Decoder(nnx.Module):
           ValueError: another shape, or no floating-point numbers.
           TypeError: what is no array.
         """
-        hidden = checks.array("hidden", hidden)
-        if hidden.ndim != 3 or hidden.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"hidden: expected [B, T, {self.config.hidden_size}], got {list(hidden.shape)}")
-        if not jnp.issubdtype(hidden.dtype, jnp.floating):
-            raise ValueError(f"hidden: expected floating-point numbers, got {hidden.dtype}")
-        hidden = jnp.asarray(hidden)
+        given = checks.array("hidden", hidden)
+        if given.ndim != 3 or given.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"hidden: expected [B, T, {self.config.hidden_size}], got {list(given.shape)}")
+        if not jnp.issubdtype(given.dtype, jnp.floating):
+            raise ValueError(f"hidden: expected floating-point numbers, got {given.dtype}")
+        hidden = jnp.asarray(given)
         return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
     def init_caches(
@@ -364,7 +364,7 @@ def _per_token(name: str, value: ArrayLike, tokens: Array) -> Array:
 
 def _segment_ids(value: ArrayLike, tokens: Array) -> Any:
     """Of any integer dtype, as they are only compared."""
-    array = checks.array_or_list("segment_ids", value, "integers [B, T]")
+    array: Any = checks.array_or_list("segment_ids", value, "integers [B, T]")
     if not checks.is_integer(array):
         raise ValueError(f"segment_ids: expected integers, got {array.dtype}")
     _check_per_token("segment_ids", array.shape, tokens)

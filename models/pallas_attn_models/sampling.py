@@ -176,8 +176,7 @@ class SamplingArrays:
         """One row for each of ``samplings``, as NumPy arrays. ``eos_token_ids`` become stop sequences of every row.
 
         Raises:
-          ValueError: a token outside the vocabulary, a vocabulary of which no token is left, or more of something than
-            ``limits`` have room for.
+          ValueError: a token outside the vocabulary, or more of something than ``limits`` have room for.
         """
         batch_size, num_stops = len(samplings), limits.stop_sequences + len(eos_token_ids)
         bias_tokens = np.full((batch_size, limits.logit_bias), vocab_size, np.int32)
@@ -185,7 +184,7 @@ class SamplingArrays:
         stop_tokens = np.full((batch_size, num_stops, limits.stop_length), -1, np.int32)
         stop_lengths = np.zeros((batch_size, num_stops), np.int32)
         for row, sampling in enumerate(samplings):
-            check_limits(sampling, limits=limits, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+            check_limits(sampling, limits=limits, vocab_size=vocab_size)
             biases = _biases(sampling)
             bias_tokens[row, : len(biases)] = list(biases)
             bias[row, : len(biases)] = list(biases.values())
@@ -236,8 +235,8 @@ def stop_sequences(stop: Stop) -> tuple[tuple[int, ...], ...]:
     return tuple(sequences)
 
 
-def check_limits(sampling: Sampling, *, limits: Limits, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
-    """Raises ValueError for what :meth:`SamplingArrays.stack` refuses."""
+def check_limits(sampling: Sampling, *, limits: Limits, vocab_size: int) -> None:
+    """Raises ValueError for a token outside the vocabulary, or more of something than ``limits`` have room for."""
     stops, biases = stop_sequences(sampling.stop), _biases(sampling)
     for name, tokens in (
         ("logit_bias", sampling.logit_bias or ()),
@@ -247,12 +246,6 @@ def check_limits(sampling: Sampling, *, limits: Limits, vocab_size: int, eos_tok
         for token in tokens:
             if token >= vocab_size:
                 raise ValueError(f"{name}: expected tokens in [0, vocab_size={vocab_size}), got {token}")
-    excluded = {int(token) for token in sampling.forbidden_tokens}
-    if sampling.min_new_tokens:
-        excluded |= {*eos_token_ids, *(stop[0] for stop in stops if len(stop) == 1)}
-    if len(excluded) >= vocab_size:
-        what = "and end tokens together, with min_new_tokens, " if sampling.min_new_tokens else ""
-        raise ValueError(f"forbidden_tokens: expected them {what}to leave a token of vocab_size={vocab_size}, got all")
     longest = max(map(len, stops), default=0)
     for name, limit, size, what in (
         ("logit_bias", "logit_bias", len(biases), " biased and forbidden tokens together"),
@@ -265,6 +258,17 @@ def check_limits(sampling: Sampling, *, limits: Limits, vocab_size: int, eos_tok
             raise ValueError(f"{name}: expected at most limits.{limit}={most}{what}, got {size}")
     if sampling.top_logprobs > vocab_size:
         raise ValueError(f"top_logprobs: expected at most vocab_size={vocab_size}, got {sampling.top_logprobs}")
+
+
+def check_leaves_a_token(sampling: Sampling, *, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
+    """Raises ValueError where the settings alone exclude every token, or every first one."""
+    forbidden = {int(token) for token in sampling.forbidden_tokens}
+    if len(forbidden) >= vocab_size:
+        raise ValueError(f"forbidden_tokens: expected fewer than vocab_size={vocab_size}, got all")
+    ends = {*eos_token_ids, *(stop[0] for stop in stop_sequences(sampling.stop) if len(stop) == 1)}
+    if sampling.min_new_tokens and len(forbidden | ends) >= vocab_size:
+        wanted = "0 where every token is forbidden or ends the row"
+        raise ValueError(f"min_new_tokens: expected {wanted}, got {sampling.min_new_tokens}")
 
 
 def count_prompt(counts: Array, tokens: Array, real: Array) -> Array:

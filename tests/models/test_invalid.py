@@ -31,6 +31,15 @@ def poisoned(model: Decoder, value: float = math.nan) -> Decoder:
     return model
 
 
+class Nonsense:
+    """Drafts numbers that are no tokens."""
+
+    length, num_candidates, draft_model = 3, 1, None
+
+    def draft(self, state, may, feed):
+        return state, jnp.full((BATCH, 1, 3), 10**6, jnp.int32), may
+
+
 GENERATORS = {
     "plain": {},
     "several at a time": {"prefill_rows": 3},
@@ -52,6 +61,7 @@ GENERATORS = {
     "the same model drafts": {"speculation": DraftModel(poisoned(make_model()))},
     "drafts that read NaN": {"speculation": DraftModel(make_model(4))},
     "drafts from NaN": {"speculation": DraftModel(poisoned(make_model(4)), 3)},
+    "drafts that are no tokens": {"speculation": Nonsense()},
     "no draft but NaN": {
         "speculation": DraftModel(jax.tree.map(lambda x: x * jnp.float32(math.nan), make_model(4))),
     },

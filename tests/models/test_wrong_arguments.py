@@ -8,6 +8,7 @@ import inspect
 import pathlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Tensor:
 class NeverEqual:
     """Has neither a truth value nor a hash."""
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __eq__(self, other):
         raise RuntimeError("not to be compared")
@@ -180,7 +181,7 @@ FUNCTIONS: dict[str, tuple[Callable, dict, dict[str, set[str]]]] = {
     "Limits": (
         Limits,
         {},
-        dict.fromkeys(("logit_bias", "stop_sequences", "top_logprobs"), {*INTS, "0"}) | {"stop_length": INTS},
+        {name: {*INTS, "0"} for name in ("logit_bias", "stop_sequences", "top_logprobs")} | {"stop_length": INTS},
     ),
     "PromptLookup": (
         PromptLookup,
@@ -345,7 +346,8 @@ def test_a_hook_returns_what_it_was_given(hook, error, got):
 
 
 def test_a_hook_may_return_a_numpy_array():
-    zeros = MODEL(TOKENS, layer_hook=lambda layer, hidden: np.zeros(hidden.shape, np.float32)).hidden
+    hook: Any = lambda layer, hidden: np.zeros(hidden.shape, np.float32)  # noqa: E731
+    zeros = MODEL(TOKENS, layer_hook=hook).hidden
     np.testing.assert_array_equal(zeros, MODEL(TOKENS, layer_hook=lambda layer, hidden: hidden * 0.0).hidden)
 
 
@@ -409,12 +411,10 @@ def test_wide_segment_ids_are_compared_as_they_are():
 def test_every_token_forbidden():
     """Known before anything is compiled, where no token could ever be drawn, or no first one."""
     everything = range(CONFIG.vocab_size)
-    with pytest.raises(ValueError, match="forbidden_tokens: expected them to leave a token of vocab_size=50, got all"):
+    with pytest.raises(ValueError, match="forbidden_tokens: expected fewer than vocab_size=50, got all"):
         GENERATOR.submit([1], Sampling(forbidden_tokens=everything))
     but_the_end = [token for token in everything if token not in (*CONFIG.eos_token_ids, 9)]
-    with pytest.raises(
-        ValueError, match="forbidden_tokens: expected them and end tokens together, with min_new_tokens"
-    ):
+    with pytest.raises(ValueError, match="min_new_tokens: expected 0 where every token is forbidden or ends"):
         GENERATOR.submit([1], Sampling(forbidden_tokens=but_the_end, min_new_tokens=1), stop=9)
     handle = GENERATOR.submit([1], Sampling(forbidden_tokens=but_the_end))
     handle.cancel()
