@@ -90,14 +90,14 @@ class BlockMask:
         if not isinstance(block_sizes, tuning.BlockSizes | None):
             raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {checks.describe(block_sizes)}")
         consecutive = _is_length(q_positions) and _is_length(kv_positions)
-        q_positions = _as_positions("q_positions", q_positions, ranks=(2,))
-        kv_positions = _as_positions("kv_positions", kv_positions, ranks=(2, 3))
-        mask = masks.with_keys(mask, kv_positions.shape[-1])
-        batch, heads = _check_operands(mask, q_positions, kv_positions)
-        q_len, kv_len = q_positions.shape[-1], kv_positions.shape[-1]
+        q = _as_positions("q_positions", q_positions, ranks=(2,))
+        kv = _as_positions("kv_positions", kv_positions, ranks=(2, 3))
+        q_len, kv_len = q.shape[-1], kv.shape[-1]
+        mask = masks.with_keys(mask, kv_len)
+        batch, heads = _check_operands(mask, q, kv)
         sizes = block_sizes or tuning.default_block_sizes(q_len, kv_len, fine=mask.is_fine())
         _check_pairs(batch, heads, -(-q_len // sizes.q), -(-kv_len // sizes.kv))
-        q_positions, kv_positions = _filled(q_positions), _filled(kv_positions)
+        q_positions, kv_positions = _filled(q), _filled(kv)
         if kv_positions.ndim == 2:
             kv_positions = kv_positions[:, None]
         span = mask.span() if consecutive else None

@@ -30,14 +30,12 @@ def describe(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an int of {value.bit_length()} bits"
     if value is None or isinstance(value, str | numbers.Number):
-        return f"{_shortened(repr(value))} ({kind})"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{value.dtype} {list(value.shape)} ({kind})"
-    return kind
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        text = repr(value)
+        return f"{text if len(text) <= 80 else f'{text[:77]}...'} ({kind})"
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is not None and shape is not None:
+        return f"{dtype} {list(shape)} ({kind})"
+    return f"{kind} {value.__name__}" if callable(value) and hasattr(value, "__name__") else kind
 
 
 def integer(name: str, value: Any, *, least: int, most: int = LARGEST_INT32) -> int:
@@ -84,23 +82,24 @@ def float_dtype(name: str, value: Any) -> np.dtype:
     return dtype
 
 
-def array(name: str, value: Any, wanted: str = "an array") -> np.ndarray | Array:
+def array(name: str, value: Any, wanted: str = "an array") -> Array:
     """An array of NumPy or JAX, or what has one (a variable of Flax)."""
     if not isinstance(value, Array | type) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
     # The mask of a masked array would be lost.
     if not isinstance(value, np.ndarray | np.generic | Array) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected {wanted} (NumPy or JAX), got {describe(value)}")
-    return np.asarray(value) if isinstance(value, np.generic) else value
+    x: Any = np.asarray(value) if isinstance(value, np.generic) else value
+    return x
 
 
-def array_or_list(name: str, value: Any, wanted: str) -> np.ndarray | Array:
+def array_or_list(name: str, value: Any, wanted: str) -> Array:
     """The same, or (nested) lists of numbers as an array."""
     if not isinstance(value, bool | int | float | Sequence) or isinstance(value, str | bytes | np.generic):
         return array(name, value, wanted)
     is_traced = any(isinstance(x, Array) for x in jax.tree.leaves(value))
     try:
-        x = jnp.asarray(value) if is_traced else np.asarray(value)
+        x: Any = jnp.asarray(value) if is_traced else np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name}: expected {wanted}, got a {type(value).__name__} that makes no array") from error
     if x.dtype.kind == "O" and all(isinstance(number, int) for number in x.flat):
@@ -110,19 +109,19 @@ def array_or_list(name: str, value: Any, wanted: str) -> np.ndarray | Array:
     return x
 
 
-def is_integer(x: np.ndarray | Array) -> bool:
+def is_integer(x: Array) -> bool:
     """Whether its elements are integers; bools and times are none."""
     return jnp.issubdtype(x.dtype, jnp.integer) and not jnp.issubdtype(x.dtype, np.timedelta64)
 
 
-def int32(name: str, x: np.ndarray | Array) -> Array:
+def int32(name: str, x: Array) -> Array:
     """Integers as int32; wider ones that are being traced come back as they are.
 
     Raises:
       ValueError: 32 bits do not hold a value.
     """
     if not fits_int32(x):
-        values = _known(x)
+        values = known(x)
         if values is None:
             return jnp.asarray(x)
         largest = max(values.min(), values.max(), key=lambda value: abs(int(value)))
@@ -130,11 +129,11 @@ def int32(name: str, x: np.ndarray | Array) -> Array:
     return jnp.asarray(x.astype(np.int32))
 
 
-def fits_int32(x: np.ndarray | Array) -> bool:
+def fits_int32(x: Array) -> bool:
     """Whether 32 bits are known to hold every element of an array of integers."""
     if _has_int32_range(x):
         return True
-    values = _known(x)
+    values = known(x)
     if values is None:
         return False
     return values.size == 0 or (int(values.min()) >= SMALLEST_INT32 and int(values.max()) <= LARGEST_INT32)
@@ -155,7 +154,7 @@ def positions(name: str, value: Any, *, ranks: tuple[int, ...]) -> Array:
     return jnp.where((x >= least) & (x <= most), x.astype(jnp.int32), -1)
 
 
-def clipped(x: np.ndarray | Array) -> Array:
+def clipped(x: Array) -> Array:
     """The int32 that is nearest to each integer, for those that are compared with nothing beyond."""
     if _has_int32_range(x):
         return jnp.asarray(x.astype(np.int32))
@@ -164,18 +163,18 @@ def clipped(x: np.ndarray | Array) -> Array:
     return jnp.asarray(module.clip(x, least, most).astype(np.int32))
 
 
-def _has_int32_range(x: np.ndarray | Array) -> bool:
+def _has_int32_range(x: Array) -> bool:
     limits = jnp.iinfo(x.dtype)
     return int(limits.min) >= SMALLEST_INT32 and int(limits.max) <= LARGEST_INT32
 
 
-def _common_range(x: np.ndarray | Array) -> tuple[int, int]:
+def _common_range(x: Array) -> tuple[int, int]:
     """Of its dtype and int32."""
     limits = jnp.iinfo(x.dtype)
     return max(int(limits.min), SMALLEST_INT32), min(int(limits.max), LARGEST_INT32)
 
 
-def floats(name: str, x: np.ndarray | Array) -> Array:
+def floats(name: str, x: Array) -> Array:
     """Floating-point numbers, those of 64 bits as float32.
 
     Raises:
@@ -185,7 +184,7 @@ def floats(name: str, x: np.ndarray | Array) -> Array:
         raise ValueError(f"{name}: expected floating-point numbers, got dtype {x.dtype}")
     if x.dtype.itemsize <= 4:
         return jnp.asarray(x)
-    values = _known(x)
+    values = known(x)
     if values is not None:
         beyond = np.isfinite(values) & (np.abs(values) > _LARGEST_FLOAT32)
         if beyond.any():
@@ -193,7 +192,7 @@ def floats(name: str, x: np.ndarray | Array) -> Array:
     return jnp.asarray(x.astype(np.float32))
 
 
-def _known(x: np.ndarray | Array) -> np.ndarray | None:
+def known(x: Array) -> np.ndarray | None:
     """The values, if they can be had."""
     if isinstance(x, np.ndarray):
         return x

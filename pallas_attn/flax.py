@@ -48,8 +48,8 @@ def attention_fn(
 
     Args:
       mask: who may see whom, combined (``&``) with what each call brings: a mask, or a bool array
-        ``[B|1, N|K|1, T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is refused, for it is
-        bound to the positions of one call; pass its ``mask``.
+        ``[B|1, N|K|1, T, S]`` or ``[T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is
+        refused, for it is bound to the positions of one call; pass its ``mask``.
       scores, sinks, scale, implementation, interpret, block_sizes: as in :func:`pallas_attn.attention`.
 
     Returns:
@@ -144,8 +144,8 @@ def _as_mask(mask: Any) -> masks.Mask | None:
     if mask is None or isinstance(mask, masks.Mask):
         return mask
     mask = checks.array("mask", mask, "a pallas_attn.masks.Mask, None or a bool array")
-    if mask.dtype != jnp.bool_ or mask.ndim != 4:
-        raise ValueError(f"mask: expected bool [B|1, N|K|1, T, S], got {checks.describe(mask)}")
+    if mask.dtype != jnp.bool_ or mask.ndim not in (2, 4):
+        raise ValueError(f"mask: expected bool [B|1, N|K|1, T, S] or [T, S], got {checks.describe(mask)}")
     return masks.dense(mask)
 
 

@@ -404,7 +404,11 @@ def tree(ancestors: Array, start: Array | None = None) -> Mask:
     if ancestors.shape[-1] != ancestors.shape[-2]:
         raise ValueError(f"tree: ancestors: expected [T, T] or [B|1, T, T], got shape {tuple(ancestors.shape)}")
     if start is not None:
-        start = checks.clipped(_integers("tree: start", start, rank=1))[:, None, None, None]
+        start = _integers("tree: start", start, rank=1)
+        values = checks.known(start)
+        if values is not None and values.min() < 0:
+            raise ValueError(f"tree: start: expected keys, from 0 on, got {values.min()}")
+        start = checks.clipped(start)[:, None, None, None]
         if ancestors.ndim == 3 and ancestors.shape[0] not in (1, start.shape[0]):
             raise ValueError(f"tree: start: expected [{ancestors.shape[0]}], as ancestors, got [{start.shape[0]}]")
     return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None], start)
@@ -426,7 +430,7 @@ def custom(function: Callable[..., Array], *arrays: Array) -> Mask:
     return Custom(function, tuple(_bools_or_integers("custom: arrays", x, rank=4) for x in arrays))
 
 
-def _integers(name: str, value: Any, *, rank: int) -> np.ndarray | Array:
+def _integers(name: str, value: Any, *, rank: int) -> Array:
     """Of any width."""
     x = checks.array_or_list(name, value, "integers")
     if not checks.is_integer(x):
@@ -448,7 +452,7 @@ def _bools_or_integers(name: str, value: Any, *, rank: int) -> Array:
     return checks.int32(name, _integers(name, x, rank=rank))
 
 
-def _of_rank(name: str, x: np.ndarray | Array, rank: int) -> np.ndarray | Array:
+def _of_rank(name: str, x: Array, rank: int) -> Array:
     if x.ndim != rank:
         raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(x.shape)}")
     if 0 in x.shape:
@@ -456,7 +460,7 @@ def _of_rank(name: str, x: np.ndarray | Array, rank: int) -> np.ndarray | Array:
     return x
 
 
-def _same_ids(q_ids: np.ndarray | Array, kv_ids: np.ndarray | Array) -> tuple[Array, Array]:
+def _same_ids(q_ids: Array, kv_ids: Array) -> tuple[Array, Array]:
     """The ids as int32. Where 32 bits may not hold them, each becomes its rank among all: equal as they were equal."""
     if checks.fits_int32(q_ids) and checks.fits_int32(kv_ids):
         return jnp.asarray(q_ids.astype(np.int32)), jnp.asarray(kv_ids.astype(np.int32))
@@ -466,7 +470,7 @@ def _same_ids(q_ids: np.ndarray | Array, kv_ids: np.ndarray | Array) -> tuple[Ar
         got = f"{q_ids.dtype} for q_ids and {kv_ids.dtype} for kv_ids"
         raise ValueError(f"segments: expected ids of one dtype, or such as 32 bits hold, got {got}")
     module = np if known else jnp
-    q_ids, kv_ids = (module.asarray(x).astype(dtype) for x in (q_ids, kv_ids))
-    in_order = module.sort(module.concatenate([q_ids.reshape(-1), kv_ids.reshape(-1)]))
-    q_ranks, kv_ranks = (module.searchsorted(in_order, x).astype(np.int32) for x in (q_ids, kv_ids))
-    return jnp.asarray(q_ranks), jnp.asarray(kv_ranks)
+    both: Any = [module.asarray(x).astype(dtype) for x in (q_ids, kv_ids)]
+    in_order = module.sort(module.concatenate([x.reshape(-1) for x in both]))
+    q_ranks, kv_ranks = (jnp.asarray(module.searchsorted(in_order, x).astype(np.int32)) for x in both)
+    return q_ranks, kv_ranks

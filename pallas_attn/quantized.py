@@ -56,7 +56,8 @@ class QuantizedArray:
 
         Raises:
           TypeError: x is not an array, kind not a string, or group not an int.
-          ValueError: another kind, x is not of floating point, empty or of rank 0, or a group that does not divide D / 2.
+          ValueError: another kind, x is empty, of rank 0 or not of floating point, or a group that does not divide
+            D / 2.
           NotImplementedError: a gradient, with the way out.
         """
         x = checks.array("x", x)

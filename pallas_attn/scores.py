@@ -150,8 +150,10 @@ def as_scores(scores: Score | Sequence[Score] | None) -> Scores:
     if scores is None:
         return ()
     listed = (scores,) if isinstance(scores, Score) else scores
-    if not isinstance(listed, Sequence) or not all(isinstance(score, Score) for score in listed):
-        raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {checks.describe(scores)}")
+    strangers = [x for x in listed if not isinstance(x, Score)] if isinstance(listed, Sequence) else [scores]
+    if strangers:
+        got = checks.describe(strangers[0])
+        raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {got}")
     return tuple(listed)
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from pallas_attn.caches import H2O, Dense, KVCache, QHitter, Window
+from pallas_attn import bits
+from pallas_attn.caches import H2O, Dense, Float8, Int4, Int8, KVCache, Paged, Plain, QHitter, Window
+from tests import tolerances
 
 B, CAPACITY, K, N, D = 3, 16, 2, 4, 8
 FIRST, SECOND = 9, 8  # tokens of the two chunks, more than there are slots

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "pallas_attn"
 # A module may import modules of lower layers, and its own neighbours in a package. The first prefix that fits counts.
 LAYERS = {
     "pallas_attn.pytrees": -1,
-    "pallas_attn.refusal": -1,
     "pallas_attn.checks": -1,
+    "pallas_attn.refusal": -1,
     "pallas_attn.bits": 0,
     "pallas_attn.masks": 0,
     "pallas_attn.scores": 0,

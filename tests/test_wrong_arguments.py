@@ -185,16 +185,20 @@ FUNCTIONS = {
     "BlockSizes": (
         pa.BlockSizes,
         {"q": 16, "kv": 16},
-        {name: INTEGERS for name in ("q", "kv", "num_warps", "num_stages", "chunk", "shares")},
+        dict.fromkeys(("q", "kv", "num_warps", "num_stages", "chunk", "shares"), INTEGERS),
     ),
     "save_picture": (
         pa.save_picture,
         {"block_mask": BLOCK_MASK, "path": "mask.png"},
         {"block_mask": {"BlockMask"}, "title": {"str"}},
     ),
-    "QuantizedArray": (quantized, {"values": np.ones((3, 8), np.int8), "scales": np.ones(3, np.float32)}, {
-        "scales": {"floats"},
-    }),
+    "QuantizedArray": (
+        quantized,
+        {"values": np.ones((3, 8), np.int8), "scales": np.ones(3, np.float32)},
+        {
+            "scales": {"floats"},
+        },
+    ),
     "quantize": (
         pa.QuantizedArray.quantize,
         {"x": KEY, "kind": "int4", "group": 4},
@@ -217,7 +221,11 @@ FUNCTIONS = {
     "tree": (masks.tree, {"ancestors": np.ones((2, 2), np.bool_)}, {"start": LISTED_INTEGERS}),
     "masks.custom": (masks.custom, {"function": jnp.equal}, {"function": CALLABLE}),
     "softcap": (scores.softcap, {"cap": 5.0}, {"cap": {*NUMBERS, "2**31", "2**70"}}),
-    "alibi": (scores.alibi, {"slopes": [1.0]}, {"slopes": {"floats", "list of floats", "list of ints", "range", "list of arrays"}}),
+    "alibi": (
+        scores.alibi,
+        {"slopes": [1.0]},
+        {"slopes": {"floats", "list of floats", "list of ints", "range", "list of arrays"}},
+    ),
     "bias": (scores.bias, {"array": np.ones((1, 1, 1, 1), np.float32)}, {}),
     "caches.init": (
         caches.init,
@@ -339,3 +347,35 @@ def test_a_wrong_kind_of_object_is_named(name, argument):
     kinds = set(KINDS) - also.get(argument, set()) - ({"None"} if default is None else set())
     complaints = {kind: complaint(function, {**fitting, argument: KINDS[kind]}, argument) for kind in sorted(kinds)}
     assert not {kind: said for kind, said in complaints.items() if said}
+
+
+TENSORS = {
+    "q_positions": lambda tensor: pa.attention(**CALL, q_positions=tensor(np.arange(T)[None])),
+    "query": lambda tensor: pa.attention(tensor(QUERY), KEY, KEY),
+    "sinks": lambda tensor: pa.attention(**CALL, sinks=tensor(np.zeros(N, np.float32))),
+    "mask": lambda tensor: pa.attention(**CALL, mask=tensor(np.ones((1, 1, T, S), bool))),
+    "segments: q_ids": lambda tensor: masks.segments(tensor(np.zeros((1, T), int))),
+    "bias: array": lambda tensor: scores.bias(tensor(np.zeros((1, 1, T, S), np.float32))),
+    "x": lambda tensor: pa.QuantizedArray.quantize(tensor(KEY), "int8"),
+    "lengths": lambda tensor: CACHE.truncate(tensor(np.ones(B, int))),
+}
+
+
+@pytest.mark.parametrize("argument", TENSORS)
+def test_a_tensor_of_torch_is_named(argument):
+    tensor = pytest.importorskip("torch").tensor
+    with pytest.raises(
+        TypeError, match=rf"^{argument}: expected .* \(NumPy or JAX\), got torch\.\w+ \[.*\] \(Tensor\)"
+    ):
+        TENSORS[argument](tensor)
+
+
+def test_what_has_a_jax_array_is_one():
+    """A variable of Flax."""
+
+    class Variable:
+        def __jax_array__(self):
+            return jnp.ones(N, jnp.float32)
+
+    expected = pa.attention(**CALL, sinks=np.ones(N, np.float32))
+    np.testing.assert_array_equal(pa.attention(**CALL, sinks=Variable()), expected)

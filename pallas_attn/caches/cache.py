@@ -226,13 +226,12 @@ class KVCache:
             got = f"{key_weights.dtype} {list(key_weights.shape)}"
             raise ValueError(f"key_weights: expected float32 {list(expected)}, got {got}")
         # Slots are chosen by them, and have no derivative.
-        key_weights = lax.stop_gradient(jnp.asarray(key_weights))
-        state = self.policy.observe(self._slots_of(rows), key_weights)
+        state = self.policy.observe(self._slots_of(rows), lax.stop_gradient(jnp.asarray(key_weights)))
         return dataclasses.replace(
             self, state={name: row_sets.put(x, rows, state[name]) for name, x in self.state.items()}
         )
 
-    def truncate(self, lengths: Array) -> "KVCache":
+    def truncate(self, lengths: jax.typing.ArrayLike) -> "KVCache":
         """Keeps at most each row's first ``lengths`` (int ``[B]``) tokens and takes the others back.
 
         Raises:
@@ -334,7 +333,7 @@ class KVCache:
         )
         return after._release()
 
-    def fork(self, sources: Array) -> "KVCache":
+    def fork(self, sources: jax.typing.ArrayLike) -> "KVCache":
         """Row b becomes what row ``sources[b]`` is: several continuations of one prompt, or of a prefix of it.
 
         With paged storage nothing is copied: rows share pages, until one writes to such a page. Together with
@@ -432,7 +431,7 @@ class KVCache:
             raise ValueError(f"positions: expected int32, got {positions.dtype}")
         return jnp.asarray(positions)
 
-    def _check_integers(self, name: str, x: Array) -> Array:
+    def _check_integers(self, name: str, x: jax.typing.ArrayLike) -> Array:
         """One for each row. What 32 bits do not hold is beyond every length and row, as the nearest is that they do."""
         x = checks.array_or_list(name, x, "integers")
         if x.shape != (self.batch_size,) or not checks.is_integer(x):

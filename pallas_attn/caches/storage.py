@@ -86,7 +86,8 @@ class Paged(Storage):
         if self.page_size < 1 or self.page_size % PAGE_MULTIPLE:
             raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {self.page_size}")
         if not isinstance(self.inner, Storage) or isinstance(self.inner, Paged):
-            raise TypeError(f"inner: expected a pallas_attn.caches.Storage that is not paged, got {checks.describe(self.inner)}")
+            wanted = "a pallas_attn.caches.Storage that is not paged"
+            raise TypeError(f"inner: expected {wanted}, got {checks.describe(self.inner)}")
 
     def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Stored:
         return self.inner.encode(x, dtype)

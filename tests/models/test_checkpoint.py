@@ -496,7 +496,7 @@ def no_values(model: Decoder) -> None:
         (lambda model: setattr(model, "head", None), r"missing head\.kernel, and also none"),
         (no_values, r"expected parameters that have values, got ShapeDtypeStruct for norm\.scale"),
         (
-            lambda model: model.norm.scale.set_value(jnp.zeros(33)),
+            lambda model: model.norm.scale.set_value(jnp.zeros(33, jnp.float32)),
             r"expected float32 or bfloat16 or float16 \[32\] for norm\.scale, as in its config, got float32 \[33\]",
         ),
         (

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 from tokenizers import Regex, pre_tokenizers
 
 from pallas_attn_models import cli
 from pallas_attn_models.chat_template import ChatTemplate
-from pallas_attn_models.checkpoint import save_hf
+from pallas_attn_models.checkpoint import load_hf, save_hf
 from pallas_attn_models.cli import chat, generate, loading
 from pallas_attn_models.cli.completions import Completion, to_json
 from pallas_attn_models.config import DecoderConfig
@@ -347,6 +348,25 @@ def test_an_answer_that_ended_for_want_of_numbers(checkpoint, monkeypatch, capfd
     assert out.splitlines()[-1] == "ok", "the conversation goes on"
     assert err.splitlines() == ["cut, as the model's logits are no numbers"]
     assert [message["content"] for message in one.messages] == ["b", "ok"], "without the question that had no answer"
+
+
+@pytest.mark.parametrize("form", ["--json", "--stream"])
+def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, form):
+    """Whoever meets the broken token is ended, and his neighbor goes on."""
+    directory = tmp_path / "copy"
+    shutil.copytree(checkpoint, directory)
+    model = load_hf(directory, "float32")
+    broken = byte_tokenizer().token_to_id("b")
+    model.embedding.table.set_value(model.embedding.table[...].at[broken].set(jnp.nan))
+    save_hf(model, directory)
+    argv = ["--prompt", "bx", "--prompt", "hi", "--max-new-tokens", 3, "--capacity", 64, form]
+    code, out, err = run("generate", "--model", directory, *argv, silent=False)
+    assert code == 1
+    assert err.count("1 of 2 completions ended where the model's logits were no numbers") == 1
+    if form == "--json":
+        first, second = json.loads(out, parse_constant=pytest.fail)["completions"]
+        assert (first["finish_reason"], first["tokens"]) == ("invalid", [])
+        assert second["finish_reason"] == "length"
 
 
 def test_json_has_no_number_that_is_none(tmp_path):

@@ -36,6 +36,7 @@ def shipped_checkpoint() -> Path:
 
 def read_defaults(directory: Path) -> GenerationDefaults:
     """What the checkpoint asks for itself, said on the status line if it asks for anything."""
+    _check_directory(directory)
     defaults = GenerationDefaults.read(directory)
     if defaults.settings:
         status(str(defaults))
@@ -57,9 +58,15 @@ def load_model(args: argparse.Namespace, directory: Path) -> Decoder:
 
 def read_config(directory: Path) -> DecoderConfig:
     """The shape of the model of a directory; raises as :func:`load_model` does."""
+    _check_directory(directory)
     fields = read_json(directory / CONFIG)
     with _naming(directory / CONFIG):
         return DecoderConfig.from_hf(fields)
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"--model: expected the directory of a checkpoint, got {directory}")
 
 
 @contextlib.contextmanager
@@ -78,7 +85,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def end_tokens(model: Decoder, tokens: Iterable[int]) -> tuple[int, ...]:
     """Those that the model can draw; others, which end nothing, are said."""
-    tokens = sorted(set(tokens))
+    tokens = [*dict.fromkeys(tokens)]
     if unknown := [token for token in tokens if token >= model.config.vocab_size]:
         size = model.config.vocab_size
         status(f"end tokens {' '.join(map(str, unknown))} are not used: the model has {size} tokens")

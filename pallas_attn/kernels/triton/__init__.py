@@ -61,8 +61,10 @@ def unavailable() -> str | None:
 def unsupported(spec: CallSpec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     for name, size in {"q": spec.block_sizes.q, "kv": spec.block_sizes.kv}.items():
-        if not 16 <= size <= _MAX_BLOCK or size & (size - 1):
-            return f"needs block sizes that are powers of two, from 16 to {_MAX_BLOCK}, got {name}={size}"
+        if size < 16 or size & (size - 1):
+            return f"needs block sizes that are powers of two and at least 16, got {name}={size}"
+        if size > _MAX_BLOCK:
+            return f"needs block sizes of at most {_MAX_BLOCK}, got {name}={size}"
     if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
         return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
     for kind, head_dim in ((spec.key_kind, spec.head_dim), (spec.value_kind, spec.value_dim)):
