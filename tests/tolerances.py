@@ -61,6 +61,10 @@ CACHE_SCORE = 1e-5
 # numbers that are some hundred times as large.
 CACHE_NEAR_TIE = 1e-4
 
+# Relative to the largest gradient, against float32 without a cache. A key's gradient is the sum of what each chunk
+# gives it, rounded to the cache's dtype every time: four roundings, of outputs and their products as well.
+CACHE_GRADIENT = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
+
 # --- gradients ---
 
 # Relative to the largest derivative: float32 against float64 differences.

@@ -31,7 +31,6 @@ from pallas_attn_models.checkpoint_files import (
     writable_directory,
     write_json,
 )
-from pallas_attn_models.checkpoint_files import read_json as read_json
 from pallas_attn_models.checkpoint_tensors import EMBEDDING, HEAD, Layout, parameter
 from pallas_attn_models.config import DecoderConfig, listed, require_positive_int
 from pallas_attn_models.decoder import Decoder, check_dtype, check_implementation

@@ -28,6 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pallas_attn_models.config import listed, shown
+from pallas_attn_models.text_files import read_json
 
 try:
     import fcntl
@@ -40,7 +41,6 @@ SAVE = "pallas_attn_save"  # in the metadata of the index and of every safetenso
 _FOLDER = ".save-"
 _ID = "[a-z0-9_]{8}"  # as tempfile makes them
 _SHARD = re.compile(rf"model(-(?P<save>{_ID}))?-[0-9]{{5}}-of-[0-9]{{5}}\.safetensors")
-_MAX_JSON_BYTES = 10**8  # as many as safetensors allows in a header
 _ATTEMPTS = 1000
 
 
@@ -171,28 +171,6 @@ def as_path(name: str, value: str | os.PathLike[str]) -> Path:
     if not path or "\0" in path:
         raise ValueError(f"{name}: expected a path, got {path!r}")
     return Path(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of a checkpoint holds.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds something else, or is too large or too deeply nested; named.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise ValueError(f"{path}: expected at most {_MAX_JSON_BYTES} bytes of JSON, got {size}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: expected JSON, got objects or arrays that are nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ class RopeConfig:
             raise ValueError(f"rope type: expected one of {sorted(_ROPE_FIELDS)}, got {shown(self.type)}")
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
             _require_positive_float(f"rope {name}", getattr(self, name))
-        _require_size("rope original_max_position_embeddings", self.original_max_position_embeddings)
+        require_size("rope original_max_position_embeddings", self.original_max_position_embeddings)
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
             if field.name not in _ROPE_FIELDS[self.type] and value != field.default:
@@ -213,9 +213,9 @@ class DecoderConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            _require_size(name, getattr(self, name))
-        _require_size("num_layers", self.num_layers, _MAX_LAYERS)
-        _require_size("num_heads * head_dim", self.num_heads * self.head_dim)
+            require_size(name, getattr(self, name))
+        require_size("num_layers", self.num_layers, _MAX_LAYERS)
+        require_size("num_heads * head_dim", self.num_heads * self.head_dim)
         _require_positive_float("rms_norm_eps", self.rms_norm_eps)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
@@ -236,7 +236,7 @@ class DecoderConfig:
             raise ValueError(f"sliding_windows: expected {wanted}, got {shown(self.sliding_windows)}")
         for window in self.sliding_windows:
             if window is not None:
-                _require_size("sliding_windows", window)
+                require_size("sliding_windows", window)
 
     def sliding_window(self, layer: int) -> int | None:
         """How many tokens a query of this layer sees; None: all."""
@@ -276,8 +276,8 @@ class DecoderConfig:
 
         hidden_size = required("hidden_size")
         num_heads = required("num_attention_heads")
-        _require_size("hidden_size", hidden_size)
-        _require_size("num_attention_heads", num_heads)
+        require_size("hidden_size", hidden_size)
+        require_size("num_attention_heads", num_heads)
         if fields.get("head_dim") is None and hidden_size % num_heads:
             raise ValueError(f"head_dim: expected a value, as {hidden_size=} is no multiple of {num_heads=}, got none")
         max_position_embeddings = optional("max_position_embeddings", 131072 if is_mistral else 2048)
@@ -286,8 +286,8 @@ class DecoderConfig:
         if window is not None and not is_mistral:
             raise ValueError(f"sliding_window: expected None for a Llama, got {shown(window)}")
         if window is not None:
-            _require_size("sliding_window", window)
-            _require_size("num_hidden_layers", num_layers, _MAX_LAYERS)
+            require_size("sliding_window", window)
+            require_size("num_hidden_layers", num_layers, _MAX_LAYERS)
         config = DecoderConfig(
             vocab_size=required("vocab_size"),
             hidden_size=hidden_size,
@@ -414,7 +414,8 @@ def require_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected an int of at least 1, got {shown(value)}")
 
 
-def _require_size(name: str, value: Any, most: int = _MAX_INT32) -> None:
+def require_size(name: str, value: Any, most: int = _MAX_INT32) -> None:
+    """Raises a ValueError, too, where 32 bits do not hold it."""
     require_positive_int(name, value)
     if value > most:
         raise ValueError(f"{name}: expected an int of at most {most}, got {shown(value)}")

@@ -218,9 +218,10 @@ def loss_and_accuracy(model: Decoder, batch: Batch) -> tuple[Array, Array]:
     """
     hidden = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids, apply_head=False).hidden
     logits = model.logits(hidden)[:, :-1]
-    targets, weights = batch.tokens[:, 1:], batch.is_answer[:, 1:] / batch.is_answer[:, 1:].sum()
+    targets, is_answer = batch.tokens[:, 1:], batch.is_answer[:, 1:].astype(jnp.float32)
+    weights = is_answer / is_answer.sum()
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(losses * weights), jnp.sum((logits.argmax(-1) == targets) * weights)
+    return jnp.sum(losses * weights), jnp.sum((jax.lax.argmax(logits, 2, jnp.int32) == targets) * weights)
 
 
 @nnx.jit

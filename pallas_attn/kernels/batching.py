@@ -27,6 +27,7 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
 
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
+        _check_size(size)
         arguments = (query, key, value, block_mask, scores, sinks)
         everything = (True,) * (3 if return_key_weights else 2)
         in_a_row = _shares_keys(batched, query, key, block_mask, scores)
@@ -61,12 +62,14 @@ def batched_backward(backward: Callable) -> Callable:
 
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, lse, delta, d_out):
+        _check_size(size)
         arguments = (query, key, value, block_mask, scores, lse, delta, d_out)
         everything = (True, True, True, jax.tree.map(lambda _: True, scores))
         if not _can_fold(scores):
             return _one_by_one(call, batched, arguments), everything
         batch = query.shape[0 + batched[0]]
-        tensors = [_join(x, b, size, batch) for x, b in zip(arguments, batched, strict=True) if isinstance(x, Array)]
+        operands = (query, key, value, lse, delta, d_out), (*batched[:3], *batched[5:])
+        tensors = [_join(x, b, size, batch) for x, b in zip(*operands, strict=True)]
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
@@ -76,6 +79,11 @@ def batched_backward(backward: Callable) -> Callable:
         return (*(_split(x, size) for x in d_tensors), d_scores), everything
 
     return call
+
+
+def _check_size(size: int) -> None:
+    if size == 0:
+        raise ValueError("jax.vmap: expected an axis of at least 1, got one of size 0")
 
 
 def _can_fold(scores: Scores) -> bool:

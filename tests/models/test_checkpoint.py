@@ -331,7 +331,6 @@ def test_a_missing_file_is_named(copy, file):
         ("[" * 200_000, "expected JSON, got objects or arrays that are nested too deeply"),
         ('{"a": ' * 200_000, "expected JSON, got objects or arrays that are nested too deeply"),
         ('{"a": ' + "9" * 5000 + "}", "expected JSON, got: Exceeds the limit"),
-        ("\ufeff{}", "expected JSON, got: Unexpected UTF-8 BOM"),
     ],
 )
 def test_broken_json_is_named(copy, file, text, message):

@@ -326,7 +326,7 @@ def zeros(*shape: int) -> jax.Array:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": [[1.0]]}, r"tokens: expected int32 \[B, T\], .* got float32 \[1, 1\]"),
+        ({"tokens": [[1.0]]}, r"tokens: expected int32 \[B, T\], .* got float64 \[1, 1\]"),
         ({"tokens": zeros(4)}, r"tokens: .* got int32 \[4\]"),
         ({"tokens": zeros(2, 0)}, r"tokens: .* got int32 \[2, 0\]"),
         ({"positions": zeros(2, 3)}, r"positions: .* \[2\|1, 4\], got \[2, 3\]"),
