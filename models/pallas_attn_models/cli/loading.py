@@ -85,7 +85,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def end_tokens(model: Decoder, tokens: Iterable[int]) -> tuple[int, ...]:
     """Those that the model can draw; others, which end nothing, are said."""
-    tokens = sorted(set(tokens))
+    tokens = [*dict.fromkeys(tokens)]
     if unknown := [token for token in tokens if token >= model.config.vocab_size]:
         size = model.config.vocab_size
         status(f"end tokens {' '.join(map(str, unknown))} are not used: the model has {size} tokens")
