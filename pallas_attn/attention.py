@@ -246,9 +246,11 @@ def attention(
         options["interpret"] = True
     if page_table is not None or isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
         attend = without_derivative(_paged(module.forward, **options), _NO_GRADIENT)
-        results = attend(page_table, query, key, value, block_mask, scores, sinks)
+        out, lse, *rest = attend(page_table, query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     elif name == "reference":
-        results = reference.forward(query, key, value, block_mask, scores, sinks, **options)
+        out, lse, *rest = reference.forward(query, key, value, block_mask, scores, sinks, **options)
+        results = out, lse.value, *rest
     else:
         results = differentiable(module, name, **options)(query, key, value, block_mask, scores, sinks)
     out, lse, *rest = results

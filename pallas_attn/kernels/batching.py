@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.scores import Scores
 
 
@@ -28,7 +29,7 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
         arguments = (query, key, value, block_mask, scores, sinks)
-        everything = (True,) * (3 if return_key_weights else 2)
+        everything = (True, Lse(True, True), *[True] * return_key_weights)
         in_a_row = _shares_keys(batched, query, key, block_mask, scores)
         sums_up = in_a_row and return_key_weights  # over all queries in the row, which are those of every element
         if any(jax.tree.leaves(batched[5])) or not _can_fold(scores) or sums_up:
@@ -40,7 +41,7 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         scores = _join_shared(scores, batched[4], size, batch)
         results = call(*tensors, block_mask, scores, sinks)
-        return tuple(_split(x, size) for x in results), everything
+        return jax.tree.map(lambda x: _split(x, size), results), everything
 
     return call
 
@@ -59,7 +60,9 @@ def batched_backward(backward: Callable) -> Callable:
         if not _can_fold(scores):
             return _one_by_one(call, batched, arguments), everything
         batch = query.shape[0 + batched[0]]
-        tensors = [_join(x, b, size, batch) for x, b in zip(arguments, batched, strict=True) if isinstance(x, Array)]
+        tensors = query, key, value, lse, delta, d_out
+        are_batched = *batched[:3], *batched[5:]
+        tensors = jax.tree.map(lambda x, b: _join(x, b, size, batch), tensors, are_batched)
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
@@ -148,7 +151,7 @@ def _in_a_row(function: Callable, size: int, batched, query, key, value, block_m
     )
     scores = jax.tree.map(operand, scores, batched[4])
     out, lse = function(join_tokens(query, True, 1, 0), key, value, block_mask, scores, sinks)
-    return split(out, 1), split(lse, 2)
+    return split(out, 1), jax.tree.map(lambda x: split(x, 2), lse)
 
 
 def _one_by_one(function: Callable, batched: tuple, arguments: tuple):

@@ -11,10 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.batching import batched_backward, batched_forward
+from pallas_attn.kernels.lse import Lse
 
 
 def differentiable(implementation: ModuleType, name: str, *, return_key_weights: bool = False, **options):
     """``implementation.forward`` with ``implementation.backward`` as its derivative, of first order and in reverse.
+
+    Its second result is the lse rounded to one number.
 
     Args:
       implementation: a module with ``forward`` and ``backward``.
@@ -29,12 +32,13 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
 
     @jax.custom_vjp
     def attend(query, key, value, block_mask, scores, sinks):
-        return forward(query, key, value, block_mask, scores, sinks)
+        out, lse, *weights = forward(query, key, value, block_mask, scores, sinks)
+        return out, lse.value, *weights
 
     def attend_forward(query, key, value, block_mask, scores, sinks):
         results = forward_once(query, key, value, block_mask, scores, sinks)
-        results = tuple(checkpoint_name(x, "pallas_attn") for x in results)
-        return results, (query, key, value, block_mask, scores, sinks, *results[:2])
+        out, lse, *weights = jax.tree.map(lambda x: checkpoint_name(x, "pallas_attn"), results)
+        return (out, lse.value, *weights), (query, key, value, block_mask, scores, sinks, out, lse)
 
     def attend_backward(residuals, cotangents):
         query, key, value, block_mask, scores, sinks, out, lse = residuals
@@ -59,10 +63,11 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
     return attend_or_refuse
 
 
-def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Array, delta: Array) -> Array:
+def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Lse, delta: Array) -> Array:
     """A sink is a key without a value, so its ``dp`` is 0: ``d_sink = sum(p_sink * (0 - delta))``."""
-    real = (block_mask.q_positions >= 0)[:, None] & (lse != -jnp.inf)  # not >: what is not a number shows
-    probability = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse, jnp.inf))
+    real = (block_mask.q_positions >= 0)[:, None] & (lse.peak != -jnp.inf)  # not >: what is not a number shows
+    below_peak = sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse.peak, jnp.inf)
+    probability = jnp.exp(below_peak - lse.log_total)
     return -jnp.sum(probability * jnp.where(real, delta, 0.0), axis=(0, 2)).astype(sinks.dtype)
 
 

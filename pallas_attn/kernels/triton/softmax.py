@@ -1,6 +1,7 @@
 """The online softmax of a tile of queries.
 
-It is in base 2: ``log2(e)`` is folded into the scale, and ``exp2`` is one instruction.
+Every exponent is a difference to the largest logit, taken first: it is at most 0, and exact among the logits that
+matter, however large they are. What is folded into base 2 multiplies the difference.
 """
 
 from collections.abc import Callable
@@ -10,15 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_attn import scores as score_algebra
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton.key_blocks import KeyBlock, KeyBlocks
 from pallas_attn.kernels.triton.specs import Cut
-from pallas_attn.kernels.triton.tiles import LOG2_E, Columns
+from pallas_attn.kernels.triton.tiles import Columns
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Softmax(NamedTuple):
-    """What some keys give to queries: largest logit in base 2, sum of weights, weighted sum of values; float32."""
+    """What some keys give to queries: largest logit, sum of weights, weighted sum of values; float32."""
 
     peak: Array  # [rows]
     total: Array  # [rows]
@@ -31,20 +33,19 @@ class Softmax(NamedTuple):
         return Softmax(jnp.full((rows,), _LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), acc)
 
     def with_sink(self, cut: Cut, sink: Array) -> "Softmax":
-        """The same with a logit more, in natural units, that takes weight and gives no value."""
-        sink = sink.astype(jnp.float32) * LOG2_E
+        """The same with a logit more that takes weight and gives no value; in natural units."""
+        sink = sink.astype(jnp.float32)
         peak = jnp.maximum(self.peak, sink)
-        decay = cut.exp2(self.peak - peak)
+        decay = cut.exp(cut.minus(self.peak, peak))
         acc = tuple(x * decay[:, None] for x in self.acc)
-        return Softmax(peak, self.total * decay + cut.exp2(sink - peak), acc)
+        return Softmax(peak, self.total * decay + cut.exp(cut.minus(sink, peak)), acc)
 
-    def finish(self, real: Array | None) -> tuple[tuple[Array, ...], Array]:
-        """Normalised sums, and lse in base 2. A query that is not ``real``, or that saw nothing, gets 0 and -inf."""
-        seen = self.total != 0  # not > 0: what is not a number shows
-        seen = seen if real is None else seen & real
+    def finish(self, real: Array) -> tuple[tuple[Array, ...], Lse]:
+        """Normalised sums, and lse. A query that is not ``real``, or that saw nothing, gets 0 and -inf."""
+        seen = (self.total != 0) & real  # not > 0: what is not a number shows
         total = jnp.where(seen, self.total, 1.0)
         out = tuple(jnp.where(seen[:, None], x / total[:, None], 0.0) for x in self.acc)
-        return out, jnp.where(seen, self.peak + jnp.log2(total), -jnp.inf)
+        return out, Lse(jnp.where(seen, self.peak, -jnp.inf), jnp.log(total))
 
 
 class Attend:
@@ -53,18 +54,27 @@ class Attend:
     Args:
       q: the tile of queries, its columns cut like those of keys.
       head: the query head of the tile, or of each of its rows, ``[rows, 1]``.
-      keep: ``keep(block, logits)`` is given the logits of every block in base 2, -inf where a key is not seen.
+      keep: ``keep(block, logits)`` is given the logits of every block, -inf where a key is not seen.
+
+    Within the loop, peaks are in units of ``|scale|`` where there are no scores, so that products of queries and keys
+    are compared as they are.
     """
 
     def __init__(self, cut: Cut, blocks: KeyBlocks, q: tuple[Array, ...], head: Array, keep: Callable | None = None):
         self._cut, self._blocks, self._head, self._keep = cut, blocks, head, keep
-        self._to_base_2 = LOG2_E
+        self._unit = 1.0
         if not blocks.stored.refs.scores:
-            # Only |scale| is folded into exp2, so that the largest logit times it is the largest scaled logit.
-            self._to_base_2 *= abs(cut.scale) or 1.0
+            # Not its sign, so that the largest product is that of the largest logit.
+            self._unit = abs(cut.scale) or 1.0
             if cut.scale <= 0:
                 q = tuple(x * jnp.sign(jnp.asarray(cut.scale, x.dtype)) for x in q)
         self._q = q
+
+    def walk(self, row: tuple, columns: tuple[Columns, ...], slots: tuple[Array, Array] | None = None) -> Softmax:
+        """What the blocks in a row of the lists give, in natural units; see :func:`tiles.walk`."""
+        empty = Softmax.empty(self._blocks.q_positions.size, columns)
+        peak, total, acc = self._blocks.walk(row, self, empty, slots)
+        return Softmax(jnp.where(total != 0, peak * self._unit, empty.peak), total, acc)
 
     def __call__(self, state: tuple, block: KeyBlock) -> Softmax:
         peak, total, acc = state
@@ -73,15 +83,16 @@ class Attend:
         if blocks.stored.refs.scores:
             positions = blocks.q_positions[:, None], block.positions[None, :]
             logits = score_algebra.apply(
-                blocks.scores(block.keys, block.exist), logits * cut.scale, *positions, self._head
+                blocks.scores(block.keys, block.exist), cut.scaled(logits), *positions, self._head
             )
         if block.allowed is not None:
             logits = jnp.where(block.allowed, logits, -jnp.inf)
+        logits = cut.rounded(logits)
         if self._keep is not None:
-            self._keep(block, logits * self._to_base_2)
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1) * self._to_base_2)
-        decay = cut.exp2(peak - new_peak)
-        weights = cut.exp2(logits * self._to_base_2 - new_peak[:, None])
+            self._keep(block, logits * self._unit)
+        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+        decay = cut.exp(cut.minus(peak, new_peak), self._unit)
+        weights = cut.exp(cut.minus(logits, new_peak[:, None]), self._unit)
         total = total * decay + jnp.sum(weights, axis=1)
         sums = block.v.sums(cut, weights)
         acc = tuple(x * decay[:, None] + y for x, y in zip(acc, sums, strict=True))

@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.tables import with_tables
 from pallas_attn.quantized import QuantizedArray
@@ -18,6 +20,8 @@ from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
 Stored = Array | QuantizedArray
+
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +70,31 @@ class Cut:
         """The float32 product of two tiles, over axis ``contract[0]`` of a and ``contract[1]`` of b."""
         return tiles.dot(a.astype(self.dtype), b, contract)
 
-    def exp2(self, x: Array) -> Array:
-        """2 to the power of x."""
+    def rounded(self, x: Array) -> Array:
+        """x, which is rounded whatever follows; compiled, :meth:`minus` sees to that."""
+        return rounded(x) if self.interpret else x
+
+    def scaled(self, products: Array) -> Array:
+        """Logits without scores, from products ``q k'``."""
+        return self.rounded(products) * self.scale
+
+    def minus(self, x: Array, y: Array) -> Array:
+        """``x - y``, of which x is rounded; so it is at most 0 where y is the largest of several x."""
+        return x - y if self.interpret else tiles.minus(x, y)
+
+    def exp(self, x: Array, unit: float = 1.0) -> Array:
+        """``exp(unit * x)``."""
+        if unit * tiles.LOG2_E > _LARGEST:
+            x, unit = x * unit, 1.0
+        return self._exp2(x * (unit * tiles.LOG2_E))
+
+    def probabilities(self, logits: Array, lse: Lse) -> Array:
+        """Of logits in natural units, which broadcast against ``lse``, whose ``log_total`` is in base 2."""
+        # A product of other tiles than those of the forward pass may round to more than the largest logit did.
+        below_peak = jnp.minimum(self.minus(self.rounded(logits), lse.peak), 0.0)
+        return self._exp2(below_peak * tiles.LOG2_E - lse.log_total)
+
+    def _exp2(self, x: Array) -> Array:
         return jnp.exp2(x) if self.interpret else tiles.exp2(x)
 
     def anew(self, x: Array) -> Array:
@@ -250,20 +277,41 @@ class Inputs(NamedTuple):
 class Residuals(NamedTuple):
     """What the backward kernels read besides: what the forward pass left, and the gradient of its output."""
 
-    lse: Any  # [B, N, T], in base 2; inf for a query that saw nothing, so that its probabilities are 0
+    lse: Lse  # of rows; see in_kernels
     delta: Any  # [B, N, T]
     d_out: Any  # [B, T, N, Dv]
 
     @classmethod
-    def of(cls, lse: Array, delta: Array, d_out: Array) -> "Residuals":
-        """From the ``lse`` of the forward pass, which is -inf for a query that saw nothing; inf is an overflow."""
-        overflow_shows = jnp.where(lse == jnp.inf, jnp.nan, lse * tiles.LOG2_E)
-        return cls(jnp.where(lse == -jnp.inf, jnp.inf, overflow_shows), delta, d_out)
+    def of(cls, lse: Lse, delta: Array, d_out: Array) -> "Residuals":
+        """From the ``lse`` of the forward pass."""
+        return cls(in_kernels(lse), delta, d_out)
 
     def specs(self, cut: Cut, part: Part) -> "Residuals":
         """The same structure, of BlockSpecs."""
-        rows = part.per_head(self.lse, cut.q_rows)
-        return Residuals(rows, rows, part.queries(cut.value_dim))
+        rows = part.per_head(self.delta, cut.q_rows)
+        return Residuals(Lse(rows, rows), rows, part.queries(cut.value_dim))
+
+
+def in_kernels(lse: Lse) -> Lse:
+    """The ``lse`` of a forward pass as other kernels read it, ready for :meth:`Cut.probabilities`.
+
+    Its ``log_total`` is in base 2. The peak of a query that saw nothing is inf, so that its probabilities are 0; where
+    the largest logit overflowed to inf it is NaN, which shows.
+    """
+    overflow_shows = jnp.where(lse.peak == jnp.inf, jnp.nan, lse.peak)
+    return Lse(jnp.where(lse.peak == -jnp.inf, jnp.inf, overflow_shows), lse.log_total * tiles.LOG2_E)
+
+
+def load_lse(refs: Lse, at: tuple, exists: Array | None, across: tuple) -> tuple[Lse, Array]:
+    """``(lse, saw_keys)`` of rows: from what :func:`in_kernels` gives, and whether a row saw any key, bool ``[rows]``.
+
+    Args:
+      at: the index of the rows.
+      exists: bool ``[rows]``; None: all of them.
+      across: the index that makes them broadcast to a tile.
+    """
+    peak, log_total = tiles.load(refs.peak.at[at], exists, jnp.inf), tiles.load(refs.log_total.at[at], exists)
+    return Lse(peak[across], log_total[across]), peak != jnp.inf
 
 
 def call(kernel: Callable, name: str, sizes: BlockSizes, cut: Cut, **options):

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.xla.softmax import Softmax
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.xla.softmax import Softmax, probabilities
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Program
 from pallas_attn.scores import Scores
@@ -162,15 +163,15 @@ def decode(
         sink = sinks.astype(jnp.float32).reshape(cut.list_heads, cut.heads, cut.group, 1)
         sink = jnp.tile(sink, (cut.batch, 1, 1, 1))
     out, lse = state.finish(jnp.tile(is_token, (rows // is_token.shape[0], 1, 1, 1)), sink)
-    results = cut.join_queries(out.astype(query.dtype)), cut.join_queries(lse).swapaxes(1, 2)
+    results = cut.join_queries(out.astype(query.dtype)), cut.join_lse(lse)
     if kept is None:
         return results
 
     def weigh(logits: Array, visit: _Visit) -> Array:
         """The part ``[heads, kv_block]`` that a block's keys have, all queries together."""
-        row_lse = lse[visit.row][..., None]
-        seen = visit.live & (row_lse != -jnp.inf) & (logits != -jnp.inf)  # not >: what is not a number shows
-        return jnp.where(seen, jnp.exp(logits - row_lse), 0.0).sum((1, 2))
+        row = Lse(*(x[visit.row][..., None] for x in lse))
+        seen = visit.live & (row.peak != -jnp.inf) & (logits != -jnp.inf)  # not >: what is not a number shows
+        return jnp.where(seen, probabilities(logits, row), 0.0).sum((1, 2))
 
     def add(n: Array, sums: Array) -> Array:
         visit = pieces.visit(n, spare)
