@@ -66,8 +66,8 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
 def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Lse, delta: Array) -> Array:
     """A sink is a key without a value, so its ``dp`` is 0: ``d_sink = sum(p_sink * (0 - delta))``."""
     real = (block_mask.q_positions >= 0)[:, None] & (lse.peak != -jnp.inf)  # not >: what is not a number shows
-    below_peak = sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse.peak, jnp.inf)
-    probability = jnp.exp(below_peak - lse.log_total)
+    below_largest = sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse.largest, jnp.inf)
+    probability = jnp.exp(below_largest - lse.log_total)
     return -jnp.sum(probability * jnp.where(real, delta, 0.0), axis=(0, 2)).astype(sinks.dtype)
 
 

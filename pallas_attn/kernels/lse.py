@@ -1,21 +1,39 @@
 """The logarithm of a row's sum of exponentials, as kernels hand it on."""
 
-from typing import NamedTuple
+import dataclasses
 
 from jax import Array
 
+from pallas_attn import pytrees
+from pallas_attn.kernels.rounding import rounded
 
-class Lse(NamedTuple):
-    """A large number and a small one, in natural units, whose sum it is; float32 ``[B, N, T]``.
 
-    Rounded to one number, the small one would be lost beside a large one: of 32 logits of -5e9 each would get
+@dataclasses.dataclass(frozen=True)
+class Lse:
+    """Of every row the large part of lse, and the rest.
+
+    Rounded to one number, the rest would be lost beside a large peak: of 32 logits of -5e9 each would get
     probability 1.
+
+    Attributes:
+      peak: float32 ``[B, N, T]``: the largest logit, in units of ``unit``; -inf for a query that saw nothing.
+      log_total: float32 ``[B, N, T]``: ``lse - unit * peak``; 0 for a query that saw nothing.
+      unit: that of the logits, 1 or what products ``q . k`` are multiplied by.
     """
 
-    peak: Array  # the largest logit; -inf for a query that saw nothing
-    log_total: Array  # log(sum(exp(logits - peak))); 0 for a query that saw nothing
+    peak: Array
+    log_total: Array
+    unit: float = 1.0
 
     @property
     def value(self) -> Array:
-        """Their sum, rounded."""
-        return self.peak + self.log_total
+        """lse, rounded."""
+        return self.largest + self.log_total
+
+    @property
+    def largest(self) -> Array:
+        """The largest logit."""
+        return rounded(self.peak * self.unit)
+
+
+pytrees.register(Lse, data=("peak", "log_total"), static=("unit",))

@@ -65,7 +65,7 @@ def backward(
     residuals = Residuals.of(lse, delta, d_out.astype(query.dtype))
 
     per_query = cut_anew("d_query")
-    cut = Cut.of(query, value, per_query, scale, interpret)
+    cut = Cut.of(query, value, per_query, scores, scale, interpret)
     part, inputs = specs.PerQueryHead(cut), Inputs.of(query, key, value, per_query, scores)
     d_query = specs.call(
         functools.partial(_d_query_kernel, cut=cut),
@@ -81,13 +81,13 @@ def backward(
     d_scores: Scores = ()
     if scores:
         per_score = cut_anew("d_score")
-        cut = Cut.of(query, value, per_score, scale, interpret)
+        cut = Cut.of(query, value, per_score, scores, scale, interpret)
         inputs = Inputs.of(query, key, value, per_score, scores)
         d_scores = score_gradients(cut, scores, inputs, residuals, per_score)
 
     has_tiles = any(min(x.shape[2:]) > 1 for score in scores if score.aligned for x in jax.tree.leaves(score))
     per_key = cut_anew("d_key_value_bias" if has_tiles else "d_key_value")
-    cut = Cut.of(query, value, per_key, scale, interpret)
+    cut = Cut.of(query, value, per_key, scores, scale, interpret)
     part, inputs = specs.PerKVHead(cut), Inputs.of(query, key, value, per_key, scores)
     inputs = inputs._replace(lists=per_key.transposed)
     d_key, d_value = specs.call(
@@ -108,7 +108,7 @@ def _probabilities(products: Array, lse: Lse, allowed: Array | None, scores: Sco
 
     ``lse`` is that of :class:`Residuals` and broadcasts to the tile; where its peak is inf, p is 0.
     """
-    logits = cut.scaled(products)
+    logits = cut.logits(products)
     if not scores:
         p = cut.probabilities(logits, lse)
         return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: ds

@@ -54,7 +54,7 @@ def decode(
     return_key_weights: bool = False,
 ) -> tuple[Array, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a BlockMask with a schedule."""
-    cut = Cut.of(query, value, block_mask, scale, interpret)
+    cut = Cut.of(query, value, block_mask, scores, scale, interpret)
     packing, whole = Packing.of(cut, block_mask), specs.Whole(cut)
     inputs, schedule = Inputs.of(query, key, value, block_mask, scores, page_table), block_mask.schedule
     if schedule is None:
@@ -96,11 +96,11 @@ def decode(
         ],
         out_specs=(
             pl.BlockSpec((None, 1, None, width), lambda t, n, b: (b, t, n, 0)),
-            Lse(one_query, one_query),
+            Lse(one_query, one_query, cut.unit),
         ),
         out_shape=(
             jax.ShapeDtypeStruct((cut.batch, cut.q_len, cut.q_heads, cut.value_dim), query.dtype),
-            Lse(per_query, per_query),
+            Lse(per_query, per_query, cut.unit),
         ),
     )(softmaxes, schedule, block_mask.q_positions, sinks)
     if not return_key_weights:
@@ -182,17 +182,16 @@ def _merge_kernel(
             tiles.at(accs_ref, *at, columns.at), tiles.outer(exists, columns.exist, (_MERGED, columns.tile))
         )
         new_peak = jnp.maximum(peak, jnp.max(peaks))
-        decay = cut.exp(cut.minus(peak, new_peak))
-        kept = cut.exp(cut.minus(peaks, new_peak))
+        decay = cut.exp(cut.minus(peak, new_peak), cut.unit)
+        kept = cut.exp(cut.minus(peaks, new_peak), cut.unit)
         acc = acc * decay[:, None] + jnp.sum(kept[:, None] * accs, axis=0)[None, :]
         return new_peak, total * decay + jnp.sum(kept * totals), (acc,)
 
     steps = (count + _MERGED - 1) // _MERGED
     state = Softmax(*lax.fori_loop(0, steps, step, tuple(Softmax.empty(1, (columns,)))))
-    if sinks_ref is not None:
-        state = state.with_sink(cut, sinks_ref[n])
+    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(cut, sinks_ref[n])
     real = q_positions[tiles.of_head(q_positions, b), t] >= 0
-    (out,), lse = state.finish(jnp.broadcast_to(real, (1,)))
+    (out,), peak, log_total = state.finish(jnp.broadcast_to(real, (1,)), above)
     plgpu.store(out_ref.at[:, :], out.astype(out_ref.dtype), mask=tiles.outer(None, columns.exist, out.shape))
-    for ref, x in zip(lse_refs, lse, strict=True):
-        plgpu.store(ref.at[:], x)
+    plgpu.store(lse_refs.peak.at[:], peak)
+    plgpu.store(lse_refs.log_total.at[:], log_total)

@@ -42,7 +42,7 @@ def forward(
 
     Blocks are powers of two, at least 16, and D and Dv at most 256. ``interpret`` runs Pallas' interpreter.
     """
-    cut = Cut.of(query, value, block_mask, scale, interpret)
+    cut = Cut.of(query, value, block_mask, scores, scale, interpret)
     part = specs.PerQueryHead(cut)
     inputs = Inputs.of(query, key, value, block_mask, scores, page_table)
     rows = pl.BlockSpec((None, None, cut.q_rows), lambda i, n, b: (b, n, 0))
@@ -54,10 +54,10 @@ def forward(
         cut,
         grid=(cut.q_blocks, cut.q_heads, cut.batch),
         in_specs=[inputs.specs(cut, part), None if sinks is None else pl.BlockSpec((1,), lambda i, n, b: (n,))],
-        out_specs=(part.queries(cut.value_dim), Lse(rows, rows)),
+        out_specs=(part.queries(cut.value_dim), Lse(rows, rows, cut.unit)),
         out_shape=(
             jax.ShapeDtypeStruct((cut.batch, cut.q_len, cut.q_heads, cut.value_dim), query.dtype),
-            Lse(per_row, per_row),
+            Lse(per_row, per_row, cut.unit),
         ),
     )(inputs, sinks)
 
@@ -72,11 +72,10 @@ def _kernel(refs: Inputs, sinks_ref, out_ref, lse_refs: Lse, *, cut: Cut):
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
     blocks = KeyBlocks(stored, rows, row_exists, q_positions)
     state = Attend(cut, blocks, q, n).walk((i,), value_columns)
-    if sinks_ref is not None:
-        state = state.with_sink(cut, sinks_ref[0])
-    out, lse = state.finish(q_positions >= 0)
+    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(cut, sinks_ref[0])
+    out, peak, log_total = state.finish(q_positions >= 0, above)
     for part, x in zip(value_columns, out, strict=True):
         mask = tiles.outer(row_exists, part.exist, x.shape)
         plgpu.store(out_ref.at[rows, part.at], x.astype(out_ref.dtype), mask=mask)
-    for ref, x in zip(lse_refs, lse, strict=True):
-        plgpu.store(ref.at[rows], x, mask=row_exists)
+    plgpu.store(lse_refs.peak.at[rows], peak, mask=row_exists)
+    plgpu.store(lse_refs.log_total.at[rows], log_total, mask=row_exists)

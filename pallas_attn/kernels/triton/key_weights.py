@@ -50,7 +50,7 @@ def key_weights(
     page_table: Array | None = None,
 ) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
-    cut = Cut.of(query, key, block_mask, scale, interpret)
+    cut = Cut.of(query, key, block_mask, scores, scale, interpret)
     whole = specs.Whole(cut)
     inputs = Inputs.of(query, key, key, block_mask, scores, page_table)  # no values are read
     inputs = inputs._replace(lists=block_mask.transposed)
@@ -60,19 +60,17 @@ def key_weights(
         sizes_of(block_mask.block_sizes),
         cut,
         grid=(cut.kv_blocks, cut.kv_heads, cut.batch),
-        in_specs=[inputs.specs(cut, whole), Lse(*[whole.all(cut.batch, cut.q_heads, cut.q_rows)] * 2)],
+        in_specs=[inputs.specs(cut, whole), jax.tree.map(lambda _: whole.all(cut.batch, cut.q_heads, cut.q_rows), lse)],
         out_specs=whole.all(cut.batch, cut.kv_heads, cut.kv_rows),
         out_shape=jax.ShapeDtypeStruct((cut.batch, cut.kv_heads, cut.kv_len), jnp.float32),
     )(inputs, specs.in_kernels(lse))
 
 
-def weights_of_logits(
-    logits: Array, lse: Lse, schedule: Schedule, indices: Array, cut: Cut, packing: Packing
-) -> Array:
+def weights_of_logits(logits: Array, lse: Lse, schedule: Schedule, indices: Array, cut: Cut, packing: Packing) -> Array:
     """The same from logits of decode, whose schedule shares out this work too.
 
     Args:
-      logits: float32 ``[B, owners, queries, S]``, -inf where a key is not seen. Blocks that are not in their
+      logits: float32 ``[B, owners, queries, S]`` in units of ``lse.unit``, -inf where a key is not seen. Blocks that are not in their
         owner's list may hold anything.
       indices: of the lists, int32 ``[B|1, M, 1, width]``.
     """
@@ -88,7 +86,7 @@ def weights_of_logits(
         in_specs=[
             blocks,
             whole.all(*shape[:2], packing.tiles * packing.tile, cut.kv_rows),
-            Lse(*(whole.all(*x.shape) for x in lse)),
+            jax.tree.map(lambda x: whole.all(*x.shape), lse),
             jax.tree.map(lambda x: whole.all(*x.shape), schedule),
             whole.all(*indices.shape),
         ],
@@ -151,7 +149,7 @@ def _kernel(refs: Inputs, lse_refs: Lse, out_ref, *, cut: Cut):
                 mask = tiles.outer(counts, part.exist, (cut.q_block, part.tile))
                 return tiles.load(refs.query.at[b, blocks.rows, n, part.at], mask)
 
-            logits = cut.scaled(k.products(cut, tuple(load_queries(part) for part in columns)))
+            logits = cut.logits(k.products(cut, tuple(load_queries(part) for part in columns)))
             if refs.scores:
                 where = blocks.q_positions[:, None], positions[None, :], n
                 logits = score_algebra.apply(blocks.scores(keys, exist), logits, *where)

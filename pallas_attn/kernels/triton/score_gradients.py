@@ -155,7 +155,7 @@ def _kernel(
         mask = jax.tree.map(operand, refs.mask)
         allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :] & counts[:, None]
         scores = score_algebra.map_operands(operand, refs.scores)
-        raw = jnp.where(allowed, cut.scaled(cut.dot(q, k, (1, 1))), 0.0)
+        raw = jnp.where(allowed, cut.logits(cut.dot(q, k, (1, 1))), 0.0)
         where = (q_positions[:, None], kv_positions[None, :], n)
 
         ready = look_up(_where_live(scores, allowed), raw, *where)

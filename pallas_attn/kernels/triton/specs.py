@@ -26,7 +26,7 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The static facts of a call: its shape, its blocks, and what is folded into its logits."""
+    """The static facts of a call: its shape, its blocks, and what its products become."""
 
     batch: int
     q_len: int
@@ -41,15 +41,18 @@ class Cut:
     q_blocks: int
     kv_blocks: int
     scale: float
+    has_scores: bool
     interpret: bool
 
     @classmethod
-    def of(cls, query: Array, value: Stored, block_mask: BlockMask, scale: float, interpret: bool) -> "Cut":
+    def of(
+        cls, query: Array, value: Stored, block_mask: BlockMask, scores: Scores, scale: float, interpret: bool
+    ) -> "Cut":
         (batch, q_len, q_heads, head_dim), (*_, kv_heads, value_dim) = query.shape, value.shape
         kv_len = block_mask.kv_positions.shape[-1]
         blocks = (block_mask.q_block, block_mask.kv_block, *block_mask.grid)
         shape = (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim)
-        return cls(*shape, query.dtype, *blocks, scale, interpret)
+        return cls(*shape, query.dtype, *blocks, scale, bool(scores), interpret)
 
     @property
     def group(self) -> int:
@@ -70,13 +73,20 @@ class Cut:
         """The float32 product of two tiles, over axis ``contract[0]`` of a and ``contract[1]`` of b."""
         return tiles.dot(a.astype(self.dtype), b, contract)
 
+    @property
+    def unit(self) -> float:
+        """That of logits: ``|scale|`` where products are all there is, so that these need no factor of their own."""
+        return 1.0 if self.has_scores else abs(self.scale) or 1.0
+
+    def logits(self, products: Array) -> Array:
+        """From products ``q k'``: in units of :attr:`unit`, or what scores are given."""
+        if self.has_scores:
+            return self.rounded(products) * self.scale
+        return products if self.scale > 0 else products * (-1.0 if self.scale < 0 else 0.0)
+
     def rounded(self, x: Array) -> Array:
         """x, which is rounded whatever follows; compiled, :meth:`minus` sees to that."""
         return rounded(x) if self.interpret else x
-
-    def scaled(self, products: Array) -> Array:
-        """Logits without scores, from products ``q k'``."""
-        return self.rounded(products) * self.scale
 
     def minus(self, x: Array, y: Array) -> Array:
         """``x - y``, of which x is rounded; so it is at most 0 where y is the largest of several x."""
@@ -84,15 +94,13 @@ class Cut:
 
     def exp(self, x: Array, unit: float = 1.0) -> Array:
         """``exp(unit * x)``."""
-        if unit * tiles.LOG2_E > _LARGEST:
-            x, unit = x * unit, 1.0
-        return self._exp2(x * (unit * tiles.LOG2_E))
+        return self._exp2(_in_base_2(x, unit))
 
     def probabilities(self, logits: Array, lse: Lse) -> Array:
-        """Of logits in natural units, which broadcast against ``lse``, whose ``log_total`` is in base 2."""
-        # A product of other tiles than those of the forward pass may round to more than the largest logit did.
+        """Of logits in units of :attr:`unit`, which broadcast against ``lse``, that of :func:`in_kernels`."""
+        # What other tiles than those of the forward pass multiply may round to more than the largest logit did.
         below_peak = jnp.minimum(self.minus(self.rounded(logits), lse.peak), 0.0)
-        return self._exp2(below_peak * tiles.LOG2_E - lse.log_total)
+        return self._exp2(_in_base_2(below_peak, self.unit) - lse.log_total)
 
     def _exp2(self, x: Array) -> Array:
         return jnp.exp2(x) if self.interpret else tiles.exp2(x)
@@ -209,6 +217,11 @@ class Whole:
         return self.all(x.shape[0], *block)
 
 
+def _in_base_2(x: Array, unit: float) -> Array:
+    factor = unit * tiles.LOG2_E
+    return x * factor if factor <= _LARGEST else x * unit * tiles.LOG2_E
+
+
 Part = PerQueryHead | PerKVHead | Whole
 
 
@@ -289,7 +302,7 @@ class Residuals(NamedTuple):
     def specs(self, cut: Cut, part: Part) -> "Residuals":
         """The same structure, of BlockSpecs."""
         rows = part.per_head(self.delta, cut.q_rows)
-        return Residuals(Lse(rows, rows), rows, part.queries(cut.value_dim))
+        return Residuals(jax.tree.map(lambda _: rows, self.lse), rows, part.queries(cut.value_dim))
 
 
 def in_kernels(lse: Lse) -> Lse:
@@ -299,7 +312,8 @@ def in_kernels(lse: Lse) -> Lse:
     the largest logit overflowed to inf it is NaN, which shows.
     """
     overflow_shows = jnp.where(lse.peak == jnp.inf, jnp.nan, lse.peak)
-    return Lse(jnp.where(lse.peak == -jnp.inf, jnp.inf, overflow_shows), lse.log_total * tiles.LOG2_E)
+    peak = jnp.where(lse.peak == -jnp.inf, jnp.inf, overflow_shows)
+    return dataclasses.replace(lse, peak=peak, log_total=lse.log_total * tiles.LOG2_E)
 
 
 def load_lse(refs: Lse, at: tuple, exists: Array | None, across: tuple) -> tuple[Lse, Array]:
@@ -311,7 +325,7 @@ def load_lse(refs: Lse, at: tuple, exists: Array | None, across: tuple) -> tuple
       across: the index that makes them broadcast to a tile.
     """
     peak, log_total = tiles.load(refs.peak.at[at], exists, jnp.inf), tiles.load(refs.log_total.at[at], exists)
-    return Lse(peak[across], log_total[across]), peak != jnp.inf
+    return dataclasses.replace(refs, peak=peak[across], log_total=log_total[across]), peak != jnp.inf
 
 
 def call(kernel: Callable, name: str, sizes: BlockSizes, cut: Cut, **options):

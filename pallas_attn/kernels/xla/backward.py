@@ -56,7 +56,7 @@ def backward(
     """
     cut = Cut.of(query, key, block_mask)
     dot = functools.partial(jnp.einsum, precision=cut.precision)
-    peak, log_total, delta = (x.swapaxes(1, 2) for x in (*lse, delta))  # [B, T, N], as the queries
+    peak, log_total, delta = (x.swapaxes(1, 2) for x in (lse.peak, lse.log_total, delta))  # [B, T, N], as the queries
 
     def run(sums: _Gradients, at: tuple[Array, ...]) -> tuple[_Gradients, Array]:
         program = Program(cut, block_mask, scores, at)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.xla.softmax import Softmax, probabilities
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Program
@@ -169,7 +168,7 @@ def decode(
 
     def weigh(logits: Array, visit: _Visit) -> Array:
         """The part ``[heads, kv_block]`` that a block's keys have, all queries together."""
-        row = Lse(*(x[visit.row][..., None] for x in lse))
+        row = jax.tree.map(lambda x: x[visit.row][..., None], lse)
         seen = visit.live & (row.peak != -jnp.inf) & (logits != -jnp.inf)  # not >: what is not a number shows
         return jnp.where(seen, probabilities(logits, row), 0.0).sum((1, 2))
 

@@ -18,12 +18,12 @@ from pallas_attn.scores import Scores
 def key_weights(query: Array, key: Stored, block_mask: BlockMask, scores: Scores, lse: Lse, *, scale: float) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     cut = Cut.of(query, key, block_mask)
-    lse = Lse(*(x.swapaxes(1, 2) for x in lse))  # [B, T, N], as the queries
+    lse = jax.tree.map(lambda x: x.swapaxes(1, 2), lse)  # [B, T, N], as the queries
 
     def run(sums: Array, at: tuple[Array, ...]) -> tuple[Array, None]:
         program = Program(cut, block_mask, scores, at)
         q = program.queries(query).astype(jnp.float32).reshape(cut.heads, cut.group * cut.q_block, -1)
-        row_lse = Lse(*(program.queries(x)[..., None] for x in lse))
+        row_lse = jax.tree.map(lambda x: program.queries(x)[..., None], lse)
         counts = program.is_own[..., None] & (row_lse.peak != -jnp.inf)  # not >: what is not a number shows
 
         def add(sums: Array, keys: Keys) -> Array:

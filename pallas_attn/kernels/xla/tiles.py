@@ -87,7 +87,7 @@ class Cut:
 
     def join_lse(self, tiles: Lse) -> Lse:
         """``[programs, heads, group, q_block]`` of all programs to ``[B, N, T]``."""
-        return Lse(*(self.join_queries(x).swapaxes(1, 2) for x in tiles))
+        return jax.tree.map(lambda x: self.join_queries(x).swapaxes(1, 2), tiles)
 
 
 def as_it_is(keys: Array) -> Array:
