@@ -70,8 +70,8 @@ def weights_of_logits(logits: Array, lse: Lse, schedule: Schedule, indices: Arra
     """The same from logits of decode, whose schedule shares out this work too.
 
     Args:
-      logits: float32 ``[B, owners, queries, S]`` in units of ``lse.unit``, -inf where a key is not seen. Blocks that are not in their
-        owner's list may hold anything.
+      logits: float32 ``[B, owners, queries, S]`` in units of ``lse.unit``, -inf where a key is not seen. Blocks
+        that are not in their owner's list may hold anything.
       indices: of the lists, int32 ``[B|1, M, 1, width]``.
     """
     whole = specs.Whole(cut)

@@ -34,11 +34,13 @@ class Softmax(NamedTuple):
     def with_sink(self, cut: Cut, sink: Array) -> tuple["Softmax", Array]:
         """``(softmax, above)``: the same with a logit more, in natural units, that takes weight and gives no value.
 
-        A large sink need not be a multiple of the unit: peak may be a little lower, and weights are relative to
-        ``unit * peak + above``.
+        In units of the peak, a sink is rounded, so where it is the largest the peak is put a little lower. Weights are
+        relative to ``unit * peak + above``.
         """
         sink = sink.astype(jnp.float32)
-        peak = jnp.maximum(self.peak, jnp.clip(sink / cut.unit, _LOWEST, -_LOWEST))
+        in_units = sink / cut.unit
+        lower = jnp.clip(in_units - jnp.abs(in_units) * 2.0**-22, _LOWEST, -_LOWEST)
+        peak = jnp.maximum(self.peak, lower)
         difference = cut.minus(sink, cut.rounded(peak * cut.unit))
         above = jnp.maximum(difference, 0.0)
         decay = cut.exp(cut.minus(self.peak, peak), cut.unit) * cut.exp(-above)
