@@ -106,10 +106,12 @@ def _logits_kernel(
     def add(tile: Any, keys: pl.Slice, exist: Array) -> Array:
         """What the queries of a tile give."""
         rows = packing.rows(owner, tile)
-        lse, saw_keys = specs.load_lse(lse_refs, (b, rows.n, rows.t), rows.exist, np.s_[:, None])
-        mask = tiles.outer(saw_keys, exist, (packing.tile, cut.kv_block))
+        at = b, rows.n, rows.t
+        peak = tiles.load(lse_refs.peak.at[at], rows.exist, jnp.inf)
+        log_total = tiles.load(lse_refs.log_total.at[at], rows.exist)
+        mask = tiles.outer(peak != jnp.inf, exist, (packing.tile, cut.kv_block))
         logits = tiles.load(logits_ref.at[b, owner, rows.at, keys], mask, -jnp.inf)
-        return jnp.sum(cut.probabilities(logits, lse), axis=0)
+        return jnp.sum(cut.probabilities(logits, peak[:, None], log_total[:, None]), axis=0)
 
     def visit(slot: Array, _):
         block = indices[(*list_row, slot)]
@@ -135,14 +137,15 @@ def _kernel(refs: Inputs, lse_refs: Lse, out_ref, *, cut: Cut):
         n = h * cut.group + g
         of_head = StoredKeys(refs, cut, Place(b, h, n))
 
-        def load_rows(block: Array, exist: Array | None) -> tuple[KeyBlocks, Lse, Array]:
-            """A block of queries as what is known of its rows, their lse, and whether they saw any key."""
+        def load_rows(block: Array, exist: Array | None) -> tuple[KeyBlocks, Array, Array]:
+            """A block of queries as what is known of its rows, and the parts of their lse."""
             rows = pl.Slice(block * cut.q_block, cut.q_block)
             q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], exist, -1)
-            lse, saw_keys = specs.load_lse(lse_refs, (b, n, rows), exist, np.s_[:, None])
-            return KeyBlocks(of_head, rows, exist, q_positions), lse, saw_keys
+            peak = tiles.load(lse_refs.peak.at[b, n, rows], exist, jnp.inf)
+            log_total = tiles.load(lse_refs.log_total.at[b, n, rows], exist)
+            return KeyBlocks(of_head, rows, exist, q_positions), peak, log_total
 
-        def weights(blocks: KeyBlocks, lse: Lse, exist: Array | None, counts: Array | None) -> Array:
+        def weights(blocks: KeyBlocks, lse: list[Array], exist: Array | None, counts: Array | None) -> Array:
             """The probabilities ``[q_block, kv_block]`` of a block of queries; anything where nobody sees."""
 
             def load_queries(part: tiles.Columns) -> Array:
@@ -153,15 +156,15 @@ def _kernel(refs: Inputs, lse_refs: Lse, out_ref, *, cut: Cut):
             if refs.scores:
                 where = blocks.q_positions[:, None], positions[None, :], n
                 logits = score_algebra.apply(blocks.scores(keys, exist), logits, *where)
-            return cut.probabilities(logits, lse)
+            return cut.probabilities(logits, *(x[:, None] for x in lse))
 
         def full(block: Array, state: tuple[Array]) -> tuple[Array]:
-            blocks, lse, _ = load_rows(block, None)
+            blocks, *lse = load_rows(block, None)
             return (state[0] + weights(blocks, lse, None, None),)
 
         def partial(block: Array, state: tuple[Array]) -> tuple[Array]:
-            blocks, lse, saw_keys = load_rows(block, block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len)
-            counts = (blocks.q_positions >= 0) & saw_keys
+            blocks, *lse = load_rows(block, block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len)
+            counts = (blocks.q_positions >= 0) & (lse[0] != jnp.inf)
             allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
             # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
             return (state[0] + jnp.where(allowed, weights(blocks, lse, exist, counts), 0.0),)

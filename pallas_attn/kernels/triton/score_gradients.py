@@ -136,8 +136,9 @@ def _kernel(
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
         kv_at = _shared(refs.kv_positions, b, n, cut)
         kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_exists, -1)
-        lse, saw_keys = specs.load_lse(residuals.lse, (b, n, at_q), row_exists, np.s_[:, None])
-        counts, real = (q_positions >= 0) & saw_keys, kv_positions >= 0
+        peak = tiles.load(residuals.lse.peak.at[b, n, at_q], row_exists, jnp.inf)
+        log_total = tiles.load(residuals.lse.log_total.at[b, n, at_q], row_exists)
+        counts, real = (q_positions >= 0) & (peak != jnp.inf), kv_positions >= 0
         delta = tiles.load(residuals.delta.at[b, n, at_q], counts)[:, None]
 
         def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
@@ -179,7 +180,7 @@ def _kernel(
             return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
 
         logits, derivative = jax.vjp(score, inputs)
-        p = jnp.where(allowed, cut.probabilities(logits, lse), 0.0)
+        p = jnp.where(allowed, cut.probabilities(logits, peak[:, None], log_total[:, None]), 0.0)
         (gradient,) = derivative(p * (cut.dot(do, v, (1, 1)) - delta))
         if width is None:
             return gradient

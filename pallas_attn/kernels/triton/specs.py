@@ -96,11 +96,11 @@ class Cut:
         """``exp(unit * x)``."""
         return self._exp2(_in_base_2(x, unit))
 
-    def probabilities(self, logits: Array, lse: Lse) -> Array:
-        """Of logits in units of :attr:`unit`, which broadcast against ``lse``, that of :func:`in_kernels`."""
+    def probabilities(self, logits: Array, peak: Array, log_total: Array) -> Array:
+        """Of logits in units of :attr:`unit`, against which the arrays of :func:`in_kernels` broadcast."""
         # What other tiles than those of the forward pass multiply may round to more than the largest logit did.
-        below_peak = jnp.minimum(self.minus(self.rounded(logits), lse.peak), 0.0)
-        return self._exp2(_in_base_2(below_peak, self.unit) - lse.log_total)
+        below_peak = jnp.minimum(self.minus(self.rounded(logits), peak), 0.0)
+        return self._exp2(_in_base_2(below_peak, self.unit) - log_total)
 
     def _exp2(self, x: Array) -> Array:
         return jnp.exp2(x) if self.interpret else tiles.exp2(x)
@@ -314,18 +314,6 @@ def in_kernels(lse: Lse) -> Lse:
     overflow_shows = jnp.where(lse.peak == jnp.inf, jnp.nan, lse.peak)
     peak = jnp.where(lse.peak == -jnp.inf, jnp.inf, overflow_shows)
     return dataclasses.replace(lse, peak=peak, log_total=lse.log_total * tiles.LOG2_E)
-
-
-def load_lse(refs: Lse, at: tuple, exists: Array | None, across: tuple) -> tuple[Lse, Array]:
-    """``(lse, saw_keys)`` of rows: from what :func:`in_kernels` gives, and whether a row saw any key, bool ``[rows]``.
-
-    Args:
-      at: the index of the rows.
-      exists: bool ``[rows]``; None: all of them.
-      across: the index that makes them broadcast to a tile.
-    """
-    peak, log_total = tiles.load(refs.peak.at[at], exists, jnp.inf), tiles.load(refs.log_total.at[at], exists)
-    return dataclasses.replace(refs, peak=peak[across], log_total=log_total[across]), peak != jnp.inf
 
 
 def call(kernel: Callable, name: str, sizes: BlockSizes, cut: Cut, **options):
