@@ -14,10 +14,9 @@ from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from pallas_attn import pytrees
+from pallas_attn import checks, pytrees
 
 
 class Score:
@@ -32,6 +31,8 @@ class Score:
 
 
 Scores = tuple[Score, ...]
+
+_LARGEST_CAP = 1e30
 
 
 def apply(scores: Scores, logits: Array, q_positions: Array, kv_positions: Array, head: Array) -> Array:
@@ -98,13 +99,12 @@ def softcap(cap: float) -> Score:
     """``cap * tanh(logit / cap)``: bounded logits (Gemma 2, arXiv:2408.00118, section 2).
 
     Args:
-      cap: a positive number.
+      cap: a positive number, at most 1e30: float32 would take a logit divided by more for 0.
     """
-    if isinstance(cap, bool) or not isinstance(cap, int | float | np.number):
-        raise TypeError(f"softcap: cap: expected a Python number, got {type(cap).__name__}")
-    if not 0 < cap < float("inf"):
-        raise ValueError(f"softcap: cap: expected a positive finite number, got {cap}")
-    return Softcap(float(cap))
+    cap = checks.number("softcap: cap", cap, most=_LARGEST_CAP)
+    if cap <= 0:
+        raise ValueError(f"softcap: cap: expected a positive number, got {cap}")
+    return Softcap(cap)
 
 
 def alibi(slopes: Array) -> Score:
@@ -150,16 +150,20 @@ def as_scores(scores: Score | Sequence[Score] | None) -> Scores:
     if scores is None:
         return ()
     listed = (scores,) if isinstance(scores, Score) else scores
-    if not isinstance(listed, Sequence) or not all(isinstance(score, Score) for score in listed):
-        raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {scores!r}")
+    strangers = [x for x in listed if not isinstance(x, Score)] if isinstance(listed, Sequence) else [scores]
+    if strangers:
+        got = checks.describe(strangers[0])
+        raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {got}")
     return tuple(listed)
 
 
 def _floating(name: str, value: Any, *, rank: int | None) -> Array:
-    if not hasattr(value, "dtype"):
-        value = np.asarray(value, np.float32)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected floating-point numbers, got dtype {value.dtype}")
-    if rank is not None and value.ndim != rank:
-        raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(value.shape)}")
-    return jnp.asarray(value)
+    x = checks.array_or_list(name, value, "floating-point numbers")
+    if not hasattr(value, "dtype") and checks.is_integer(x):
+        x = x.astype(jnp.float32)  # whole numbers in a list
+    x = checks.floats(name, x)
+    if rank is not None and x.ndim != rank:
+        raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(x.shape)}")
+    if rank is not None and 0 in x.shape:
+        raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
+    return x

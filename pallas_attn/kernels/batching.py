@@ -27,6 +27,7 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
 
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
+        _check_size(size)
         arguments = (query, key, value, block_mask, scores, sinks)
         in_a_row = _shares_keys(batched, query, key, block_mask, scores)
         sums_up = in_a_row and return_key_weights  # over all queries in the row, which are those of every element
@@ -44,6 +45,13 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
     return call
 
 
+def paged_forward(forward: Callable) -> Callable:
+    """``forward`` with its keyword ``page_table`` as its first argument; ``jax.vmap`` runs it one by one."""
+    return jax.custom_batching.sequential_vmap(
+        lambda page_table, *arguments: forward(*arguments, page_table=page_table)
+    )
+
+
 def batched_backward(backward: Callable) -> Callable:
     """``backward`` of an implementation, made ready for ``jax.vmap``."""
 
@@ -53,13 +61,13 @@ def batched_backward(backward: Callable) -> Callable:
 
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, lse, delta, d_out):
+        _check_size(size)
         arguments = (query, key, value, block_mask, scores, lse, delta, d_out)
         if not _can_fold(scores):
             return _all_batched(_one_by_one(call, batched, arguments))
         batch = query.shape[0 + batched[0]]
-        tensors = query, key, value, lse, delta, d_out
-        are_batched = *batched[:3], *batched[5:]
-        tensors = jax.tree.map(lambda x, b: _join(x, b, size, batch), tensors, are_batched)
+        operands = (query, key, value, lse, delta, d_out), (*batched[:3], *batched[5:])
+        tensors = jax.tree.map(lambda x, b: _join(x, b, size, batch), *operands)
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
@@ -74,6 +82,11 @@ def batched_backward(backward: Callable) -> Callable:
 def _all_batched(results: tuple) -> tuple:
     """What a rule returns: results that all have the new axis."""
     return results, jax.tree.map(lambda _: True, results)
+
+
+def _check_size(size: int) -> None:
+    if size == 0:
+        raise ValueError("jax.vmap: expected an axis of at least 1, got one of size 0")
 
 
 def _can_fold(scores: Scores) -> bool:

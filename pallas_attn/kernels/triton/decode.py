@@ -174,7 +174,7 @@ def _merge_kernel(
 
     def step(i: Array, state: tuple) -> tuple:
         peak, total, (acc,) = state
-        part = i * _MERGED + jnp.arange(_MERGED)
+        part = i * _MERGED + jnp.arange(_MERGED, dtype=jnp.int32)
         exists = part < count
         at = begin + part, copy, head, place
         peaks, totals = tiles.load(peaks_ref.at[at], exists, -jnp.inf), tiles.load(totals_ref.at[at], exists)

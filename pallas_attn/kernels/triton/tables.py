@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn.kernels.triton import tiles
 from pallas_attn.scores import Custom, Score, Scores
 
 
@@ -148,7 +149,7 @@ def look_up(scores: Scores, logits: Array, *where: Array) -> Scores:
 
 def place_sums(lookup: Lookup, gradients: Array, width: int) -> Array:
     """Float32 ``[width]``: at every place of a flat table, the sum of the gradients of the entries from there."""
-    index = jnp.arange(width)
+    index = jnp.arange(width, dtype=jnp.int32)
     if gradients.ndim == 0:
         return jnp.where(index == lookup.start, gradients, 0.0)
 
@@ -156,7 +157,7 @@ def place_sums(lookup: Lookup, gradients: Array, width: int) -> Array:
         of_place = jnp.sum(jnp.where(lookup.offsets == offset, gradients, 0.0))
         return sums + jnp.where(index == lookup.start + offset, of_place, 0.0)
 
-    return lax.fori_loop(0, lookup.size, add, jnp.zeros(width, jnp.float32))
+    return tiles.loop(0, lookup.size, add, jnp.zeros(width, jnp.float32))
 
 
 def width_of(shape: tuple[int, ...]) -> int:
