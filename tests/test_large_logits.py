@@ -116,8 +116,8 @@ def tensors(case: Case, magnitude: float, q_len: int = LENGTH) -> tuple[np.ndarr
     return query, key, value, d_out, random(1, HEADS, q_len, seed=4)
 
 
-def oracle(case: Case, operand, sink, query, key, value, d_out, d_lse) -> dict[str, np.ndarray]:
-    """Float64."""
+def oracle(case: Case, operand, sink, query, key, value, d_out, d_lse) -> tuple[dict, dict]:
+    """What is right, in float64, and how large what each sum adds up is."""
     q, do = (x[0].swapaxes(0, 1).astype(np.float64) for x in (query, d_out))  # [N, T, D]
     k, v = (x[0, :, 0].astype(np.float64) for x in (key, value))
     scale = float(np.float32(case.scale))

@@ -6,6 +6,8 @@
 over the keys j that query i may see. It holds the whole T x S matrix, so its memory grows with T times S.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,7 +33,7 @@ def forward(
     scale: float,
     page_table: Array | None = None,
     return_key_weights: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Plain attention, float32 inside.
 
     Args:

@@ -52,7 +52,7 @@ def decode(
     interpret: bool = False,
     page_table: Array | None = None,
     return_key_weights: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a BlockMask with a schedule."""
     cut = Cut.of(query, value, block_mask, scores, scale, interpret)
     packing, whole = Packing.of(cut, block_mask), specs.Whole(cut)

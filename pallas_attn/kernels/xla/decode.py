@@ -8,7 +8,7 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def decode(
     *,
     scale: float,
     return_key_weights: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a single block of queries.
 
     With ``block_sizes.chunk`` a row's bits do not depend on the other rows. Key weights come from the same pass, whose
