@@ -259,9 +259,12 @@ def attention(
         options["interpret"] = True
     if isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
         attend = without_derivative(paged_forward(functools.partial(module.forward, **options)), _NO_GRADIENT)
-        results = attend(page_table, query, key, value, block_mask, scores, sinks)
+        out, lse, *rest = attend(page_table, query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     elif name == "reference":
-        results = reference.forward(query, key, value, block_mask, scores, sinks, page_table=page_table, **options)
+        forward = functools.partial(reference.forward, page_table=page_table, **options)
+        out, lse, *rest = forward(query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     else:
         results = differentiable(module, name, **options)(page_table, query, key, value, block_mask, scores, sinks)
     out, lse, *rest = results

@@ -29,19 +29,18 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
         _check_size(size)
         arguments = (query, key, value, block_mask, scores, sinks)
-        everything = (True,) * (3 if return_key_weights else 2)
         in_a_row = _shares_keys(batched, query, key, block_mask, scores)
         sums_up = in_a_row and return_key_weights  # over all queries in the row, which are those of every element
         if any(jax.tree.leaves(batched[5])) or not _can_fold(scores) or sums_up:
-            return _one_by_one(call, batched, arguments), everything
+            return _all_batched(_one_by_one(call, batched, arguments))
         if in_a_row:
-            return _in_a_row(call, size, batched, *arguments), everything
+            return _all_batched(_in_a_row(call, size, batched, *arguments))
         batch = query.shape[0 + batched[0]]
         tensors = [_join(x, b, size, batch) for x, b in zip(arguments[:3], batched[:3], strict=True)]
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         scores = _join_shared(scores, batched[4], size, batch)
         results = call(*tensors, block_mask, scores, sinks)
-        return tuple(_split(x, size) for x in results), everything
+        return _all_batched(jax.tree.map(lambda x: _split(x, size), results))
 
     return call
 
@@ -64,21 +63,25 @@ def batched_backward(backward: Callable) -> Callable:
     def rule(size: int, batched, query, key, value, block_mask, scores, lse, delta, d_out):
         _check_size(size)
         arguments = (query, key, value, block_mask, scores, lse, delta, d_out)
-        everything = (True, True, True, jax.tree.map(lambda _: True, scores))
         if not _can_fold(scores):
-            return _one_by_one(call, batched, arguments), everything
+            return _all_batched(_one_by_one(call, batched, arguments))
         batch = query.shape[0 + batched[0]]
         operands = (query, key, value, lse, delta, d_out), (*batched[:3], *batched[5:])
-        tensors = [_join(x, b, size, batch) for x, b in zip(*operands, strict=True)]
+        tensors = jax.tree.map(lambda x, b: _join(x, b, size, batch), *operands)
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
         whole = jax.tree.map(lambda x, b: _join(x, b, size, batch), scores, batched[4])
         *d_tensors, d_scores = call(*tensors[:3], block_mask, whole, *tensors[3:])
         d_scores = jax.tree.map(lambda x, n: _sum_rows(_split(x, size), n), d_scores, rows)
-        return (*(_split(x, size) for x in d_tensors), d_scores), everything
+        return _all_batched((*(_split(x, size) for x in d_tensors), d_scores))
 
     return call
+
+
+def _all_batched(results: tuple) -> tuple:
+    """What a rule returns: results that all have the new axis."""
+    return results, jax.tree.map(lambda _: True, results)
 
 
 def _check_size(size: int) -> None:
@@ -163,7 +166,7 @@ def _in_a_row(function: Callable, size: int, batched, query, key, value, block_m
     )
     scores = jax.tree.map(operand, scores, batched[4])
     out, lse = function(join_tokens(query, True, 1, 0), key, value, block_mask, scores, sinks)
-    return split(out, 1), split(lse, 2)
+    return split(out, 1), jax.tree.map(lambda x: split(x, 2), lse)
 
 
 def _one_by_one(function: Callable, batched: tuple, arguments: tuple):

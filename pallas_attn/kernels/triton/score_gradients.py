@@ -22,7 +22,7 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
 from pallas_attn.kernels.triton.tables import CustomInKernel, LookedUp, look_up, place_sums, width_of
-from pallas_attn.kernels.triton.tiles import LOG2_E, Columns
+from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.scores import Score, Scores
 from pallas_attn.tuning import BlockSizes
 
@@ -136,8 +136,9 @@ def _kernel(
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
         kv_at = _shared(refs.kv_positions, b, n, cut)
         kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_exists, -1)
-        lse = tiles.load(residuals.lse.at[b, n, at_q], row_exists, jnp.inf)
-        counts, real = (q_positions >= 0) & (lse != jnp.inf), kv_positions >= 0
+        peak = tiles.load(residuals.lse.peak.at[b, n, at_q], row_exists, jnp.inf)
+        log_total = tiles.load(residuals.lse.log_total.at[b, n, at_q], row_exists)
+        counts, real = (q_positions >= 0) & (peak != jnp.inf), kv_positions >= 0
         delta = tiles.load(residuals.delta.at[b, n, at_q], counts)[:, None]
 
         def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
@@ -155,7 +156,7 @@ def _kernel(
         mask = jax.tree.map(operand, refs.mask)
         allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :] & counts[:, None]
         scores = score_algebra.map_operands(operand, refs.scores)
-        raw = jnp.where(allowed, cut.dot(q, k, (1, 1)) * cut.scale, 0.0)
+        raw = jnp.where(allowed, cut.logits(cut.dot(q, k, (1, 1))), 0.0)
         where = (q_positions[:, None], kv_positions[None, :], n)
 
         ready = look_up(_where_live(scores, allowed), raw, *where)
@@ -179,7 +180,7 @@ def _kernel(
             return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
 
         logits, derivative = jax.vjp(score, inputs)
-        p = jnp.where(allowed, cut.exp2(logits * LOG2_E - lse[:, None]), 0.0)
+        p = jnp.where(allowed, cut.probabilities(logits, peak[:, None], log_total[:, None]), 0.0)
         (gradient,) = derivative(p * (cut.dot(do, v, (1, 1)) - delta))
         if width is None:
             return gradient
