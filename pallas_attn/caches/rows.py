@@ -19,9 +19,9 @@ def check(rows: Array | None, batch_size: int) -> Array | None:
     if rows is None:
         return None
     rows = checks.array("rows", rows, "an int32 array")
-    if rows.dtype != jnp.int32 or rows.ndim != 1 or rows.size == 0:
+    if not checks.is_integer(rows) or rows.ndim != 1 or rows.size == 0:
         raise ValueError(f"rows: expected int32 [R], R at least 1, got {rows.dtype} {list(rows.shape)}")
-    rows = jnp.asarray(rows)
+    rows = checks.positions("rows", rows, ranks=(1,))
     return jnp.where(exist(rows, batch_size), rows, batch_size)
 
 
