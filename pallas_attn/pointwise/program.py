@@ -101,7 +101,7 @@ class _Evaluation:
     """Values of a program's variables."""
 
     def __init__(self, program: Program, tables: Tables, args: Sequence[Array]):
-        self._program, self._tables, self._args = program, tables, args
+        self._program, self._load, self._args = program, tables.reader(), args
         self._producer = {out: (op, n) for op in program.ops for n, out in enumerate(op.outputs)}
         self._known: dict[tuple, tuple[Index, Any]] = {}  # an index is kept too, so that its id is not used again
 
@@ -127,7 +127,7 @@ class _Evaluation:
             return self._args[variable]
         if variable < num_args + len(dtypes):
             which = variable - num_args
-            return self._tables.load(which, index).astype(dtypes[which])
+            return self._load(which, index).astype(dtypes[which])
         op, n = self._producer[variable]
 
         def operand(which: int, index: Index) -> Any:

@@ -24,6 +24,10 @@ class Tables:
 
     arrays: tuple[Any, ...]
 
+    def reader(self) -> Callable[[int, Index], Array]:
+        """What one evaluation of a program loads entries by."""
+        return self.load
+
     def load(self, which: int, index: Index) -> Array:
         """The entries of one table; the index broadcasts."""
         if not index:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.kernels.triton.backward import backward as backward
@@ -70,12 +71,12 @@ def unsupported(spec: CallSpec) -> str | None:
         if kind == "float8_e4m3fn" and unavailable() is None and gpu_capability() < 8.9:
             return f"needs compute capability 8.9 or newer for float8_e4m3fn, and this GPU has {gpu_capability()}"
     # Offsets are signed, and have 32 bits for arrays of up to 2^32 bytes, else 64. That is too few where an element is
-    # one byte. And places in the parameters of a custom score always have 32 bits.
+    # one byte. And places in tables always have 32 bits.
     narrow = [x for x in jax.tree.leaves((spec.mask, spec.scores)) if x.dtype.itemsize == 1]
-    narrow += jax.tree.leaves([score for score in spec.scores if not score.aligned])
+    narrow += pointwise.table_arrays((spec.mask, spec.scores))
     largest = max(spec.largest_quantized, *(x.size for x in narrow), 0)
     if largest >= 2**31:
-        what = "arrays of bytes (bool masks, quantised keys) and parameters of fewer than 2^31 elements"
+        what = "arrays of bytes (bool masks, quantised keys) and tables of custom functions of fewer than 2^31 elements"
         return f"needs {what}, whose offsets have 32 bits, got {largest}"
     return None
 

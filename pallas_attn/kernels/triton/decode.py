@@ -129,7 +129,7 @@ def _split_kernel(
             mask = tiles.outer(exists, block.exist, logits.shape)
             plgpu.store(logits_ref.at[b, owner, at, block.keys], logits, mask=mask)
 
-        attend = Attend(cut, blocks, q, n[:, None], None if logits_ref is None else keep)
+        attend = Attend(cut, blocks, q, n[:, None], b, None if logits_ref is None else keep)
         state = blocks.walk(list_row, attend, Softmax.empty(packing.tile, columns), (first, last))
         out, lse = Softmax(*state).finish(None)
         for part, x in zip(columns, out, strict=True):

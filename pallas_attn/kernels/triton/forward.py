@@ -61,7 +61,7 @@ def forward(
 
 
 def _kernel(refs: Inputs, sinks_ref, out_ref, lse_ref, *, cut: Cut):
-    i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
+    i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
     stored = StoredKeys(refs, cut)
@@ -69,7 +69,7 @@ def _kernel(refs: Inputs, sinks_ref, out_ref, lse_ref, *, cut: Cut):
     q = tuple(tiles.load_rows(refs.query, rows, row_exists, part) for part in stored.columns(refs.key))
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
     blocks = KeyBlocks(stored, rows, row_exists, q_positions)
-    state = Softmax(*blocks.walk((i,), Attend(cut, blocks, q, n), Softmax.empty(cut.q_block, value_columns)))
+    state = Softmax(*blocks.walk((i,), Attend(cut, blocks, q, n, b), Softmax.empty(cut.q_block, value_columns)))
     if sinks_ref is not None:
         state = state.with_sink(cut, sinks_ref[0])
     out, lse = state.finish(q_positions >= 0)

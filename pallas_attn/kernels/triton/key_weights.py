@@ -153,7 +153,7 @@ def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
 
             logits = k.products(cut, tuple(load_queries(part) for part in columns)) * cut.scale
             if refs.scores:
-                where = blocks.q_positions[:, None], positions[None, :], n
+                where = blocks.q_positions[:, None], positions[None, :], n, b
                 logits = score_algebra.apply(blocks.scores(keys, exist), logits, *where)
             return cut.exp2(logits * LOG2_E - lse[:, None])
 

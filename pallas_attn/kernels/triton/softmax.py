@@ -53,11 +53,20 @@ class Attend:
     Args:
       q: the tile of queries, its columns cut like those of keys.
       head: the query head of the tile, or of each of its rows, ``[rows, 1]``.
+      row: the row of the batch.
       keep: ``keep(block, logits)`` is given the logits of every block in base 2, -inf where a key is not seen.
     """
 
-    def __init__(self, cut: Cut, blocks: KeyBlocks, q: tuple[Array, ...], head: Array, keep: Callable | None = None):
-        self._cut, self._blocks, self._head, self._keep = cut, blocks, head, keep
+    def __init__(
+        self,
+        cut: Cut,
+        blocks: KeyBlocks,
+        q: tuple[Array, ...],
+        head: Array,
+        row: Array,
+        keep: Callable | None = None,
+    ):
+        self._cut, self._blocks, self._head, self._row, self._keep = cut, blocks, head, row, keep
         self._to_base_2 = LOG2_E
         if not blocks.stored.refs.scores:
             # Only |scale| is folded into exp2, so that the largest logit times it is the largest scaled logit.
@@ -73,7 +82,7 @@ class Attend:
         if blocks.stored.refs.scores:
             positions = blocks.q_positions[:, None], block.positions[None, :]
             logits = score_algebra.apply(
-                blocks.scores(block.keys, block.exist), logits * cut.scale, *positions, self._head
+                blocks.scores(block.keys, block.exist), logits * cut.scale, *positions, self._head, self._row
             )
         if block.allowed is not None:
             logits = jnp.where(block.allowed, logits, -jnp.inf)
