@@ -134,7 +134,7 @@ class _Evaluation:
             return self.at(op.inputs[which], index)
 
         if not op.has_rule:
-            return rules.RULES[op.name](op, operand, index)
+            return rules.RULES[op.name](op, operand, (n, *index) if op.primitive.multiple_results else index)
         function = op.bind
         values = rules.broadcast([operand(which, ()) for which in range(len(op.inputs))])
         for _ in np.shape(values[0]) if values else ():

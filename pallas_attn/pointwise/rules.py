@@ -1,6 +1,7 @@
 """How an entry of an operation's result follows from entries of its operands, for all pairs at once.
 
-A rule is ``rule(op, operand, index) -> tile``. ``operand(n, index)`` is an entry of operand n: a tile, or a number.
+A rule is ``rule(op, operand, index) -> tile``. ``operand(n, index)`` is an entry of operand n: a tile, or a number. Of
+an operation with several results, the index begins with the number of the result.
 """
 
 import functools
@@ -118,6 +119,26 @@ def _concatenate(op: Any, operand: Operand, index: Index) -> Any:
         return part(next(n for n in range(len(sizes)) if i < starts[n + 1]), i)
     parts = [part(n, i) for n in range(len(sizes))]
     return functools.reduce(lambda found, n: _select(i >= starts[n], parts[n], found), range(1, len(parts)), parts[0])
+
+
+def _stack(op: Any, operand: Operand, index: Index) -> Any:
+    axis, last = op.params["axis"], len(op.in_avals) - 1
+    n, rest = index[axis], (*index[:axis], *index[axis + 1 :])
+    if isinstance(n, int):
+        return operand(n, rest)
+    parts = [operand(part, rest) for part in range(last + 1)]
+    return functools.reduce(lambda found, part: _select(n >= part, parts[part], found), range(1, last + 1), parts[0])
+
+
+def _unstack(op: Any, operand: Operand, index: Index) -> Any:
+    (result, *index), axis = index, op.params["axis"]
+    return operand(0, (*index[:axis], result, *index[axis:]))
+
+
+def _split(op: Any, operand: Operand, index: Index) -> Any:
+    (result, *index), axis = index, op.params["axis"]
+    start = int(sum(op.params["sizes"][:result]))
+    return operand(0, (*index[:axis], _plus(index[axis], start), *index[axis + 1 :]))
 
 
 def _iota(op: Any, operand: Operand, index: Index) -> Any:
@@ -283,5 +304,8 @@ RULES: dict[str, Callable[[Any, Operand, Index], Array]] = {
     "iota": _iota,
     "rev": _rev,
     "slice": _slice,
+    "split": _split,
+    "stack": _stack,
     "transpose": _transpose,
+    "unstack": _unstack,
 }
