@@ -1,4 +1,4 @@
-"""Functions of one query and one key, evaluated for tiles of them: against the functions themselves, one pair at a time."""
+"""Functions of one query and one key, evaluated for tiles of them: against the functions themselves, pair by pair."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from pallas_attn import pointwise
-from pallas_attn.pointwise import rules
 from tests import idioms, tolerances
 from tests.idioms import B, N, S, T
 

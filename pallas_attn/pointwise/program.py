@@ -18,7 +18,6 @@ from pallas_attn.pointwise import rules
 from pallas_attn.pointwise.tables import Index, Tables
 
 
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Number:
     """One that stands in the function's text."""

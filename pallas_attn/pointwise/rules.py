@@ -17,13 +17,17 @@ from jax import Array, lax
 from pallas_attn.pointwise.tables import Index
 
 # One entry of the result needs one of each operand.
-ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp clz"
-    " convert_element_type cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le"
-    " lgamma log log1p log2 logistic lt max min mul ne neg nextafter not one_minus_square or population_count pow"
-    " reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh"
-    " sqrt square stop_gradient sub tan tanh xor".split()
-)
+# fmt: off
+ELEMENTWISE = frozenset({
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+    "bitcast_convert_type", "cbrt", "ceil", "clamp", "clz", "convert_element_type", "cos", "cosh", "digamma", "div",
+    "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le",
+    "lgamma", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
+    "one_minus_square", "or", "population_count", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
+    "stop_gradient", "sub", "tan", "tanh", "xor",
+})
+# fmt: on
 # Functions of numbers with a derivative that somebody has written.
 WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 # A sum over the entries of an array is written out, up to so many.

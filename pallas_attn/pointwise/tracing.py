@@ -1,6 +1,6 @@
 """From a user's Python function to a program and its tables.
 
-The function is traced for a single pair, as numbers. Whatever it closes over, arrays and tracers, JAX finds as constants
+The function is traced for a single pair, as numbers. JAX finds the arrays and tracers that it closes over as constants
 of the trace. What depends on these alone is the same for all pairs: it is computed before any kernel runs, and its
 results, with the constants that remain, are the tables. So the function's closure is read whenever it is traced, its
 values are data and not part of the program, and JAX differentiates what leads from them to the tables.
@@ -158,8 +158,8 @@ class _Flat:
             values.update(zip(op.outputs, results, strict=True))
 
         def table(x: Array) -> Array:
-            # Sums of gradients are in float32, and kernels reach entries of four bytes in larger arrays.
-            return x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
+            # Sums of gradients are in float32. Converted also if it is so already, for types may be weak.
+            return lax.convert_element_type(x, jnp.float32 if x.dtype in (jnp.bfloat16, jnp.float16) else x.dtype)
 
         return Tables(tuple(table(values[x]) for x in known))
 

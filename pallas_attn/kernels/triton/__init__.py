@@ -14,6 +14,7 @@ from pallas_attn.kernels.triton.decode import decode
 from pallas_attn.kernels.triton.forward import forward as prefill
 from pallas_attn.kernels.triton.key_weights import key_weights as key_weights
 from pallas_attn.kernels.triton.specs import Stored
+from pallas_attn.kernels.triton.tables import not_lowered
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import gpu_capability
 
@@ -70,6 +71,8 @@ def unsupported(spec: CallSpec) -> str | None:
             return f"needs head sizes of at least {_MIN_INT4_HEAD_DIM} for int4, got {head_dim}"
         if kind == "float8_e4m3fn" and unavailable() is None and gpu_capability() < 8.9:
             return f"needs compute capability 8.9 or newer for float8_e4m3fn, and this GPU has {gpu_capability()}"
+    if missing := not_lowered((spec.mask, spec.scores)):
+        return f"needs custom functions without {', '.join(missing)}"
     # Offsets are signed, and have 32 bits for arrays of up to 2^32 bytes, else 64. That is too few where an element is
     # one byte. And places in tables always have 32 bits.
     narrow = [x for x in jax.tree.leaves((spec.mask, spec.scores)) if x.dtype.itemsize == 1]

@@ -2,8 +2,8 @@
 
 A kernel cannot index a tile that it holds, but it can load from any address. So a table is a flat ref there, from which
 the entries are loaded that a program asks for. No load can be differentiated in a kernel; so where derivatives are
-taken, entries are looked up first (:func:`look_up`), and the gradient of a table is that of its entries, summed by place
-(:func:`place_sums`).
+taken, entries are looked up first (:func:`look_up`), and the gradient of a table is that of its entries, summed by
+place (:func:`place_sums`).
 """
 
 import dataclasses
@@ -17,12 +17,11 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_attn import pointwise
+from pallas_attn import masks, pointwise, scores
 from pallas_attn.pointwise.tables import Index
-from pallas_attn.scores import Scores, Traced
 
-# What programs are made of, and what this lowering does not have.
-NOT_LOWERED = frozenset({"custom_vjp_call", "digamma", "erf", "erfc", "lgamma", "reduce_precision", "round"})
+# Operations of programs that this lowering does not have.
+_NOT_LOWERED = frozenset({"custom_vjp_call", "digamma", "erf", "erfc", "lgamma", "reduce_precision", "round"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +85,13 @@ class LookedUp(pointwise.Tables):
         return LookedUp((), [*self.lookups[:which], changed, *self.lookups[which + 1 :]])
 
 
+def not_lowered(tree: Any) -> list[str]:
+    """The operations in masks or scores for which there is no lowering."""
+    is_custom = lambda x: isinstance(x, masks.Traced | scores.Traced)  # noqa: E731
+    custom = filter(is_custom, jax.tree.leaves(tree, is_leaf=is_custom))
+    return sorted(_NOT_LOWERED & {name for x in custom for name in x.program.primitives})
+
+
 def with_tables(tree: Any) -> Any:
     """Prepares masks or scores for a kernel."""
 
@@ -96,11 +102,11 @@ def with_tables(tree: Any) -> Any:
     return pointwise.map_tables(prepare, tree)
 
 
-def look_up(scores: Scores, logits: Array, *where: Array) -> Scores:
+def look_up(scores_: scores.Scores, logits: Array, *where: Array) -> scores.Scores:
     """Loads what custom scores ask for, so that they can be differentiated."""
     ready = []
-    for score in scores:
-        if isinstance(score, Traced):
+    for score in scores_:
+        if isinstance(score, scores.Traced):
             tables = score.tables
             recording = _Recording(tables.arrays, tables.shapes, [[] for _ in tables.arrays])
             logits = dataclasses.replace(score, tables=recording).apply(logits, *where)
