@@ -299,7 +299,8 @@ class Traced(Mask):
     program: pointwise.Program
 
     def allowed(self, q, kv):
-        return jnp.asarray(self.program.evaluate(self.tables, q, kv, *self.arrays))
+        allowed = self.program.evaluate(self.tables, q, kv, *self.arrays)
+        return allowed if np.ndim(allowed) else jnp.full(jnp.broadcast_shapes(q.shape, kv.shape), allowed)
 
     def bounds(self, q, kv):
         # Nothing is known of the function: every block is partial.

@@ -235,7 +235,7 @@ def test_functions_of_the_same_operations_are_compiled_once(compilations):
         scores = pa.scores.custom(lambda s, q, k, h, p: s * slopes[h] * factor)
         return attend(arrays, scores, pa.masks.custom(lambda q, k: k <= q), "xla")
 
-    ones, halves = jnp.ones(N), jnp.full(N, 0.5)
+    ones, halves = jnp.ones(N), jnp.full(N, 0.5, jnp.float32)
     first = call(ones, 0.5)
     count = len(compilations)
     close(call(halves, 1.0), first)
