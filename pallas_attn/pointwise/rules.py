@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -53,7 +54,11 @@ def is_supported(op: Any) -> bool:
 def broadcast(values: Sequence[Any]) -> list[Any]:
     """Tiles and numbers as tiles of one shape; numbers alone stay numbers."""
     shape = np.broadcast_shapes(*(np.shape(x) for x in values))
-    return [x if np.shape(x) == shape else jnp.broadcast_to(x, shape) for x in values]
+    tiles = [x if np.shape(x) == shape else jnp.broadcast_to(x, shape) for x in values]
+    # Within jax.shard_map, what differs between devices and what does not are of different types.
+    axes = [jax.typeof(x).manual_axis_type.varying for x in tiles]
+    missing = [tuple(frozenset().union(*axes) - of_tile) for of_tile in axes]
+    return [lax.pcast(x, more, to="varying") if more else x for x, more in zip(tiles, missing, strict=True)]
 
 
 def _elementwise(op: Any, operand: Operand, index: Index) -> Any:
@@ -135,14 +140,14 @@ def _stack(op: Any, operand: Operand, index: Index) -> Any:
 
 
 def _unstack(op: Any, operand: Operand, index: Index) -> Any:
-    (result, *index), axis = index, op.params["axis"]
-    return operand(0, (*index[:axis], result, *index[axis:]))
+    axis, rest = op.params["axis"], index[1:]
+    return operand(0, (*rest[:axis], index[0], *rest[axis:]))
 
 
 def _split(op: Any, operand: Operand, index: Index) -> Any:
-    (result, *index), axis = index, op.params["axis"]
+    (result, *rest), axis = index, op.params["axis"]
     start = int(sum(op.params["sizes"][:result]))
-    return operand(0, (*index[:axis], _plus(index[axis], start), *index[axis + 1 :]))
+    return operand(0, (*rest[:axis], _plus(rest[axis], start), *rest[axis + 1 :]))
 
 
 def _iota(op: Any, operand: Operand, index: Index) -> Any:
@@ -197,7 +202,7 @@ def _fill_value(op: Any) -> np.generic:
             value = True
         else:
             value = jnp.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.signedinteger) else jnp.iinfo(dtype).max
-    return np.asarray(value, dtype)[()]
+    return dtype.type(value)
 
 
 def _reduce(combine: Callable, op: Any, operand: Operand, index: Index) -> Any:
@@ -296,7 +301,7 @@ _REDUCTIONS = {
 }
 RULES: dict[str, Callable[[Any, Operand, Index], Array]] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(("copy", "copy_p"), _same),
+    **dict.fromkeys(("copy", "copy_p", "pvary", "pcast"), _same),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
     **{name: functools.partial(_reduce, combine) for name, combine in _REDUCTIONS.items()},
     "broadcast_in_dim": _broadcast_in_dim,

@@ -32,8 +32,8 @@ class Tables:
         """The entries of one table; the index broadcasts."""
         if not index:
             return self.arrays[which]
-        index = jnp.broadcast_arrays(*(np.int32(i) if isinstance(i, int) else i for i in index))
-        return self.arrays[which].at[tuple(index)].get(mode="promise_in_bounds")
+        at = jnp.broadcast_arrays(*(np.int32(i) if isinstance(i, int) else i for i in index))
+        return self.arrays[which].at[tuple(at)].get(mode="promise_in_bounds")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

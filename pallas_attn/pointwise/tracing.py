@@ -92,9 +92,10 @@ class _Flat:
         def read(x: Any) -> Atom:
             if not isinstance(x, Literal):
                 return atoms[x]
-            if x.aval.shape or isinstance(x.val, Array):
+            aval: Any = x.aval
+            if aval.shape or isinstance(x.val, Array):
                 return self._constant(x.val)
-            return Number(np.asarray(x.val, x.aval.dtype)[()])
+            return Number(np.dtype(aval.dtype).type(x.val))
 
         for eqn in jaxpr.eqns:
             results = self._add(eqn, [read(x) for x in eqn.invars])
@@ -151,7 +152,7 @@ class _Flat:
         for op in reversed(self._ops):
             if live.intersection(op.outputs) and not self._varies.intersection(op.outputs):
                 ops.append(op)
-                live.update(op.inputs)
+                live.update(x for x in op.inputs if isinstance(x, int))
         values = dict(self._constants)
         for op in reversed(ops):
             results = op.bind(*(x.value if isinstance(x, Number) else values[x] for x in op.inputs))

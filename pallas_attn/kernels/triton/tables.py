@@ -9,7 +9,7 @@ place (:func:`place_sums`).
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def look_up(scores_: scores.Scores, logits: Array, *where: Array) -> scores.Scor
     ready = []
     for score in scores_:
         if isinstance(score, scores.Traced):
-            tables = score.tables
+            tables = cast(TablesInKernel, score.tables)
             recording = _Recording(tables.arrays, tables.shapes, [[] for _ in tables.arrays])
             logits = dataclasses.replace(score, tables=recording).apply(logits, *where)
             score = dataclasses.replace(score, tables=LookedUp((), recording.lookups))
