@@ -5,16 +5,24 @@ neighbouring columns of each token and head (compare KIVI, arXiv:2402.02750, and
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn import checks
+from pallas_attn.refusal import without_derivative
+
 Kind = Literal["int8", "float8_e4m3fn", "int4"]
 
 # What the largest magnitude of a vector (int4: of a group) becomes.
 _LARGEST: dict[Kind, float] = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
+_NO_GRADIENT = (
+    "QuantizedArray.quantize has no gradient, for it rounds: stop it by jax.lax.stop_gradient, or do without it (in a"
+    " cache: Plain storage)"
+)
 _KIND_OF_DTYPE: dict[str, Kind] = {"int8": "int8", "float8_e4m3fn": "float8_e4m3fn", "uint8": "int4"}
 
 
@@ -38,36 +46,37 @@ class QuantizedArray:
     def quantize(x: Array, kind: Kind, group: int = 32) -> "QuantizedArray":
         """The nearest that can be said in so few bits. What is not finite makes its vector (or group) NaN.
 
+        It rounds, so it has no gradient: one that reaches it is refused. That of :meth:`dequantize` is with respect to
+        values and scales.
+
         Args:
           x: floating-point ``[.., K, D]``.
           kind: "int8", "float8_e4m3fn" or "int4".
           group: columns that share a scale, for int4 alone; it divides D / 2.
 
         Raises:
-          ValueError: another kind, x is not of floating point or has rank 0, or a group that does not divide D / 2.
+          TypeError: x is not an array, kind not a string, or group not an int.
+          ValueError: another kind, x is empty, of rank 0 or not of floating point, or a group that does not divide
+            D / 2.
+          NotImplementedError: a gradient, with the way out.
         """
+        x = checks.array("x", x)
+        if not isinstance(kind, str):
+            raise TypeError(f"kind: expected one of {list(_LARGEST)}, got {checks.describe(kind)}")
         if kind not in _LARGEST:
             raise ValueError(f"kind: expected one of {list(_LARGEST)}, got {kind!r}")
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
             raise ValueError(f"x: expected floating-point [.., K, D], got {x.dtype} {list(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"x: expected no empty axis, got shape {tuple(x.shape)}")
+        group = checks.integer("group", group, least=1)
+        x = checks.floats("x", x)
         head_dim = x.shape[-1]
         columns = group if kind == "int4" else head_dim
-        if kind == "int4" and (group < 1 or head_dim % (2 * group)):
+        if kind == "int4" and head_dim % (2 * group):
             raise ValueError(f"group: expected a divisor of D / 2 = {head_dim / 2:g} for int4, got {group}")
-        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, columns)
-        largest = jnp.abs(groups).max(-1) / _LARGEST[kind]
-        # At least the smallest normal number: zeros stay zeros, and no scale is lost where subnormals are flushed.
-        scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
-        # In words, since XLA on a CPU forgets NaN in some maxima.
-        scales = jnp.where(jnp.isfinite(groups).all(-1), scales, jnp.nan)
-        values = (groups / scales[..., None]).reshape(x.shape)
-        if kind == "float8_e4m3fn":
-            return QuantizedArray(values.astype(jnp.float8_e4m3fn), scales[..., 0])
-        values = jnp.round(values).astype(jnp.int8)
-        if kind == "int8":
-            return QuantizedArray(values, scales[..., 0])
-        first, second = jnp.split(values.astype(jnp.uint8), 2, axis=-1)
-        return QuantizedArray(first & 15 | second << 4, scales)
+        quantized = functools.partial(_quantize, kind=kind, columns=columns)
+        return without_derivative(quantized, _NO_GRADIENT)(x)
 
     def dequantize(self) -> Array:
         """float32 ``[.., K, D]``."""
@@ -77,7 +86,8 @@ class QuantizedArray:
         # to itself first, and not its two halves later.
         head_dim = self.shape[-1]
         twice = jnp.concatenate([self.values, self.values], axis=-1).astype(jnp.int32)
-        shifts = jnp.where(lax.broadcasted_iota(jnp.int32, twice.shape, twice.ndim - 1) < head_dim // 2, 28, 24)
+        in_first_half = lax.broadcasted_iota(jnp.int32, twice.shape, twice.ndim - 1) < head_dim // 2
+        shifts = jnp.where(in_first_half, jnp.int32(28), jnp.int32(24))
         groups = (twice << shifts >> 28).astype(jnp.float32).reshape(*self.scales.shape, self.group)
         return (groups * self.scales[..., None]).reshape(self.shape)
 
@@ -89,8 +99,8 @@ class QuantizedArray:
           ValueError: their dtypes or shapes do not belong together.
         """
         for part, x in (("values", self.values), ("scales", self.scales)):
-            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-                raise TypeError(f"{name}.{part}: expected an array, got {type(x).__name__}")
+            if not checks.array(f"{name}.{part}", x).ndim:
+                raise ValueError(f"{name}.{part}: expected rank 1 or more, got {checks.describe(x)}")
         if str(self.values.dtype) not in _KIND_OF_DTYPE:
             wanted = "int8, float8_e4m3fn or uint8 (two columns of int4)"
             raise ValueError(f"{name}.values: expected dtype {wanted}, got {self.values.dtype}")
@@ -130,3 +140,21 @@ class QuantizedArray:
     def nbytes(self) -> int:
         """Bytes of values and scales."""
         return sum(x.size * x.dtype.itemsize for x in (self.values, self.scales))
+
+
+def _quantize(x: Array, *, kind: Kind, columns: int) -> QuantizedArray:
+    """``x`` ``[.., K, D]`` with a scale for so many columns."""
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, columns)
+    largest = jnp.abs(groups).max(-1) / _LARGEST[kind]
+    # At least the smallest normal number: zeros stay zeros, and no scale is lost where subnormals are flushed.
+    scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
+    # In words, since XLA on a CPU forgets NaN in some maxima.
+    scales = jnp.where(jnp.isfinite(groups).all(-1), scales, jnp.nan)
+    values = (groups / scales[..., None]).reshape(x.shape)
+    if kind == "float8_e4m3fn":
+        return QuantizedArray(values.astype(jnp.float8_e4m3fn), scales[..., 0])
+    values = jnp.round(values).astype(jnp.int8)
+    if kind == "int8":
+        return QuantizedArray(values, scales[..., 0])
+    first, second = jnp.split(values.astype(jnp.uint8), 2, axis=-1)
+    return QuantizedArray(first & 15 | second << 4, scales)

@@ -16,10 +16,9 @@ from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from pallas_attn import pointwise, pytrees
+from pallas_attn import checks, pointwise, pytrees
 
 
 class Score:
@@ -34,6 +33,8 @@ class Score:
 
 
 Scores = tuple[Score, ...]
+
+_LARGEST_CAP = 1e30
 
 
 def apply(scores: Scores, logits: Array, *where: Array) -> Array:
@@ -137,13 +138,12 @@ def softcap(cap: float) -> Score:
     """``cap * tanh(logit / cap)``: bounded logits (Gemma 2, arXiv:2408.00118, section 2).
 
     Args:
-      cap: a positive number.
+      cap: a positive number, at most 1e30: float32 would take a logit divided by more for 0.
     """
-    if isinstance(cap, bool) or not isinstance(cap, int | float | np.number):
-        raise TypeError(f"softcap: cap: expected a Python number, got {type(cap).__name__}")
-    if not 0 < cap < float("inf"):
-        raise ValueError(f"softcap: cap: expected a positive finite number, got {cap}")
-    return Softcap(float(cap))
+    cap = checks.number("softcap: cap", cap, most=_LARGEST_CAP)
+    if cap <= 0:
+        raise ValueError(f"softcap: cap: expected a positive number, got {cap}")
+    return Softcap(cap)
 
 
 def alibi(slopes: Array) -> Score:
@@ -215,18 +215,11 @@ def _names_batch(function: Callable) -> bool:
 
 
 def _parameter(value: Any) -> Array:
-    if isinstance(value, bool | int | float):
-        value = np.asarray(value, np.float32 if isinstance(value, float) else None)
-    if not hasattr(value, "dtype"):
-        raise TypeError(f"custom: params: expected arrays and numbers, got {type(value).__name__}")
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
-        raise ValueError(f"custom: params: expected floating-point numbers, integers or bool, got dtype {value.dtype}")
-    if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu" and value.dtype.itemsize > 4:
-        narrow = value.astype(np.int32)
-        if (narrow != value).any():
-            raise ValueError(f"custom: params: expected integers of 32 bits, got {value.min()} to {value.max()}")
-        value = narrow
-    return jnp.asarray(value)
+    """Floating-point numbers of at most 32 bits, int32, or bool."""
+    x = checks.array_or_list("custom: params", value, "floating-point numbers, integers or bool")
+    if x.dtype == jnp.bool_:
+        return jnp.asarray(x)
+    return checks.int32("custom: params", x) if checks.is_integer(x) else checks.floats("custom: params", x)
 
 
 def as_scores(scores: Score | Sequence[Score] | None) -> Scores:
@@ -238,16 +231,20 @@ def as_scores(scores: Score | Sequence[Score] | None) -> Scores:
     if scores is None:
         return ()
     listed = (scores,) if isinstance(scores, Score) else scores
-    if not isinstance(listed, Sequence) or not all(isinstance(score, Score) for score in listed):
-        raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {scores!r}")
+    strangers = [x for x in listed if not isinstance(x, Score)] if isinstance(listed, Sequence) else [scores]
+    if strangers:
+        got = checks.describe(strangers[0])
+        raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {got}")
     return tuple(listed)
 
 
 def _floating(name: str, value: Any, *, rank: int | None) -> Array:
-    if not hasattr(value, "dtype"):
-        value = np.asarray(value, np.float32)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected floating-point numbers, got dtype {value.dtype}")
-    if rank is not None and value.ndim != rank:
-        raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(value.shape)}")
-    return jnp.asarray(value)
+    x = checks.array_or_list(name, value, "floating-point numbers")
+    if not hasattr(value, "dtype") and checks.is_integer(x):
+        x = x.astype(jnp.float32)  # whole numbers in a list
+    x = checks.floats(name, x)
+    if rank is not None and x.ndim != rank:
+        raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(x.shape)}")
+    if rank is not None and 0 in x.shape:
+        raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
+    return x

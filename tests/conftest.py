@@ -1,6 +1,9 @@
-"""Shared by all tests: JAX at its strictest, and what becomes of tests that need a GPU."""
+"""Shared by all tests: JAX at its strictest, data by name, and the tests that need a GPU."""
+
+import zlib
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -37,6 +40,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"compiled Triton kernels: {reason}"))
+
+
+@pytest.fixture(autouse=True)
+def _data_by_name(request):
+    """A test draws the same data whatever ran before it: its name seeds its module's generator ``rng``."""
+    rng = getattr(request.module, "rng", None)
+    if isinstance(rng, np.random.Generator):
+        seed = zlib.crc32(request.node.name.encode())
+        rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -157,7 +157,7 @@ BAD_CALLS = {
     "scale, NaN": ({"scale": float("nan")}, ValueError, "scale", "nan"),
     "scale, infinite": ({"scale": float("inf")}, ValueError, "scale", "inf"),
     "implementation, unknown": ({"implementation": "cuda"}, ValueError, "implementation", "'cuda'"),
-    "implementation, a bool": ({"implementation": False}, ValueError, "implementation", "False"),
+    "implementation, a bool": ({"implementation": False}, TypeError, "implementation", "False"),
     "interpret with xla": ({"interpret": True, "implementation": "xla"}, ValueError, "interpret", "'xla'"),
     "block_sizes, a tuple": ({"block_sizes": (16, 16)}, TypeError, "block_sizes", "tuple"),
     "block_sizes, an int": ({"block_sizes": 16}, TypeError, "block_sizes", "int"),
@@ -288,25 +288,49 @@ def test_the_good_paged_and_quantised_calls_are_good():
         assert jax.eval_shape(lambda: pa.attention(**call)).shape == (B, T, N, D)  # noqa: B023
 
 
-NO_GRADIENT = {
-    "quantised keys": {**GOOD, "key": quantized(B, S, K, D)},
-    "quantised values": {**GOOD, "value": quantized(B, S, K, D, kind="int4")},
-    "pages": PAGED,
+QUANTIZED_CALL = {
+    **GOOD,
+    "key": quantized(B, S, K, D),
+    "value": quantized(B, S, K, D, kind="int4"),
+    "scores": pa.scores.bias(array(1, 1, T, S)),
+    "sinks": array(N),
+}
+# The one argument that is differentiated: floats of a call with quantised keys or values.
+DIFFERENTIATED = {
+    "query": ("query", QUANTIZED_CALL),
+    "scales of keys": ("key", {**QUANTIZED_CALL, "value": array(B, S, K, D)}),
+    "scales of values": ("value", {**QUANTIZED_CALL, "key": array(B, S, K, D)}),
+    "plain keys": ("key", {**QUANTIZED_CALL, "key": array(B, S, K, D)}),
+    "bias": ("scores", QUANTIZED_CALL),
+    "sinks": ("sinks", QUANTIZED_CALL),
+    "scales of pages": ("key", {**PAGED, "key": quantized(*POOL.shape), "value": quantized(*POOL.shape)}),
 }
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("name", NO_GRADIENT)
-def test_what_has_no_gradient_says_so(name, implementation):
-    call = NO_GRADIENT[name]
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_a_quantised_call_has_no_gradient_and_says_so(name, implementation):
+    argument, call = DIFFERENTIATED[name]
+    leaves, structure = jax.tree.flatten(call[argument])
+    floats = [x for x in leaves if x.dtype == jnp.float32]
+    assert floats
 
-    def loss(query):
-        return pa.attention(**{**call, "query": query}, implementation=implementation).sum()
+    def loss(floats):
+        given = iter(floats)
+        changed = structure.unflatten([next(given) if x.dtype == jnp.float32 else x for x in leaves])
+        return pa.attention(**{**call, argument: changed}, implementation=implementation).sum()
 
-    with pytest.raises(NotImplementedError, match=r"^quantised or paged keys and values have no gradient: give plain"):
-        jax.grad(loss)(jnp.asarray(call["query"]))
-    stopped = jax.grad(lambda query: (query + jax.lax.stop_gradient(loss(query))).sum())
-    assert (stopped(jnp.asarray(call["query"])) == 1).all()
+    refused = pytest.raises(NotImplementedError, match=r"^quantised keys and values have no gradient: give plain ones")
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+        with refused:
+            jax.make_jaxpr(jax.grad(wrap(loss)))(floats)
+    with refused:
+        jax.make_jaxpr(lambda floats: jax.jvp(loss, (floats,), (floats,)))(floats)
+    for stopped in (
+        lambda x: x[0].sum() + jax.lax.stop_gradient(loss(x)),
+        lambda x: x[0].sum() + loss(jax.lax.stop_gradient(x)),
+    ):
+        assert (jax.jit(jax.grad(stopped))(floats)[0] == 1).all()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

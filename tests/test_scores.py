@@ -11,17 +11,11 @@ import pytest
 
 import pallas_attn as pa
 from tests import oracle, tolerances
-from tests.attention_check import BOTH, LAST, LEFT, Q_BOTH, B, K, N, S, T, assert_same_bits, dense, options
-from tests.gradient_check import Case, check, implementations
+from tests.attention_check import BOTH, LAST, LEFT, Q_BOTH, B, K, N, S, T, assert_same_bits, dense, options, seeded
+from tests.gradient_check import Case, check, implementations, normal
 from tests.oracle import positions
 
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", implementations("reference", "xla", "interpreted"))
-rng = np.random.default_rng(5)
-
-
-def normal(*shape: int, dtype=np.float32) -> np.ndarray:
-    return rng.standard_normal(shape).astype(dtype)
-
 
 SLOPES = (2.0 ** -np.arange(1, N + 1)).astype(np.float32)
 CAUSAL = oracle.causal()
@@ -155,7 +149,7 @@ def test_several_parameters_of_one_function(implementation):
     # One parameter after the other, in a random direction.
     leaves, structure = jax.tree.flatten(jax.tree.map(np.float64, params))
     for which, (leaf, actual) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
-        direction, step = np.asarray(normal(*leaf.shape), np.float64), 1e-5
+        direction, step = seeded("direction", which).standard_normal(leaf.shape), 1e-5
         moved = [[*leaves[:which], leaf + x * direction, *leaves[which + 1 :]] for x in (step, -step)]
         plus, minus = (by_the_oracle(jax.tree.unflatten(structure, x)) for x in moved)
         difference = ((plus - minus) / (2 * step) * d_out).sum()

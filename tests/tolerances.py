@@ -29,7 +29,7 @@ def recomputed_limit(largest_logit: float) -> float:
 
 
 def summed_limit(summed: float, dtype) -> float:
-    """What few pairs make up, by the sum of what is added up in it, taken as positive: plain attention may be exact.
+    """For a sum that may cancel, relative to the sum of its terms' magnitudes: plain attention may be exact by luck.
 
     Eight float32 roundings (of one key alone the probability is exactly 1 in plain attention); and where outputs are
     shorter, an eighth of their last bit, for ``d_out . out`` takes the rounded output.
@@ -60,6 +60,10 @@ CACHE_SCORE = 1e-5
 # Scores that are closer than this may be in another order in float32: the error of an int8 token is the difference of
 # numbers that are some hundred times as large.
 CACHE_NEAR_TIE = 1e-4
+
+# Relative to the largest gradient, against float32 without a cache. A key's gradient is the sum of what each chunk
+# gives it, rounded to the cache's dtype every time: four roundings, of outputs and their products as well.
+CACHE_GRADIENT = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 # --- gradients ---
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn import bits, masks
+from pallas_attn import bits, checks, masks
 from pallas_attn.caches import rows as row_sets
 from pallas_attn.caches.pages import Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
-from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, read, write
+from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, read, take, write
+from pallas_attn.quantized import QuantizedArray
 from pallas_attn.tuning import PAGE_MULTIPLE
 
 
@@ -98,8 +99,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays of the cache."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+        """Bytes of all arrays of the cache, but for the carriers of gradients in :class:`pallas_attn.bits.Bits`."""
+        arrays = jax.tree.map(lambda x: x.integers if bits.is_held(x) else x, self, is_leaf=bits.is_held)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
     @property
     def mask(self) -> masks.Mask | None:
@@ -129,7 +131,7 @@ class KVCache:
           positions, rows: as :meth:`append` takes them; raises as it does.
         """
         rows = row_sets.check(rows, self.batch_size)
-        self._check_positions(positions, rows)
+        positions = self._check_positions(positions, rows)
         slots, lengths, lost = self.policy.place(self._slots_of(rows), positions >= 0)
         pages, sources = self.pages, None
         if pages is not None:
@@ -149,19 +151,15 @@ class KVCache:
           reservation: from :meth:`reserve` of this cache, or of another of the same policy, storage and capacity that
             holds the same tokens; with a policy whose heads choose by themselves that can only be this one.
         """
-        rows, positions, slots, lengths, lost, pages, sources = reservation
-        for name, x, buffer in (("key", key, self.key), ("value", value, self.value)):
-            expected = (*positions.shape, *buffer.shape[2:])
-            if not hasattr(x, "dtype"):
-                raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
-            if x.shape != expected:
-                raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise ValueError(f"{name}: expected floating point numbers, got {x.dtype}")
+        rows, positions, slots, lengths, lost, pages, sources = _check_reservation(reservation)
+        key, value = (
+            _check_tokens(name, x, (*positions.shape, *buffer.shape[2:]))
+            for name, x, buffer in (("key", key, self.key), ("value", value, self.value))
+        )
         encoded = self.storage.encode(key, self.dtype), self.storage.encode(value, self.dtype)
         after = dataclasses.replace(self, pages=pages)
         first, second = after._addresses(slots, rows)
-        new_state = self.policy.new_state(Tokens(key, value, *encoded))
+        new_state = self.policy.new_state(Tokens(*lax.stop_gradient((key, value, *encoded))))
         state_slots = jnp.broadcast_to(slots, (slots.shape[0], key.shape[2], slots.shape[2]))
         buffers = self.key, self.value
         if pages is not None and sources is not None:
@@ -188,7 +186,7 @@ class KVCache:
 
     def positions_with(self, reservation: Reservation) -> Array:
         """The same for tokens that have their slots already."""
-        rows, positions, slots, *_ = reservation
+        rows, positions, slots, *_ = _check_reservation(reservation)
         return at_slots(row_sets.take(self.positions, rows, -1), slots, _of_heads(positions, slots))
 
     def view(self, rows: Array | None = None) -> CacheView:
@@ -223,22 +221,25 @@ class KVCache:
         """
         rows = row_sets.check(rows, self.batch_size)
         expected = (self.batch_size if rows is None else rows.shape[0], self.key.shape[-2], self.capacity)
+        key_weights = checks.array("key_weights", key_weights)
         if key_weights.shape != expected or key_weights.dtype != jnp.float32:
             got = f"{key_weights.dtype} {list(key_weights.shape)}"
             raise ValueError(f"key_weights: expected float32 {list(expected)}, got {got}")
-        state = self.policy.observe(self._slots_of(rows), key_weights)
+        # Slots are chosen by them, and have no derivative.
+        state = self.policy.observe(self._slots_of(rows), lax.stop_gradient(jnp.asarray(key_weights)))
         return dataclasses.replace(
             self, state={name: row_sets.put(x, rows, state[name]) for name, x in self.state.items()}
         )
 
-    def truncate(self, lengths: Array) -> "KVCache":
+    def truncate(self, lengths: jax.typing.ArrayLike) -> "KVCache":
         """Keeps at most each row's first ``lengths`` (int ``[B]``) tokens and takes the others back.
 
         Raises:
+          TypeError: what is not an array.
           NotImplementedError: the policy cannot, for it has dropped tokens in favour of those.
           ValueError: another shape or dtype.
         """
-        requested = self._check_rows("lengths", lengths, jnp.integer).astype(jnp.int32)
+        requested = self._check_integers("lengths", lengths)
         lengths = jnp.clip(requested, 0, self.lengths)
         kept, lost = self.policy.truncate(self._slots_of(None), lengths)
         overflowed = self.overflowed | (lost & (lengths < self.lengths))
@@ -264,17 +265,18 @@ class KVCache:
           count: int32 ``[B]``, how many of them are valid, the first.
 
         Raises:
+          TypeError: what is not an array.
           NotImplementedError: the policy does not hold tokens in order.
           ValueError: other shapes or dtypes. A row whose nodes had no room, or which has no page to write to, keeps
             what it can of the path and sets ``overflowed``.
         """
         if not self.policy.ordered:
             raise NotImplementedError(f"{type(self.policy).__name__} cannot keep a path: its slots are not in order")
-        first, count = (self._check_rows(name, x, jnp.integer) for name, x in (("first", first), ("count", count)))
-        path = jnp.asarray(path)
+        first, count = self._check_integers("first", first), self._check_integers("count", count)
+        path = checks.array("path", path)
         if path.ndim != 2 or path.shape[0] != self.batch_size or path.dtype != jnp.int32:
             raise ValueError(f"path: expected int32 [{self.batch_size}, n], got {path.dtype} {list(path.shape)}")
-        first, count = jnp.clip(first.astype(jnp.int32), 0, self.lengths), count.astype(jnp.int32)
+        first, path = jnp.clip(first, 0, self.lengths), jnp.asarray(path)
         number = lax.broadcasted_iota(jnp.int32, path.shape, 1)
         sources, targets = first[:, None] + path, first[:, None] + number
         stored = (number < count[:, None]) & (sources < self.lengths[:, None])
@@ -285,7 +287,7 @@ class KVCache:
             written = jnp.where(moved, targets, self.capacity) // self.key.shape[1]
             pages, refused, copied = self.pages.reserve(written)
             # Then what stands before the first token that would have to move is kept.
-            stays = (jnp.cumsum(moved, axis=1) == 0) | ~refused[:, None]
+            stays = (jnp.cumsum(moved, axis=1, dtype=jnp.int32) == 0) | ~refused[:, None]
             stored, moved = stored & stays, moved & stays
             buffers = pages.copy(copied, buffers)
             after = dataclasses.replace(self, pages=pages)
@@ -294,7 +296,7 @@ class KVCache:
         places, written = after._addresses(sources, None), after._addresses(targets, None)
         key, value = (write(x, *written, read(x, *places)) for x in buffers)
         lengths = first + stored.sum(1, dtype=jnp.int32)
-        missing = jnp.minimum(count, path.shape[1]) > stored.sum(1)
+        missing = jnp.minimum(count, path.shape[1]) > stored.sum(1, dtype=jnp.int32)
 
         def move(x: Array) -> Array:
             into, out_of = (jnp.broadcast_to(slots, (*x.shape[:2], path.shape[1])) for slots in (targets, sources))
@@ -313,8 +315,16 @@ class KVCache:
         return after._release()
 
     def reset(self, rows: Array) -> "KVCache":
-        """Empties the rows where ``rows`` (bool ``[B]``) is True. Another shape or dtype raises ValueError."""
-        rows = self._check_rows("rows", rows, jnp.bool_)
+        """Empties the rows where ``rows`` (bool ``[B]``) is True.
+
+        Raises:
+          TypeError: what is not an array.
+          ValueError: another shape or dtype.
+        """
+        rows = checks.array_or_list("rows", rows, "bool")
+        if rows.shape != (self.batch_size,) or rows.dtype != jnp.bool_:
+            raise ValueError(f"rows: expected bool of shape ({self.batch_size},), got {rows.dtype} {rows.shape}")
+        rows = jnp.asarray(rows)
         after = dataclasses.replace(
             self,
             positions=jnp.where(rows[:, None, None], -1, self.positions),
@@ -323,7 +333,7 @@ class KVCache:
         )
         return after._release()
 
-    def fork(self, sources: Array) -> "KVCache":
+    def fork(self, sources: jax.typing.ArrayLike) -> "KVCache":
         """Row b becomes what row ``sources[b]`` is: several continuations of one prompt, or of a prefix of it.
 
         With paged storage nothing is copied: rows share pages, until one writes to such a page. Together with
@@ -333,19 +343,17 @@ class KVCache:
           sources: int32 ``[B]``; ``arange(B)`` changes nothing. What is no row is taken as the nearest one.
 
         Raises:
+          TypeError: what is not an array.
           ValueError: another shape or dtype.
         """
-        sources = jnp.clip(self._check_rows("sources", sources, jnp.integer).astype(jnp.int32), 0, self.batch_size - 1)
-
-        def take(x: Array) -> Array:
-            return x[sources]
+        sources = jnp.clip(self._check_integers("sources", sources), 0, self.batch_size - 1)
 
         key, value, pages = self.key, self.value, self.pages
         if pages is None:
-            key, value = jax.tree.map(take, (key, value))
+            key, value = take(key, sources), take(value, sources)
         else:
-            pages = pages.of_table(take(pages.table))
-        rows = jax.tree.map(take, (self.positions, self.lengths, self.overflowed, self.state))
+            pages = pages.of_table(pages.table[sources])
+        rows = jax.tree.map(lambda x: x[sources], (self.positions, self.lengths, self.overflowed, self.state))
         positions, lengths, overflowed, state = rows
         return dataclasses.replace(
             self,
@@ -369,18 +377,22 @@ class KVCache:
           count: int32 scalar; may be traced.
 
         Raises:
+          TypeError: what is not an array.
           ValueError: other shapes or dtypes.
         """
-        sources, targets = jnp.asarray(sources), jnp.asarray(targets)
+        sources, targets, count = (
+            checks.array_or_list(name, x, "integers")
+            for name, x in (("sources", sources), ("targets", targets), ("count", count))
+        )
         for name, x in (("sources", sources), ("targets", targets)):
-            if x.ndim != 1 or x.shape != sources.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+            if x.ndim != 1 or x.shape != sources.shape or not checks.is_integer(x):
                 raise ValueError(f"{name}: expected integers [n], got {x.dtype} {list(x.shape)}")
-        count = jnp.asarray(count)
-        if count.ndim or not jnp.issubdtype(count.dtype, jnp.integer):
+        if count.ndim or not checks.is_integer(count):
             raise ValueError(f"count: expected an integer, got {count.dtype} {list(count.shape)}")
+        sources, targets, count = map(checks.clipped, (sources, targets, count))
         exist = row_sets.exist(sources, self.batch_size) & row_sets.exist(targets, self.batch_size)
-        sources, targets = (jnp.where(exist, x, 0).astype(jnp.int32) for x in (sources, targets))
-        count = jnp.minimum(count.astype(jnp.int32), sources.shape[0])
+        sources, targets = (jnp.where(exist, x, 0) for x in (sources, targets))
+        count = jnp.minimum(count, sources.shape[0])
         after = self
         if self.pages is None:
             key, value = row_sets.copy((self.key, self.value), sources, targets, count)
@@ -393,7 +405,7 @@ class KVCache:
         return dataclasses.replace(after, positions=positions, lengths=lengths, overflowed=overflowed, state=state)
 
     def _slots_of(self, rows: Array | None) -> Slots:
-        state = {name: row_sets.take(x, rows) for name, x in self.state.items()}
+        state = {name: row_sets.take(lax.stop_gradient(x), rows) for name, x in self.state.items()}
         return Slots(row_sets.take(self.positions, rows, -1), row_sets.take(self.lengths, rows), state)
 
     def _addresses(self, slots: Array, rows: Array | None) -> tuple[Array, Array]:
@@ -410,21 +422,36 @@ class KVCache:
             return self
         return dataclasses.replace(self, pages=self.pages.release((self.positions >= 0).any(1)))
 
-    def _check_positions(self, positions: Array, rows: Array | None) -> None:
-        if not hasattr(positions, "dtype"):
-            raise TypeError(f"positions: expected an array, got {type(positions).__name__}")
+    def _check_positions(self, positions: Array, rows: Array | None) -> Array:
+        positions = checks.array("positions", positions)
         expected = self.batch_size if rows is None else rows.shape[0]
         if positions.ndim != 2 or positions.shape[0] != expected:
             raise ValueError(f"positions: expected shape ({expected}, t), got {positions.shape}")
         if positions.dtype != jnp.int32:
             raise ValueError(f"positions: expected int32, got {positions.dtype}")
+        return jnp.asarray(positions)
 
-    def _check_rows(self, name: str, x: Array, kind) -> Array:
-        x = jnp.asarray(x)
-        if x.shape != (self.batch_size,) or not jnp.issubdtype(x.dtype, kind):
-            wanted = "bool" if kind is jnp.bool_ else "integers"
-            raise ValueError(f"{name}: expected {wanted} of shape ({self.batch_size},), got {x.dtype} {x.shape}")
-        return x
+    def _check_integers(self, name: str, x: jax.typing.ArrayLike) -> Array:
+        """One for each row. What 32 bits do not hold is beyond every length and row, as the nearest is that they do."""
+        x = checks.array_or_list(name, x, "integers")
+        if x.shape != (self.batch_size,) or not checks.is_integer(x):
+            raise ValueError(f"{name}: expected integers of shape ({self.batch_size},), got {x.dtype} {x.shape}")
+        return checks.clipped(x)
+
+
+def _check_reservation(reservation: Reservation) -> Reservation:
+    if not isinstance(reservation, Reservation):
+        raise TypeError(f"reservation: expected a pallas_attn.caches.Reservation, got {checks.describe(reservation)}")
+    return reservation
+
+
+def _check_tokens(name: str, x: Array, expected: tuple[int, ...]) -> Array:
+    x = checks.array(name, x)
+    if x.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected floating point numbers, got {x.dtype}")
+    return checks.floats(name, x)
 
 
 def _of_heads(positions: Array, slots: Array) -> Array:
@@ -451,22 +478,19 @@ def init(
       kv_heads, head_dim, dtype: of keys and values; the quantised storages have a dtype of their own.
 
     Raises:
-      ValueError: a size below 1, or that policy or storage cannot work with, or a dtype that is not of floating point.
+      ValueError: a size below 1 or above 2^30, or that policy or storage cannot work with, or a dtype that is not of
+        floating point, or of more than 32 bits.
       TypeError: a policy or storage of another kind, or a size that is not an int.
     """
     policy, storage = Dense() if policy is None else policy, Plain() if storage is None else storage
     for name, value, kind in (("policy", policy, Policy), ("storage", storage, Storage)):
         if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected a pallas_attn.caches.{kind.__name__}, got {value!r}")
+            raise TypeError(f"{name}: expected a pallas_attn.caches.{kind.__name__}, got {checks.describe(value)}")
     sizes = {"batch_size": batch_size, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype: expected floating point numbers, got {dtype}")
+    batch_size, capacity, kv_heads, head_dim = (
+        checks.integer(name, size, least=1, most=checks.LONGEST_AXIS) for name, size in sizes.items()
+    )
+    dtype = checks.float_dtype("dtype", dtype)
     policy.check(capacity)
 
     rows, pages = (batch_size, capacity), None
@@ -478,7 +502,7 @@ def init(
 
     def zeros(shape: tuple[int, ...]) -> Stored:
         x = jax.ShapeDtypeStruct(shape, dtype)
-        like = jax.eval_shape(lambda x: bits.hold(storage.encode(x, dtype)), x)
+        like = jax.eval_shape(lambda x: _at_rest(storage.encode(x, dtype)), x)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def new_state(x: Array) -> State:
@@ -498,6 +522,11 @@ def init(
         policy=policy,
         storage=storage,
     )
+
+
+def _at_rest(x: Stored) -> Stored:
+    """As a cache keeps it. Quantised numbers have no gradient."""
+    return bits.hold(x) if isinstance(x, QuantizedArray) else bits.hold_with_derivatives(x)
 
 
 def nbytes(policy: Policy | None = None, storage: Storage | None = None, **sizes) -> int:

@@ -59,7 +59,7 @@ class Pages:
         def take() -> tuple["Pages", Array, Array]:
             needs = jnp.zeros(self.table.shape, jnp.bool_)
             needs = needs.at[row, jnp.where(ready, per_row, logical)].set(True, mode="drop")
-            wanted = needs.sum(1)
+            wanted = needs.sum(1, dtype=jnp.int32)
             free = self.users == 0
 
             def serve(left: Array, wanted: Array) -> tuple[Array, Array]:
@@ -67,11 +67,12 @@ class Pages:
                 return left - jnp.where(refused, 0, wanted), refused
 
             # In order; a row that wants too much leaves what there is to the next.
-            _, refused = lax.scan(serve, free.sum(), wanted)
+            _, refused = lax.scan(serve, free.sum(dtype=jnp.int32), wanted)
             needs = needs & ~refused[:, None]
-            number = (jnp.cumsum(needs.reshape(-1)) - 1).reshape(needs.shape)  # this entry gets that free page
-            (found,) = jnp.nonzero(free, size=free.shape[0], fill_value=0)
-            table = jnp.where(needs, found[number].astype(jnp.int32), self.table)
+            number = (jnp.cumsum(needs.reshape(-1), dtype=jnp.int32) - 1).reshape(
+                needs.shape
+            )  # this entry gets that free page
+            table = jnp.where(needs, _places(free)[number], self.table)
             return self.of_table(table), refused, jnp.where(needs, self.table, -1)
 
         def keep() -> tuple["Pages", Array, Array]:
@@ -86,15 +87,21 @@ class Pages:
         wanted = sources >= 0
 
         def find() -> tuple[Array, Array]:
-            (entries,) = jnp.nonzero(wanted, size=wanted.shape[0], fill_value=0)
+            entries = _places(wanted)
             return sources[entries], targets[entries]
 
         # Most steps copy none.
         read, written = lax.cond(wanted.any(), find, lambda: (sources, targets))
-        return copy_rows(pools, read, written, wanted.sum())
+        return copy_rows(pools, read, written, wanted.sum(dtype=jnp.int32))
 
     def release(self, held: Array) -> "Pages":
         """Frees the pages in which nothing is: bool ``held`` ``[B, capacity]``."""
         per_row = self.table.shape[1]
         in_use = held.reshape(held.shape[0], per_row, -1).any(-1)
         return self.of_table(jnp.where(in_use, self.table, -1))
+
+
+def _places(mask: Array) -> Array:
+    """int32 ``[n]``: where bool ``mask`` ``[n]`` is True, in order; then zeros."""
+    number = jnp.where(mask, jnp.cumsum(mask, dtype=jnp.int32) - 1, mask.shape[0])
+    return jnp.zeros(mask.shape, jnp.int32).at[number].set(lax.iota(jnp.int32, mask.shape[0]), mode="drop")

@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, dtypes, lax
+
+from pallas_attn import bits, checks
 
 Tree = TypeVar("Tree")
 
@@ -16,10 +18,10 @@ def check(rows: Array | None, batch_size: int) -> Array | None:
     """The same rows; unused entries become ``batch_size``, where a negative one would count from the end."""
     if rows is None:
         return None
-    if not hasattr(rows, "dtype"):
-        raise TypeError(f"rows: expected an int32 array, got {type(rows).__name__}")
+    rows = checks.array("rows", rows, "an int32 array")
     if rows.dtype != jnp.int32 or rows.ndim != 1 or rows.size == 0:
         raise ValueError(f"rows: expected int32 [R], R at least 1, got {rows.dtype} {list(rows.shape)}")
+    rows = jnp.asarray(rows)
     return jnp.where(exist(rows, batch_size), rows, batch_size)
 
 
@@ -51,13 +53,32 @@ def copy(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
     In place where the arrays may be: rows that are not concerned are not touched.
     """
 
-    def copy_row(n: Array, x: Tree) -> Tree:
-        source, target = sources[n], targets[n]
-        return jax.tree.map(
-            lambda x: lax.dynamic_update_index_in_dim(
-                x, lax.dynamic_index_in_dim(x, source, keepdims=False), target, 0
-            ),
-            x,
-        )
+    def by_turns(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
+        def copy_row(n: Array, x: Tree) -> Tree:
+            source, target = sources[n], targets[n]
+            return jax.tree.map(
+                lambda x: lax.dynamic_update_index_in_dim(
+                    x, lax.dynamic_index_in_dim(x, source, keepdims=False), target, 0
+                ),
+                x,
+            )
 
-    return lax.fori_loop(0, count, copy_row, x)
+        return lax.fori_loop(0, count, copy_row, x)
+
+    @jax.custom_jvp
+    def call(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
+        return bits.like(x, by_turns(bits.hold(x), sources, targets, count))
+
+    # JAX cannot differentiate a loop of so many turns as an array says: the derivative has no loop.
+    @call.defjvp
+    def derivative(primals, tangents):
+        x, *pairs = primals
+        every_row = jnp.arange(jax.tree.leaves(x)[0].shape[0], dtype=jnp.int32)
+        origin = by_turns(every_row, *pairs)
+
+        def moved(tangent: Array) -> Array:
+            return tangent if tangent.dtype == dtypes.float0 else tangent[origin]
+
+        return call(*primals), jax.tree.map(moved, tangents[0])
+
+    return call(x, sources, targets, count)

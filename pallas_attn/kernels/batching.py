@@ -28,6 +28,7 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
 
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
+        _check_size(size)
         arguments = (query, key, value, block_mask, scores, sinks)
         everything = (True,) * (3 if return_key_weights else 2)
         can_fold = _can_fold(scores, batched[3]) and not any(jax.tree.leaves(batched[5]))
@@ -46,6 +47,13 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
     return call
 
 
+def paged_forward(forward: Callable) -> Callable:
+    """``forward`` with its keyword ``page_table`` as its first argument; ``jax.vmap`` runs it one by one."""
+    return jax.custom_batching.sequential_vmap(
+        lambda page_table, *arguments: forward(*arguments, page_table=page_table)
+    )
+
+
 def batched_backward(backward: Callable) -> Callable:
     """``backward`` of an implementation, made ready for ``jax.vmap``."""
 
@@ -55,12 +63,14 @@ def batched_backward(backward: Callable) -> Callable:
 
     @call.def_vmap
     def rule(size: int, batched, query, key, value, block_mask, scores, lse, delta, d_out):
+        _check_size(size)
         arguments = (query, key, value, block_mask, scores, lse, delta, d_out)
         everything = (True, True, True, jax.tree.map(lambda _: True, pointwise.floating(scores)))
         if not _can_fold(scores, batched[3]):
             return _one_by_one(call, batched, arguments), everything
         batch = query.shape[0 + batched[0]]
-        tensors = [_join(x, b, size, batch) for x, b in zip(arguments, batched, strict=True) if isinstance(x, Array)]
+        operands = (query, key, value, lse, delta, d_out), (*batched[:3], *batched[5:])
+        tensors = [_join(x, b, size, batch) for x, b in zip(*operands, strict=True)]
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
@@ -76,6 +86,11 @@ def _can_fold(scores: Scores, batched: BlockMask) -> bool:
     """Operands have an axis for the batch; tables have none. Scores that ask for the row mean that of one element."""
     asks_for_row = any(isinstance(score, Traced) and score.reads_row for score in scores)
     return not asks_for_row and not pointwise.table_arrays(scores) and not any(pointwise.table_arrays(batched.mask))
+
+
+def _check_size(size: int) -> None:
+    if size == 0:
+        raise ValueError("jax.vmap: expected an axis of at least 1, got one of size 0")
 
 
 def _join(x: Array, is_batched: bool, size: int, batch: int) -> Array:

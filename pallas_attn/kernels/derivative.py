@@ -1,7 +1,6 @@
 """The derivative of attention from a kernel's forward and backward pass."""
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -10,11 +9,13 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.batching import batched_backward, batched_forward
+from pallas_attn.kernels.batching import batched_backward, batched_forward, paged_forward
 
 
 def differentiable(implementation: ModuleType, name: str, *, return_key_weights: bool = False, **options):
     """``implementation.forward`` with ``implementation.backward`` as its derivative, of first order and in reverse.
+
+    It takes a page table before the other arguments, or None. With one, the backward pass copies every row's pages.
 
     Args:
       implementation: a module with ``forward`` and ``backward``.
@@ -22,27 +23,32 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
       return_key_weights: they are a third result, without a derivative.
       **options: keywords of both passes.
     """
-    forward = functools.partial(implementation.forward, return_key_weights=return_key_weights, **options)
-    forward = batched_forward(forward, return_key_weights=return_key_weights)
+    run = functools.partial(implementation.forward, return_key_weights=return_key_weights, **options)
+    in_rows, in_pages = batched_forward(run, return_key_weights=return_key_weights), paged_forward(run)
+
+    def forward(page_table, *arguments):
+        return in_rows(*arguments) if page_table is None else in_pages(page_table, *arguments)
+
     forward_once = _once_only(forward, name)  # a second derivative would begin here
     backward = _once_only(batched_backward(functools.partial(implementation.backward, **options)), name)
 
     @jax.custom_vjp
-    def attend(query, key, value, block_mask, scores, sinks):
-        return forward(query, key, value, block_mask, scores, sinks)
+    def attend(page_table, query, key, value, block_mask, scores, sinks):
+        return forward(page_table, query, key, value, block_mask, scores, sinks)
 
-    def attend_forward(query, key, value, block_mask, scores, sinks):
-        results = forward_once(query, key, value, block_mask, scores, sinks)
+    def attend_forward(page_table, query, key, value, block_mask, scores, sinks):
+        results = forward_once(page_table, query, key, value, block_mask, scores, sinks)
         results = tuple(checkpoint_name(x, "pallas_attn") for x in results)
-        return results, (query, key, value, block_mask, scores, sinks, *results[:2])
+        return results, (page_table, query, key, value, block_mask, scores, sinks, *results[:2])
 
     def attend_backward(residuals, cotangents):
-        query, key, value, block_mask, scores, sinks, out, lse = residuals
+        page_table, query, key, value, block_mask, scores, sinks, out, lse = residuals
         d_out, d_lse, *_ = cotangents
         delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2) - d_lse
         d_sinks = None if sinks is None else _sinks_gradient(sinks, block_mask, lse, delta)
+        (key, value), d_pools = jax.vjp(lambda *pools: tuple(_in_a_row(x, page_table) for x in pools), key, value)
         d_query, d_key, d_value, d_scores = backward(query, key, value, block_mask, scores, lse, delta, d_out)
-        return d_query, d_key, d_value, None, d_scores, d_sinks
+        return None, d_query, *d_pools((d_key, d_value)), None, d_scores, d_sinks
 
     attend.defvjp(attend_forward, attend_backward)
 
@@ -57,6 +63,14 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
             raise TypeError(f"{message} pass implementation='reference'") from error
 
     return attend_or_refuse
+
+
+def _in_a_row(x: Array, page_table: Array | None) -> Array:
+    """``[B, S, K, D]`` of a pool ``[P, page, K, D]``; without a table it is that already."""
+    if page_table is None:
+        return x
+    pages = x[jnp.clip(page_table, 0, x.shape[0] - 1)]
+    return pages.reshape(pages.shape[0], -1, *x.shape[2:])
 
 
 def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Array, delta: Array) -> Array:
@@ -77,19 +91,3 @@ def _once_only(function, name: str):
 
     kernel.defvjp(refuse, refuse)
     return kernel
-
-
-def without_derivative(function: Callable, reason: str) -> Callable:
-    """``function``; a gradient that comes to what it returns is refused.
-
-    Args:
-      function: of pytrees of arrays.
-      reason: the message of the NotImplementedError.
-    """
-    call = jax.custom_vjp(function)
-
-    def refuse(*_):
-        raise NotImplementedError(reason)
-
-    call.defvjp(lambda *arguments: (call(*arguments), None), refuse)
-    return call

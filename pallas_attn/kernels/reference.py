@@ -50,7 +50,7 @@ def forward(
     (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
     real_query = (block_mask.q_positions >= 0)[:, None, :, None]  # [B|1, 1, T, 1]
     logits = _logits(query, key, block_mask, scores, scale, page_table)
-    sink = jnp.full((q_heads,), -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    sink = jnp.full((q_heads,), -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     sink = jnp.where(real_query, sink[None, :, None, None], -jnp.inf)
 
     peak = jnp.maximum(jnp.max(logits, -1, keepdims=True), sink)

@@ -135,7 +135,9 @@ def test_the_processor_of_transformers(generator, last_logits):
         def __init__(self):
             self.tokens: list[int] = []
 
-        def __call__(self, input_ids, attention_mask=None, use_cache=None, past_key_values=None):
+        def __call__(self, input_ids, attention_mask=None, **cache):
+            # transformers 5.24 passes the model's `cache` output back as `cache=`; before, `past_key_values`.
+            assert set(cache) <= {"use_cache", "cache", "past_key_values"}
             self.tokens += input_ids[0].tolist()
             logits = torch.tensor(last_logits(self.tokens))[None, None]
             return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)

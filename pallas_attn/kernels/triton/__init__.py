@@ -19,6 +19,7 @@ from pallas_attn.scores import Scores
 from pallas_attn.tuning import gpu_capability
 
 _MAX_HEAD_DIM = 256
+_MAX_BLOCK = 1024  # Triton's largest tile has 2^20 elements
 _MIN_INT4_HEAD_DIM = 32
 
 
@@ -64,6 +65,8 @@ def unsupported(spec: CallSpec) -> str | None:
     for name, size in {"q": spec.block_sizes.q, "kv": spec.block_sizes.kv}.items():
         if size < 16 or size & (size - 1):
             return f"needs block sizes that are powers of two and at least 16, got {name}={size}"
+        if size > _MAX_BLOCK:
+            return f"needs block sizes of at most {_MAX_BLOCK}, got {name}={size}"
     if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
         return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
     for kind, head_dim in ((spec.key_kind, spec.head_dim), (spec.value_kind, spec.value_dim)):

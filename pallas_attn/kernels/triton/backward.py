@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -125,7 +125,7 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
     (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
     i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
-    row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
+    row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
     lse = tiles.load(residuals.lse.at[rows], row_exists, jnp.inf)
     counts = (q_positions >= 0) & (lse != jnp.inf)
@@ -149,7 +149,7 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
     acc = jnp.zeros((cut.q_block, q.shape[1]), jnp.float32)
     (acc,) = blocks.walk((i,), visit, (acc,))
     out = jnp.where(counts[:, None], acc * cut.scale, 0.0).astype(d_query_ref.dtype)
-    plgpu.store(d_query_ref.at[rows, :], out, mask=tiles.outer(row_exists, head_columns.exist, out.shape))
+    plgpu.store(d_query_ref.at[rows, head_columns.at], out, mask=tiles.outer(row_exists, head_columns.exist, out.shape))
 
 
 def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_ref, *, cut: Cut):
@@ -159,7 +159,7 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
     def places(j: Array) -> tuple[pl.Slice, Array, Array]:
         """The places of a block's keys, which of them exist, and their positions."""
         keys = pl.Slice(j * cut.kv_block, cut.kv_block)
-        exist = j * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+        exist = j * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
         return keys, exist, tiles.load(refs.kv_positions.at[np.int32(0), keys], exist, -1)
 
     keys, key_exists, kv_positions = places(j)
@@ -196,7 +196,7 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
 
         def partial(block, state):
             rows = pl.Slice(block * cut.q_block, cut.q_block)
-            row_exists = block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
+            row_exists = block * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
             q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
             lse = tiles.load(residuals.lse.at[g, rows], row_exists, jnp.inf)
             counts = (q_positions >= 0) & (lse != jnp.inf)
@@ -211,10 +211,10 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
 
     zeros = tuple(jnp.zeros((cut.kv_block, x.shape[1]), jnp.float32) for x in (k, v))
     # A plain 0 fails in the interpreter.
-    d_key, d_value = lax.fori_loop(0, cut.group, head, zeros) if cut.group > 1 else head(np.int32(0), zeros)
+    d_key, d_value = tiles.loop(0, cut.group, head, zeros) if cut.group > 1 else head(np.int32(0), zeros)
     # Worked out again: what a loop does not need is not kept in registers, or on the stack, while it runs.
     keys, key_exists, kv_positions = places(cut.anew(j))
     real = kv_positions >= 0
     for ref, x, width in ((d_key_ref, d_key * cut.scale, head_columns), (d_value_ref, d_value, value_columns)):
         out = jnp.where(real[:, None], x, 0.0).astype(ref.dtype)
-        plgpu.store(ref.at[keys, :], out, mask=tiles.outer(key_exists, width.exist, out.shape))
+        plgpu.store(ref.at[keys, width.at], out, mask=tiles.outer(key_exists, width.exist, out.shape))

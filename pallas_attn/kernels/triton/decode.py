@@ -152,7 +152,7 @@ def _merge_kernel(found, schedule: Schedule, q_positions, sinks_ref, out_ref, ls
 
     def step(i: Array, state: tuple) -> tuple:
         peak, total, (acc,) = state
-        part = i * _MERGED + jnp.arange(_MERGED)
+        part = i * _MERGED + jnp.arange(_MERGED, dtype=jnp.int32)
         exists = part < count
         lse = tiles.load(lses_ref.at[begin + part, copy, head, place], exists, -jnp.inf)
         outs = tiles.at(outs_ref, begin + part, copy, head, place, columns.at)

@@ -63,7 +63,7 @@ def forward(
 def _kernel(refs: Inputs, sinks_ref, out_ref, lse_ref, *, cut: Cut):
     i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
-    row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
+    row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
     stored = StoredKeys(refs, cut)
     value_columns = stored.columns(refs.value)
     q = tuple(tiles.load_rows(refs.query, rows, row_exists, part) for part in stored.columns(refs.key))

@@ -117,10 +117,10 @@ def _logits_kernel(zeros_ref, logits_ref, lse_ref, schedule: Schedule, indices, 
     def visit(slot: Array, _):
         block = indices[(*list_row, slot)]
         keys = pl.Slice(block * cut.kv_block, cut.kv_block)
-        exist = block * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+        exist = block * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
         weights = add(np.int32(0), keys, exist)
         if packing.tiles > 1:
-            weights = lax.fori_loop(1, packing.tiles, lambda tile, sum: sum + add(tile, keys, exist), weights)
+            weights = tiles.loop(1, packing.tiles, lambda tile, sum: sum + add(tile, keys, exist), weights)
         plgpu.store(out_ref.at[b, owner, keys], weights / packing.group, mask=exist)
 
     lax.fori_loop(schedule.first[program], schedule.last[program], visit, None)
@@ -162,7 +162,7 @@ def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
             return (state[0] + weights(blocks, lse, None, None),)
 
         def partial(block: Array, state: tuple[Array]) -> tuple[Array]:
-            blocks, lse = load_rows(block, block * cut.q_block + jnp.arange(cut.q_block) < cut.q_len)
+            blocks, lse = load_rows(block, block * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len)
             counts = (blocks.q_positions >= 0) & (lse != jnp.inf)
             allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
             # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
@@ -175,5 +175,5 @@ def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
     # Summed over its rows at the end alone: different warps hold them.
     state = (jnp.zeros((cut.q_block, cut.kv_block), jnp.float32),)
     # A plain 0 fails in the interpreter.
-    (weights,) = lax.fori_loop(0, cut.group, head, state) if cut.group > 1 else head(np.int32(0), state)
+    (weights,) = tiles.loop(0, cut.group, head, state) if cut.group > 1 else head(np.int32(0), state)
     plgpu.store(out_ref.at[b, h, keys], jnp.sum(weights, axis=0) / cut.group, mask=exist)

@@ -70,6 +70,6 @@ class Packing:
 
     def rows(self, owner: Array, tile: Any) -> Rows:
         """The rows of an owner's tile."""
-        places = tile * self.tile + jnp.arange(self.tile)
+        places = tile * self.tile + jnp.arange(self.tile, dtype=jnp.int32)
         t, n = places // self.group, owner * self.group + lax.rem(places, jnp.full_like(places, self.group))
         return Rows(pl.Slice(tile * self.tile, self.tile), places < self.queries, t, n)

@@ -134,8 +134,8 @@ def _kernel(
     def _block(refs: Inputs, residuals: Residuals, b: Array, n: Array, i: Array, j: Array) -> Array:
         """The gradient of one block's tile, ``[q_block|1, kv_block|1]``."""
         at_q, at_k = pl.Slice(i * cut.q_block, cut.q_block), pl.Slice(j * cut.kv_block, cut.kv_block)
-        row_exists = i * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
-        key_exists = j * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
+        row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
+        key_exists = j * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
         (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
         kv_at = _shared(refs.kv_positions, b, n, cut)
@@ -194,17 +194,19 @@ def _kernel(
         return sum((place_sums(lookup, x, allowed, width) for lookup, x in pairs), jnp.zeros(width, jnp.float32))
 
     tile = (cut.q_block if queries > 1 else 1, cut.kv_block if keys > 1 else 1)
-    acc = lax.fori_loop(0, visits, visit_block, jnp.zeros(tile if width is None else width, jnp.float32))
+    acc = tiles.loop(0, visits, visit_block, jnp.zeros(tile if width is None else width, jnp.float32))
     if width is not None:
-        plgpu.store(out_ref.at[third, second, first, :], acc)
+        plgpu.store(out_ref.at[third, second, first, pl.Slice(np.int32(0), width)], acc)
     elif keys == 1:
-        exists = first * cut.q_block + jnp.arange(cut.q_block) < cut.q_len
+        exists = first * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
         rows_at = pl.Slice(first * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(first, 1)
         plgpu.store(out_ref.at[third, second, rows_at], acc.reshape(tile[0]), mask=exists if queries > 1 else None)
     else:
-        row_exists = second * cut.q_block + jnp.arange(cut.q_block) < cut.q_len if queries > 1 else None
-        key_exists = first * cut.kv_block + jnp.arange(cut.kv_block) < cut.kv_len
-        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(0, 1)
+        row_exists = (
+            second * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len if queries > 1 else None
+        )
+        key_exists = first * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
+        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(np.int32(0), 1)
         keys_at = pl.Slice(first * cut.kv_block, cut.kv_block)
         mask = tiles.outer(row_exists, key_exists, tile)
         plgpu.store(out_ref.at[third // heads, third % heads, rows_at, keys_at], acc, mask=mask)

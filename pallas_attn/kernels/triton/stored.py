@@ -93,7 +93,7 @@ class StoredKeys:
         if page % self.cut.kv_block == 0:
             found = self.refs.page_table[(*row, block // (page // self.cut.kv_block))]
         else:
-            keys = block * self.cut.kv_block + jnp.arange(self.cut.kv_block)
+            keys = block * self.cut.kv_block + jnp.arange(self.cut.kv_block, dtype=jnp.int32)
             # Not //, which asks every key for its sign.
             index = jnp.minimum(lax.div(keys, jnp.full_like(keys, page)), self.refs.page_table.shape[-1] - 1)
             found = plgpu.load(self.refs.page_table.at[(*row, index)])
@@ -105,7 +105,7 @@ class StoredKeys:
 
     def exist(self, block: Array) -> Array:
         """Which of them are not beyond the last key, bool ``[kv_block]``."""
-        return block * self.cut.kv_block + jnp.arange(self.cut.kv_block) < self.cut.kv_len
+        return block * self.cut.kv_block + jnp.arange(self.cut.kv_block, dtype=jnp.int32) < self.cut.kv_len
 
     def positions(self, block: Array, exist: Array | None) -> Array:
         """int32 ``[kv_block]``, -1 where there is no key."""
@@ -143,7 +143,7 @@ class StoredKeys:
             )
             scale = jnp.broadcast_to(scale[:, :, None], (rows, groups, group)).reshape(rows, columns)
         else:  # groups are no power of two, or a tile is wider than its columns
-            each = jnp.minimum(jnp.arange(columns) // group, groups - 1)
+            each = jnp.minimum(jnp.arange(columns, dtype=jnp.int32) // group, groups - 1)
             scale = tiles.load(tiles.at(stored.scales, *at, each), tiles.outer(real, None, (rows, columns)))
         return (values.astype(jnp.float32) * scale).astype(self.cut.dtype)
 
@@ -171,7 +171,7 @@ class StoredKeys:
         if at.page.ndim == 0:
             offset = lax.rem(keys.start, np.int32(page))
             return (at.page, pl.Slice(offset, self.cut.kv_block), *after)
-        offsets = keys.start + jnp.arange(self.cut.kv_block)
+        offsets = keys.start + jnp.arange(self.cut.kv_block, dtype=jnp.int32)
         return (at.page, lax.rem(offsets, jnp.full_like(offsets, page)), *after)
 
     def _width(self, stored: Stored) -> int:

@@ -67,8 +67,9 @@ def columns(width: int, parts: int = 1) -> tuple[Columns, ...]:
     """The columns of an array, cut into equal parts."""
     size = width // parts
     tile = tile_width(size)
-    exist = None if size == tile else jnp.arange(tile) < size
-    return tuple(Columns(pl.Slice(part * size, tile), exist) for part in range(parts))
+    exist = None if size == tile else jnp.arange(tile, dtype=jnp.int32) < size
+    # A store takes no plain int beside int32 in the interpreter under jax_enable_x64.
+    return tuple(Columns(pl.Slice(np.int32(part * size), tile), exist) for part in range(parts))
 
 
 def outer(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> Array | None:
@@ -91,7 +92,7 @@ def at(ref, *index: Any) -> Any:
     vectors = [isinstance(x, Array) and x.ndim > 0 for x in index]
     if not any(vectors):
         return ref.at[index]
-    vectors = [x.start + jnp.arange(_length(x)) if isinstance(x, pl.Slice) else x for x in index]
+    vectors = [x.start + jnp.arange(_length(x), dtype=jnp.int32) if isinstance(x, pl.Slice) else x for x in index]
     shape = next(x.size for x in vectors[:-1] if jnp.ndim(x)), vectors[-1].size
     places = [jnp.broadcast_to(x[:, None], shape) if jnp.ndim(x) else x for x in vectors[:-1]]
     return ref.at[(*places, jnp.broadcast_to(vectors[-1][None, :], shape))]
@@ -126,6 +127,17 @@ def of_head(ref, head: Array | int) -> Any:
 
 def _length(rows: pl.Slice | Array) -> int:
     return int(rows.size)  # which a Slice says may be an array
+
+
+def loop(first: int, last: int, body: Callable, state: Any) -> Any:
+    """``lax.fori_loop`` between known numbers; of these it makes an index that is int64 under jax_enable_x64."""
+
+    def step(carry: tuple, _: None) -> tuple:
+        index, state = carry
+        return (index + 1, body(index, state)), None
+
+    (_, state), _ = lax.scan(step, (np.int32(first), state), length=last - first)
+    return state
 
 
 def walk(

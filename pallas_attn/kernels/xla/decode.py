@@ -181,7 +181,7 @@ def decode(
             sums = program.add_to_keys(sums, program.partial_block(one.slot).start, weights[lane][..., None])
         return sums
 
-    sums = lax.fori_loop(0, pieces.steps, add, jnp.zeros((cut.batch, cut.kv_len, cut.kv_heads, 1)))
+    sums = lax.fori_loop(0, pieces.steps, add, jnp.zeros((cut.batch, cut.kv_len, cut.kv_heads, 1), jnp.float32))
     return *results, sums[..., 0].swapaxes(1, 2) / (cut.q_heads // cut.kv_heads)
 
 

@@ -19,7 +19,8 @@ class Softmax(NamedTuple):
     @staticmethod
     def empty(shape: tuple[int, ...], value_dim: int) -> "Softmax":
         """What no key gives."""
-        return Softmax(jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
+        acc = jnp.zeros((*shape, value_dim), jnp.float32)
+        return Softmax(jnp.full(shape, _LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32), acc)
 
     def at(self, index: Array | int) -> "Softmax":
         """That of one entry of the first axis."""

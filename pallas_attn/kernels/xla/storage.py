@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from pallas_attn import bits
@@ -49,7 +50,7 @@ def read(x: Stored, row: Array | int, start: Array, head: Array | int, keys: int
 
 def _cut(x, row, start, head, keys: int, heads: int):
     def cut(x: Array) -> Array:
-        at = (row, start, head, *(0,) * (x.ndim - 3))
+        at = (row, start, head, *(np.int32(0),) * (x.ndim - 3))
         tile = lax.dynamic_slice(bits.integers(x), at, (1, keys, heads, *x.shape[3:]))[0]
         return lax.bitcast_convert_type(tile, x.dtype)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from pallas_attn import pointwise
@@ -29,6 +30,9 @@ Carry = TypeVar("Carry")
 # XLA on a CPU unrolls a bare copy of short rows into moves of one number each, and takes three times as long for it as
 # for a copy that also multiplies. So keys come with the scale of the logits, and values halved, which loses no bit.
 HALF = 0.5
+
+# Places along an axis are int32; a plain int is int64 beside them under jax_enable_x64.
+ZERO = np.int32(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,19 +135,21 @@ class Program:
         self._b, self._m, i = at
         self._q_start = jnp.minimum(i * cut.q_block, cut.q_len - cut.q_block)
         self._kv_head = self._m * cut.kv_heads // cut.list_heads
-        row = (self._b if block_mask.num_full.shape[0] > 1 else 0, self._m, i)
+        row = (self._b if block_mask.num_full.shape[0] > 1 else ZERO, self._m, i)
         self.num_full, self.num_active = block_mask.num_full[row], block_mask.num_active[row]
         self._indices = block_mask.indices[row]
         self._q_positions = self._tile(block_mask.q_positions[:, None, :, None])  # [q_block, 1]
         # bool [1, 1, q_block]: the query is a token, and no earlier program has it too.
         self.is_token = (self._q_positions >= 0).reshape(1, 1, cut.q_block)
-        self.is_own = self.is_token & (self._q_start + jnp.arange(cut.q_block)[None, None] >= i * cut.q_block)
+        self.is_own = self.is_token & (
+            self._q_start + jnp.arange(cut.q_block, dtype=jnp.int32)[None, None] >= i * cut.q_block
+        )
 
     def queries(self, x: Array) -> Array:
         """The tile ``[heads, group, q_block, ...]`` of ``[B, T, N, ...]``."""
         cut = self._cut
         x = x.reshape(*x.shape[:2], cut.list_heads, cut.heads, cut.group, *x.shape[3:])
-        at = (self._b, self._q_start, self._m, *(0,) * (x.ndim - 3))
+        at = (self._b, self._q_start, self._m, *(ZERO,) * (x.ndim - 3))
         tile = lax.dynamic_slice(x, at, (1, cut.q_block, 1, *x.shape[3:]))[0, :, 0]
         return jnp.moveaxis(tile, 0, 2)
 
@@ -167,7 +173,7 @@ class Program:
         first = self._first_key(slot)
         start = jnp.minimum(first, self._cut.kv_len - self._cut.kv_block)
         positions = self._key_positions(start)
-        real = (positions[0] >= 0) & (start + jnp.arange(self._cut.kv_block) >= first) & exists
+        real = (positions[0] >= 0) & (start + jnp.arange(self._cut.kv_block, dtype=jnp.int32) >= first) & exists
         return Keys(start, positions, real, self._allowed(start, positions, real))
 
     def _first_key(self, slot: Array) -> Array:
@@ -205,7 +211,7 @@ class Program:
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
         """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""
         tile = (self.keys(x, start) + tile).swapaxes(0, 1)[None]
-        return lax.dynamic_update_slice(x, tile, (self._b, start, self._kv_head, 0))
+        return lax.dynamic_update_slice(x, tile, (self._b, start, self._kv_head, ZERO))
 
     def _allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
         mask = pointwise.map_operands(lambda x: self._tile(x, start), self._block_mask.mask)
@@ -231,8 +237,8 @@ class Program:
         heads = (1, 1, 1) if x.shape[1] == 1 else (cut.list_heads, cut.heads, cut.group)
         split = (x.shape[0], *heads, *x.shape[2:])
         tile = (1, 1, *heads[1:], min(cut.q_block, x.shape[2]), min(cut.kv_block, x.shape[3]))
-        at = (self._b, self._m, 0, 0, self._q_start, start)
-        return tuple(place if size > 1 else 0 for place, size in zip(at, split, strict=True)), split, tile
+        at = (self._b, self._m, ZERO, ZERO, self._q_start, start)
+        return tuple(place if size > 1 else ZERO for place, size in zip(at, split, strict=True)), split, tile
 
     def _score_tile(self, x: Array, start: Array) -> Array:
         at, split, tile = self._score_place(x, start)
@@ -245,10 +251,10 @@ class Program:
         summed = lax.dynamic_slice(whole, at, size) + tile[None, None]
         return lax.dynamic_update_slice(whole, summed, at).reshape(x.shape)
 
-    def _tile(self, x: Array, start: Array | int = 0) -> Array:
+    def _tile(self, x: Array, start: Array | np.int32 = ZERO) -> Array:
         """``[q_block|1, kv_block|1]`` of an operand ``[B|1, M|1, T|1, S|1]``; an axis of size 1 is shared."""
         cut = self._cut
         at = (self._b, self._m * x.shape[1] // cut.list_heads, self._q_start, start)
-        at = tuple(place if size > 1 else 0 for place, size in zip(at, x.shape, strict=True))
+        at = tuple(place if size > 1 else ZERO for place, size in zip(at, x.shape, strict=True))
         size = (1, 1, min(cut.q_block, x.shape[2]), min(cut.kv_block, x.shape[3]))
         return lax.dynamic_slice(x, at, size)[0, 0]
