@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.lse import Lse
@@ -117,12 +118,12 @@ def _logits(query, key, block_mask: BlockMask, scores: Scores, scale: float, pag
     logits = logits.reshape(batch, q_heads, q_len, -1)
     if scores:
         # Twice, so that derivatives of what is not allowed are those of constants.
-        scores = jax.tree.map(lambda x: x.astype(jnp.float32), scores)
-        operands = score_algebra.map_operands(lambda x: jnp.where(allowed, x, 0.0), scores)
+        operands = pointwise.where_live(scores, allowed)
         heads = jnp.arange(q_heads, dtype=jnp.int32)[None, :, None, None]
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
         kv_positions = repeat_heads(kv_positions, q_heads)
-        logits = score_algebra.apply(operands, jnp.where(allowed, logits, 0.0), q_positions, kv_positions, heads)
-        logits = rounded(logits)
+        logits = jnp.where(allowed, logits, 0.0)
+        logits = rounded(score_algebra.apply(operands, logits, q_positions, kv_positions, heads, rows))
     return jnp.where(allowed, logits, -jnp.inf)
 
 

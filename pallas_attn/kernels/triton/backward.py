@@ -19,8 +19,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn import pointwise, tuning
 from pallas_attn import scores as score_algebra
-from pallas_attn import tuning
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
@@ -85,7 +85,7 @@ def backward(
         inputs = Inputs.of(query, key, value, per_score, scores)
         d_scores = score_gradients(cut, scores, inputs, residuals, per_score)
 
-    has_tiles = any(min(x.shape[2:]) > 1 for score in scores if score.aligned for x in jax.tree.leaves(score))
+    has_tiles = any(min(x.shape[2:]) > 1 for x in pointwise.operands(scores))
     per_key = cut_anew("d_key_value_bias" if has_tiles else "d_key_value")
     cut = Cut.of(query, value, per_key, scores, scale, interpret)
     part, inputs = specs.PerKVHead(cut), Inputs.of(query, key, value, per_key, scores)
@@ -125,7 +125,7 @@ def _probabilities(
 
 def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut):
     (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
-    i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
+    i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
@@ -143,7 +143,7 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
         operands, where = (), ()
         if refs.scores:
             operands = blocks.scores(block.keys, block.exist)
-            where = q_positions[:, None], block.positions[None, :], n
+            where = q_positions[:, None], block.positions[None, :], n, b
         (k,), (v,) = block.k.parts, block.v.parts
         p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, block.allowed, operands, where, cut)
         ds = back(p * (cut.dot(do, v, (1, 1)) - delta))
@@ -157,7 +157,7 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
 
 def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_ref, *, cut: Cut):
     (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
-    j, h = refs.lists.order[0, pl.program_id(0)], pl.program_id(1)
+    j, h, b = refs.lists.order[0, pl.program_id(0)], pl.program_id(1), pl.program_id(2)
 
     def places(j: Array) -> tuple[pl.Slice, Array, Array]:
         """The places of a block's keys, which of them exist, and their positions."""
@@ -179,9 +179,10 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
             q = tiles.load_rows(refs.query, rows, counts, head_columns, g)
             do = tiles.load_rows(residuals.d_out, rows, counts, value_columns, g)
             delta = tiles.load(residuals.delta.at[g, rows], counts)[None, :]
-            operands, where = (), (q_positions[None, :], kv_positions[:, None], n) if refs.scores else ()
+            operands, where = (), ()
             if refs.scores:
-                operands = score_algebra.map_operands(
+                where = q_positions[None, :], kv_positions[:, None], n, b
+                operands = pointwise.map_operands(
                     lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
                     refs.scores,
                 )
@@ -205,7 +206,7 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
             q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
             peak = tiles.load(residuals.lse.peak.at[g, rows], row_exists, jnp.inf)
             counts = (q_positions >= 0) & (peak != jnp.inf)
-            mask = jax.tree.map(
+            mask = pointwise.map_operands(
                 lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
                 refs.mask,
             )

@@ -141,7 +141,7 @@ def _split_kernel(
             mask = tiles.outer(exists, block.exist, logits.shape)
             plgpu.store(logits_ref.at[b, owner, at, block.keys], logits, mask=mask)
 
-        attend = Attend(cut, blocks, q, n[:, None], None if logits_ref is None else keep)
+        attend = Attend(cut, blocks, q, n[:, None], b, None if logits_ref is None else keep)
         softmax = attend.walk(list_row, columns, (first, last))
         plgpu.store(peak_ref.at[program, copy, head, at], softmax.peak, mask=exists)
         plgpu.store(total_ref.at[program, copy, head, at], softmax.total, mask=exists)

@@ -63,7 +63,7 @@ def forward(
 
 
 def _kernel(refs: Inputs, sinks_ref, out_ref, lse_refs: Lse, *, cut: Cut):
-    i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
+    i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
     stored = StoredKeys(refs, cut)
@@ -71,7 +71,7 @@ def _kernel(refs: Inputs, sinks_ref, out_ref, lse_refs: Lse, *, cut: Cut):
     q = tuple(tiles.load_rows(refs.query, rows, row_exists, part) for part in stored.columns(refs.key))
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
     blocks = KeyBlocks(stored, rows, row_exists, q_positions)
-    state = Attend(cut, blocks, q, n).walk((i,), value_columns)
+    state = Attend(cut, blocks, q, n, b).walk((i,), value_columns)
     state, above = (state, 0.0) if sinks_ref is None else state.with_sink(cut, sinks_ref[0])
     out, peak, log_total = state.finish(q_positions >= 0, above)
     for part, x in zip(value_columns, out, strict=True):

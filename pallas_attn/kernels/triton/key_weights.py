@@ -154,7 +154,7 @@ def _kernel(refs: Inputs, lse_refs: Lse, out_ref, *, cut: Cut):
 
             logits = cut.logits(k.products(cut, tuple(load_queries(part) for part in columns)))
             if refs.scores:
-                where = blocks.q_positions[:, None], positions[None, :], n
+                where = blocks.q_positions[:, None], positions[None, :], n, b
                 logits = score_algebra.apply(blocks.scores(keys, exist), logits, *where)
             return cut.probabilities(logits, *(x[:, None] for x in lse))
 

@@ -64,11 +64,20 @@ class Attend:
     Args:
       q: the tile of queries, its columns cut like those of keys.
       head: the query head of the tile, or of each of its rows, ``[rows, 1]``.
+      row: the row of the batch.
       keep: ``keep(block, logits)`` is given the logits of every block, -inf where a key is not seen.
     """
 
-    def __init__(self, cut: Cut, blocks: KeyBlocks, q: tuple[Array, ...], head: Array, keep: Callable | None = None):
-        self._cut, self._blocks, self._q, self._head, self._keep = cut, blocks, q, head, keep
+    def __init__(
+        self,
+        cut: Cut,
+        blocks: KeyBlocks,
+        q: tuple[Array, ...],
+        head: Array,
+        row: Array,
+        keep: Callable | None = None,
+    ):
+        self._cut, self._blocks, self._q, self._head, self._row, self._keep = cut, blocks, q, head, row, keep
 
     def walk(self, row: tuple, columns: tuple[Columns, ...], slots: tuple[Array, Array] | None = None) -> Softmax:
         """What the blocks in a row of the lists give; see :func:`tiles.walk`."""
@@ -81,7 +90,8 @@ class Attend:
         logits = cut.logits(block.k.products(cut, self._q))
         if blocks.stored.refs.scores:
             positions = blocks.q_positions[:, None], block.positions[None, :]
-            logits = score_algebra.apply(blocks.scores(block.keys, block.exist), logits, *positions, self._head)
+            operands = blocks.scores(block.keys, block.exist)
+            logits = score_algebra.apply(operands, logits, *positions, self._head, self._row)
         if block.allowed is not None:
             logits = jnp.where(block.allowed, logits, -jnp.inf)
         logits = cut.rounded(logits)

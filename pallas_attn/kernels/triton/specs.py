@@ -10,6 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
@@ -256,7 +257,8 @@ class Inputs(NamedTuple):
 
         positions = block_mask.q_positions, block_mask.kv_positions
         arrays = query, stored(key), stored(value)
-        return cls(*arrays, *positions, block_mask.lists, block_mask.mask, with_tables(scores), page_table)
+        mask, scores = with_tables((block_mask.mask, scores))
+        return cls(*arrays, *positions, block_mask.lists, mask, scores, page_table)
 
     def specs(self, cut: Cut, part: Part) -> "Inputs":
         """The same structure, of BlockSpecs."""
@@ -281,8 +283,8 @@ class Inputs(NamedTuple):
             part.per_row(self.q_positions, cut.q_rows),
             part.per_head(self.kv_positions, cut.kv_rows),
             jax.tree.map(lambda x: part.per_head(x, *x.shape[2:]), self.lists),
-            jax.tree.map(operand, self.mask),
-            tuple(jax.tree.map(operand if score.aligned else flat, score) for score in self.scores),
+            pointwise.map_arrays(operand, flat, self.mask),
+            pointwise.map_arrays(operand, flat, self.scores),
             None if self.page_table is None else part.per_row(self.page_table, self.page_table.shape[1]),
         )
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn import scores as score_algebra
+from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
@@ -52,7 +52,7 @@ def backward(
       d_out: ``[B, T, N, Dv]``.
 
     Returns:
-      gradients of the shapes and dtypes of query, key, value and scores.
+      gradients of the shapes and dtypes of query, key, value and scores, with None for tables of integers.
     """
     cut = Cut.of(query, key, block_mask)
     dot = functools.partial(jnp.einsum, precision=cut.precision)
@@ -81,16 +81,18 @@ def backward(
             logits = program.products(q, k)
             live = counts[..., None] if allowed is None else counts[..., None] & allowed
 
-            def scored(logits: Array, operands: Scores) -> Array:
+            score_tiles = program.score_operands(start)
+
+            def scored(logits: Array, floats: Scores) -> Array:
                 # Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN.
-                operands = score_algebra.map_operands(lambda x: jnp.where(live, x, 0.0), operands)
+                operands = pointwise.where_live(pointwise.with_floating(score_tiles, floats), live)
                 return rounded(program.score(logits, kv_positions, operands))
 
             if allowed is not None:
                 logits = jnp.where(allowed, logits, 0.0)
             derivative = None
             if scores:
-                logits, derivative = jax.vjp(scored, logits, program.score_operands(start))
+                logits, derivative = jax.vjp(scored, logits, pointwise.floating(score_tiles))
             p = probabilities(logits, row_lse)
             if allowed is not None:
                 p = jnp.where(allowed, p, 0.0)
@@ -99,6 +101,8 @@ def backward(
             d_scores = sums.scores
             if derivative is not None:
                 ds, d_tiles = derivative(ds)
+                if allowed is not None:
+                    ds = jnp.where(allowed, ds, 0.0)
                 d_scores = _add_scores(program, d_scores, d_tiles, start)
             p, ds = (x.reshape(cut.heads, -1, cut.kv_block) for x in (p, ds))
             d_value = program.add_to_keys(sums.value, start, dot("hrk,hrd->hkd", p, do))
@@ -108,17 +112,14 @@ def backward(
         dq, sums = program.walk(attend, (jnp.zeros_like(q), sums))
         return sums, dq.reshape(cut.heads, cut.group, cut.q_block, -1).astype(query.dtype)
 
-    zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (key, value, scores)))
+    summed = key, value, pointwise.floating(scores)
+    zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), summed))
     sums, d_query = lax.scan(run, zeros, cut.programs())
     sums = sums._replace(key=sums.key * scale)
-    d_key, d_value, d_scores = jax.tree.map(lambda x, like: x.astype(like.dtype), tuple(sums), (key, value, scores))
+    d_key, d_value, d_scores = jax.tree.map(lambda x, like: x.astype(like.dtype), tuple(sums), summed)
     return cut.join_queries(d_query), d_key, d_value, d_scores
 
 
 def _add_scores(program: Program, sums: Scores, tiles: Scores, start: Array) -> Scores:
-    """Adds the gradients of one block's tiles to those of whole operands, and those of parameters to each other."""
-
-    def add(aligned: bool):
-        return (lambda x, tile: program.add_to_operand(x, start, tile)) if aligned else jnp.add
-
-    return tuple(jax.tree.map(add(x.aligned), x, tile) for x, tile in zip(sums, tiles, strict=True))
+    """Adds the gradients of one block's tiles to those of whole operands, and those of tables to each other."""
+    return pointwise.map_arrays(lambda x, tile: program.add_to_operand(x, start, tile), jnp.add, sums, tiles)

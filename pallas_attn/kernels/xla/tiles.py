@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.lse import Lse
@@ -227,22 +228,22 @@ class Program:
         return lax.dynamic_update_slice(x, tile, (self._b, start, self._kv_head, ZERO))
 
     def _allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
-        mask = jax.tree.map(lambda x: self._tile(x, start), self._block_mask.mask)
+        mask = pointwise.map_operands(lambda x: self._tile(x, start), self._block_mask.mask)
         allowed = mask.allowed(self._q_positions, kv_positions) & real[None]
         return jnp.broadcast_to(allowed, (1, 1, self._cut.q_block, self._cut.kv_block))
 
     def score(self, logits: Array, kv_positions: Array, operands: Scores) -> Array:
         """Applies the scores to logits ``[heads, group, q_block, kv_block]``, given their tiles of this block."""
         heads = self.heads(jnp.arange(self._cut.q_heads, dtype=jnp.int32))[..., None, None]
-        return score_algebra.apply(operands, logits, self._q_positions[None, None], kv_positions[None, None], heads)
+        positions = self._q_positions[None, None], kv_positions[None, None]
+        return score_algebra.apply(operands, logits, *positions, heads, self._b)
 
     def score_operands(self, start: Array) -> Scores:
         """The scores with every operand ``[B|1, N|1, T|1, S|1]`` replaced by its tile ``[heads|1, group|1, .., ..]``.
 
-        Float32, as are parameters.
+        Tiles are float32.
         """
-        tiles = score_algebra.map_operands(lambda x: self._score_tile(x, start), self._scores)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tiles)
+        return pointwise.map_operands(lambda x: self._score_tile(x, start).astype(jnp.float32), self._scores)
 
     def _score_place(self, x: Array, start: Array) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
         """Of an operand: where its tile begins, the shape of the split operand, and that of the tile."""
