@@ -1,8 +1,6 @@
 """``attention()``: validate, choose an implementation, run it."""
 
 import functools
-import math
-import numbers
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, overload
@@ -11,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_attn import masks, tuning
+from pallas_attn import checks, masks, pointwise, tuning
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels import reference, triton, xla
@@ -26,7 +24,7 @@ from pallas_attn.scores import Score, Scores
 # (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
 _IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
 _DTYPES = ("float32", "bfloat16", "float16")
-_LONGEST_AXIS = 2**30  # positions, and the places of tokens in whole blocks, have 32 bits
+_LARGEST_SCALE = 2.0**127  # in base 2, as kernels compute, it is still a float32
 _NO_GRADIENT = (
     "quantised keys and values have no gradient: give plain ones (QuantizedArray.dequantize()), or stop the gradient by"
     " jax.lax.stop_gradient"
@@ -181,10 +179,14 @@ def attention(
         table the pool ``[P, page, K, Dv]``.
       mask: a mask, a :class:`BlockMask` (built once for many calls; it carries the positions), a bool array
         ``[B|1, N|K|1, T, S]``, or None for every real key.
-      q_positions: int32 ``[B|1, T]``, -1 is padding; default ``arange(T)``.
+      q_positions: int32 ``[B|1, T]``, -1 is padding; default ``arange(T)``. Other integers become int32: those that it
+        cannot hold are refused where their values are known, and count as padding where they are being traced. To align
+        queries with the last keys (``causal()`` at the bottom right), shift the side that is shorter:
+        ``q_positions = arange(T) + S - T``. With T > S that would be negative, and so padding, for the first queries:
+        give ``kv_positions = arange(S) + T - S`` then.
       kv_positions: int32 ``[B|1, S]`` or ``[B|1, K|1, S]``, -1 is an empty slot; default ``arange(S)``. Whatever bits
         an empty slot holds, they do not reach the output.
-      scale: factor of the logits; default ``D ** -0.5``.
+      scale: factor of the logits, a number that float32 holds; default ``D ** -0.5``.
       return_lse: also return the natural logarithm of the sum of exponentials, float32 ``[B, N, T]``.
       implementation: "triton", "xla" or "reference"; default: the best that can serve the call.
       interpret: run the Triton kernels in Pallas' interpreter, on any machine.
@@ -202,6 +204,10 @@ def attention(
         queries of the mean over the query heads of its group (what H2O, arXiv:2306.14048, ranks keys by). It has no
         gradient. With more than a few queries it costs a second pass over the keys.
 
+    Rows of the batch do not reach each other, whatever they hold. Within a row, a value that is NaN or infinite also
+    reaches queries that do not see it, if they visit its block: a probability of 0 times NaN is NaN, as in every
+    attention that masks logits. So it may get from one packed document to another. An empty slot reaches nothing.
+
     Returns:
       ``[B, T, N, Dv]`` in query's dtype, or :class:`AttentionOutput`. A padded query, and one that sees no key, gets
       output 0 and lse -inf (a query that sees no key but has a sink: lse is the sink).
@@ -214,6 +220,8 @@ def attention(
         quantised keys or values, or of key weights; or a second derivative of another implementation than
         "reference".
     """
+    flags = {"return_lse": return_lse, "return_key_weights": return_key_weights, "interpret": interpret}
+    return_lse, return_key_weights, interpret = (checks.boolean(name, flag) for name, flag in flags.items())
     query, key, value = _check_arrays(query, key, value, page_table)
     page_table = _check_page_table(page_table, query, key)
     extents = _Extents.of(query, key, page_table)
@@ -225,9 +233,10 @@ def attention(
     else:
         relation, of = masks.with_keys(_as_mask(mask), extents.kv_len), ""
     _check_mask(relation, extents)
-    _check_positions(f"{of}q_positions", q_positions, extents.batch, extents.q_len, heads=())
-    _check_positions(f"{of}kv_positions", kv_positions, extents.batch, extents.kv_len, heads=(1, extents.kv_heads))
-    scores = _check_scores(score_algebra.as_scores(scores), extents)
+    heads = (1, extents.kv_heads)
+    q_positions = _check_positions(f"{of}q_positions", q_positions, extents.batch, extents.q_len, heads=())
+    kv_positions = _check_positions(f"{of}kv_positions", kv_positions, extents.batch, extents.kv_len, heads=heads)
+    scores = _check_scores(score_algebra.traced(score_algebra.as_scores(scores)), extents)
     sinks = _check_sinks(sinks, query)
     page = None if page_table is None else key.shape[1]
     name, block_sizes = _choose(
@@ -250,9 +259,12 @@ def attention(
         options["interpret"] = True
     if isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
         attend = without_derivative(paged_forward(functools.partial(module.forward, **options)), _NO_GRADIENT)
-        results = attend(page_table, query, key, value, block_mask, scores, sinks)
+        out, lse, *rest = attend(page_table, query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     elif name == "reference":
-        results = reference.forward(query, key, value, block_mask, scores, sinks, page_table=page_table, **options)
+        forward = functools.partial(reference.forward, page_table=page_table, **options)
+        out, lse, *rest = forward(query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     else:
         results = differentiable(module, name, **options)(page_table, query, key, value, block_mask, scores, sinks)
     out, lse, *rest = results
@@ -268,19 +280,22 @@ def _positions_in_pages(positions: Array | None, page_table: Array, key: Keys) -
     exists = jnp.repeat((page_table >= 0) & (page_table < pages), page, axis=1)  # [B, S]
     if positions is None:
         positions = jnp.arange(exists.shape[1], dtype=jnp.int32)[None]
-    return jnp.where(exists if positions.ndim == 2 else exists[:, None], jnp.asarray(positions).astype(jnp.int32), -1)
+    return jnp.where(exists if positions.ndim == 2 else exists[:, None], positions, -1)
 
 
 def _choose(
     implementation, interpret, extents, query, key, value, mask, scores, page, key_weights, block_sizes
 ) -> tuple[str, tuning.BlockSizes]:
     """The implementation that serves the call, and its block sizes. Explains itself when there is none."""
+    if not isinstance(implementation, str | None):
+        wanted = f"one of {list(_IMPLEMENTATIONS)} or None"
+        raise TypeError(f"implementation: expected {wanted}, got {checks.describe(implementation)}")
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {list(_IMPLEMENTATIONS)} or None, got {implementation!r}")
     if interpret and implementation not in (None, "triton"):
         raise ValueError(f"interpret: expected implementation='triton' or None with it, got {implementation!r}")
     if block_sizes is not None and not isinstance(block_sizes, tuning.BlockSizes):
-        raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {type(block_sizes).__name__}")
+        raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {checks.describe(block_sizes)}")
     names = ["triton"] if interpret else [implementation] if implementation else list(_IMPLEMENTATIONS)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     key_kind, value_kind = _kind(key), _kind(value)
@@ -326,11 +341,9 @@ def _refuse_beside_block_mask(**options) -> None:
 
 
 def _check_arrays(query, key, value, page_table) -> tuple[Array, Keys, Keys]:
+    query = checks.array("query", query)
+    key, value = (_check_keys(name, x) for name, x in (("key", key), ("value", value)))
     for name, x in {"query": query, "key": key, "value": value}.items():
-        if isinstance(x, QuantizedArray) and name != "query":
-            x.check(name)
-        elif not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
         if len(x.shape) != 4:
             axes = "(batch, tokens, heads, head size)"
             if page_table is not None and name != "query":
@@ -338,7 +351,7 @@ def _check_arrays(query, key, value, page_table) -> tuple[Array, Keys, Keys]:
             raise ValueError(f"{name}: expected rank 4 {axes}, got shape {tuple(x.shape)}")
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
-        if max(x.shape) > _LONGEST_AXIS:
+        if max(x.shape) > checks.LONGEST_AXIS:
             raise ValueError(f"{name}: expected no axis longer than 2^30, got shape {tuple(x.shape)}")
         if isinstance(x, QuantizedArray):
             continue
@@ -358,33 +371,35 @@ def _check_arrays(query, key, value, page_table) -> tuple[Array, Keys, Keys]:
     return jax.tree.map(jnp.asarray, (query, key, value))
 
 
+def _check_keys(name: str, x) -> Keys:
+    if not isinstance(x, QuantizedArray):
+        return checks.array(name, x, "an array or a QuantizedArray")
+    x.check(name)
+    return x
+
+
 def _check_page_table(page_table: Array | None, query: Array, key: Keys) -> Array | None:
     if page_table is None:
         return None
-    if not hasattr(page_table, "dtype"):
-        raise TypeError(f"page_table: expected an int32 array, got {type(page_table).__name__}")
+    page_table = checks.array("page_table", page_table, "an int32 array")
     batch, page = query.shape[0], key.shape[1]
     shape = tuple(page_table.shape)
-    if page_table.dtype != jnp.int32 or len(shape) != 2 or shape[0] != batch or shape[1] == 0:
+    if not checks.is_integer(page_table) or len(shape) != 2 or shape[0] != batch or shape[1] == 0:
         wanted = f"int32 [{batch}, S // {page}] (query's B, and the tokens of a page)"
         raise ValueError(f"page_table: expected {wanted}, got {page_table.dtype} {list(shape)}")
     if page % tuning.PAGE_MULTIPLE:
         raise ValueError(
             f"key: expected pages of a multiple of {tuning.PAGE_MULTIPLE} tokens, got shape {tuple(key.shape)}"
         )
-    if shape[1] * page > _LONGEST_AXIS:
+    if shape[1] * page > checks.LONGEST_AXIS:
         raise ValueError(f"page_table: expected at most 2^30 keys in a row, got {shape[1]} pages of {page}")
-    return jnp.asarray(page_table)
+    return checks.positions("page_table", page_table, ranks=(2,))
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale: expected a Python number, known when the call is traced, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    return float(scale)
+    return checks.number("scale", scale, most=_LARGEST_SCALE)
 
 
 def _as_mask(mask) -> masks.Mask:
@@ -392,8 +407,7 @@ def _as_mask(mask) -> masks.Mask:
         return masks.full()
     if isinstance(mask, masks.Mask):
         return mask
-    if not hasattr(mask, "dtype"):
-        raise TypeError(f"mask: expected a Mask, a BlockMask, a bool array or None, got {type(mask).__name__}")
+    mask = checks.array("mask", mask, "a Mask, a BlockMask, None or a bool array")
     if mask.dtype != jnp.bool_ or mask.ndim != 4:
         raise ValueError(f"mask: expected bool [B|1, N|K|1, T, S], got {mask.dtype} {list(mask.shape)}")
     return masks.dense(mask)
@@ -411,7 +425,7 @@ def _check_mask(mask: masks.Mask, extents: _Extents) -> None:
 def _check_scores(scores: Scores, extents: _Extents) -> Scores:
     sizes = (extents.batch, extents.q_heads, extents.q_len, extents.kv_len)
     for score in scores:
-        for x in jax.tree.leaves(score) if score.aligned else ():
+        for x in pointwise.operands(score):
             if any(size not in (1, extent) for size, extent in zip(x.shape, sizes, strict=True)):
                 wanted = "[" + ", ".join(f"{extent}|1" for extent in sizes) + "]"
                 name = f"scores: {type(score).__name__.lower()}"
@@ -422,22 +436,21 @@ def _check_scores(scores: Scores, extents: _Extents) -> Scores:
 def _check_sinks(sinks: Array | None, query: Array) -> Array | None:
     if sinks is None:
         return None
-    if not hasattr(sinks, "dtype"):
-        raise TypeError(f"sinks: expected an array, got {type(sinks).__name__}")
+    sinks = checks.array("sinks", sinks)
     if not jnp.issubdtype(sinks.dtype, jnp.floating) or tuple(sinks.shape) != (query.shape[2],):
         raise ValueError(f"sinks: expected floating-point [{query.shape[2]}], got {sinks.dtype} {list(sinks.shape)}")
-    return jnp.asarray(sinks)
+    return checks.floats("sinks", sinks)
 
 
-def _check_positions(name: str, positions: Array | None, batch: int, length: int, heads: tuple[int, ...]) -> None:
-    """Integers ``[B|1, length]``, or ``[B|1, heads, length]`` with one of the given numbers of heads."""
+def _check_positions(
+    name: str, positions: Array | None, batch: int, length: int, heads: tuple[int, ...]
+) -> Array | None:
+    """Integers ``[B|1, length]``, or ``[B|1, heads, length]`` with one of the given numbers of heads, as int32."""
     if positions is None:
-        return
-    if not hasattr(positions, "dtype"):
-        raise TypeError(f"{name}: expected an integer array, got {type(positions).__name__}")
-    if not jnp.issubdtype(positions.dtype, jnp.integer):
-        raise ValueError(f"{name}: expected integers, got dtype {positions.dtype}")
+        return None
+    positions = checks.positions(name, positions, ranks=(2, 3) if heads else (2,))
     fitting = {(rows, *head, length) for rows in (1, batch) for head in ((), *((h,) for h in heads))}
     if tuple(positions.shape) not in fitting:
         wanted = f"[{batch}|1, {length}]" + (f" or [{batch}|1, {max(heads)}|1, {length}]" if heads else "")
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(positions.shape)}")
+    return positions

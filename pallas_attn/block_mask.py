@@ -7,6 +7,7 @@ is *empty* and no kernel ever reads it. Nothing about a list changes a shape, so
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_attn import masks, tuning
+from pallas_attn import checks, masks, pointwise, tuning
 from pallas_attn.masks import Interval, Mask, operands, repeat_heads
 from pallas_attn.schedule import Schedule
 
@@ -81,22 +82,24 @@ class BlockMask:
 
         Raises:
           TypeError: ``mask`` is not a mask, positions are neither an array nor an int.
-          ValueError: positions of another shape or dtype, or an operand of the mask that does not broadcast.
+          ValueError: positions of another shape or dtype, an operand of the mask that does not broadcast, or 2^31 pairs
+            of blocks or more.
         """
         if not isinstance(mask, Mask):
-            raise TypeError(f"mask: expected a pallas_attn.masks.Mask, got {type(mask).__name__}")
+            raise TypeError(f"mask: expected a pallas_attn.masks.Mask, got {checks.describe(mask)}")
         if not isinstance(block_sizes, tuning.BlockSizes | None):
-            raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {type(block_sizes).__name__}")
-        consecutive = isinstance(q_positions, int) and isinstance(kv_positions, int)
-        q_positions = _as_positions("q_positions", q_positions, ranks=(2,))
-        kv_positions = _as_positions("kv_positions", kv_positions, ranks=(2, 3))
+            raise TypeError(f"block_sizes: expected pallas_attn.BlockSizes, got {checks.describe(block_sizes)}")
+        consecutive = _is_length(q_positions) and _is_length(kv_positions)
+        q = _as_positions("q_positions", q_positions, ranks=(2,))
+        kv = _as_positions("kv_positions", kv_positions, ranks=(2, 3))
+        q_len, kv_len = q.shape[-1], kv.shape[-1]
+        mask = masks.with_keys(mask, kv_len)
+        batch, heads = _check_operands(mask, q, kv)
+        sizes = block_sizes or tuning.default_block_sizes(q_len, kv_len, fine=mask.is_fine())
+        _check_pairs(batch, heads, -(-q_len // sizes.q), -(-kv_len // sizes.kv))
+        q_positions, kv_positions = _filled(q), _filled(kv)
         if kv_positions.ndim == 2:
             kv_positions = kv_positions[:, None]
-        mask = masks.with_keys(mask, kv_positions.shape[-1])
-        heads = _check_operands(mask, q_positions, kv_positions)
-        sizes = block_sizes or tuning.default_block_sizes(
-            q_positions.shape[-1], kv_positions.shape[-1], fine=mask.is_fine()
-        )
         span = mask.span() if consecutive else None
         # A query block sees q_block + span - 1 consecutive keys, which touch at most this many KV blocks.
         width = None if span is None else (sizes.q + span - 3) // sizes.kv + 2
@@ -186,28 +189,34 @@ class BlockMask:
         return picture.as_text(self)
 
 
-def _as_positions(name: str, value: Array | int, ranks: tuple[int, ...]) -> Array:
-    if isinstance(value, int):
-        if value < 1:
-            raise ValueError(f"{name}: expected a length of at least 1, got {value}")
-        return jnp.arange(value, dtype=jnp.int32)[None]
-    if not hasattr(value, "dtype"):
-        raise TypeError(f"{name}: expected an integer array or a length, got {type(value).__name__}")
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{name}: expected integers, got dtype {value.dtype}")
-    if value.ndim not in ranks or 0 in value.shape:
-        wanted = " or ".join(f"rank {rank}" for rank in ranks)
-        raise ValueError(f"{name}: expected {wanted} and no empty axis, got shape {tuple(value.shape)}")
-    return jnp.asarray(value).astype(jnp.int32)
+def _is_length(positions: Array | int) -> bool:
+    return isinstance(positions, int | np.integer) and not isinstance(positions, bool)
 
 
-def _check_operands(mask: Mask, q_positions: Array, kv_positions: Array) -> int:
-    """Returns M, after checking that every operand broadcasts to ``[B, M, T, S]``."""
+def _as_positions(name: str, value: Array | int, ranks: tuple[int, ...]) -> Array | jax.ShapeDtypeStruct:
+    """A length is but a shape at first, so that nothing is allocated for a call that is refused."""
+    if _is_length(value):
+        length = checks.integer(name, value, least=1, most=checks.LONGEST_AXIS)
+        return jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return checks.positions(name, value, ranks=ranks)
+
+
+def _filled(positions: Array | jax.ShapeDtypeStruct) -> Array:
+    if isinstance(positions, jax.ShapeDtypeStruct):
+        return jnp.arange(positions.shape[-1], dtype=jnp.int32)[None]
+    return positions
+
+
+def _check_operands(
+    mask: Mask, q_positions: Array | jax.ShapeDtypeStruct, kv_positions: Array | jax.ShapeDtypeStruct
+) -> tuple[int, int]:
+    """Returns B and M, after checking that every operand broadcasts to ``[B, M, T, S]``."""
     extents = {"T": (2, q_positions.shape[-1]), "S": (3, kv_positions.shape[-1])}
     batches = {x.shape[0] for x in (q_positions, kv_positions, *operands(mask))} - {1}
     if len(batches) > 1:
         raise ValueError(f"mask: expected one batch size (or 1) in positions and operands, got {sorted(batches)}")
-    head_counts = sorted({x.shape[1] for x in (kv_positions, *operands(mask))} - {1})
+    key_heads = kv_positions.shape[1] if len(kv_positions.shape) == 3 else 1
+    head_counts = sorted({key_heads, *(x.shape[1] for x in operands(mask))} - {1})
     if len(head_counts) > 2 or (len(head_counts) == 2 and head_counts[1] % head_counts[0]):
         raise ValueError(f"mask: expected 1, K or N heads in positions and operands, got {head_counts}")
     for operand in operands(mask):
@@ -217,7 +226,14 @@ def _check_operands(mask: Mask, q_positions: Array, kv_positions: Array) -> int:
                     f"mask: expected operands that broadcast to {axis_name}={extent}, got shape {tuple(operand.shape)}"
                     " ([B, heads, T, S])"
                 )
-    return max(head_counts, default=1)
+    return max(batches, default=1), max(head_counts, default=1)
+
+
+def _check_pairs(*extents: int) -> None:
+    if math.prod(extents) > checks.LARGEST_INT32:
+        got = " x ".join(map(str, extents))
+        what = f"{got} (batch, heads, blocks of queries, blocks of keys)"
+        raise ValueError(f"block_sizes: expected fewer than 2^31 pairs of blocks, got {what}: take larger blocks")
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -242,9 +258,9 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
             real = real & _repeat_to(kv_real, x)
         return _interval(x, real, q_block, kv_block)
 
-    intervals, q_tokens, kv_tokens = jax.tree.map(
+    intervals, q_tokens, kv_tokens = pointwise.map_operands(
         lambda x: repeat_heads(x, heads),
-        (jax.tree.map(interval, mask), _tokens(q, 2, q_block), _tokens(kv, 3, kv_block)),
+        (pointwise.map_operands(interval, mask), _tokens(q, 2, q_block), _tokens(kv, 3, kv_block)),
     )
     some, every = intervals.bounds(q_tokens.span, kv_tokens.span)
     # A block with any missing key is never full, so that the loop over full blocks needs no mask at all. Missing
@@ -326,7 +342,11 @@ def _wider(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array
 
 
 def _blocks(x: Array, axis: int, block: int, fill: Array) -> Array:
-    """Cuts an axis into ``[..., blocks, block, ...]``, after padding it with ``fill``."""
+    """Cuts an axis into ``[..., blocks, block, ...]``, after padding it with ``fill``.
+
+    Of a block that is longer than the axis, one place beyond the end says as much as all of them.
+    """
+    block = min(block, x.shape[axis] + 1)
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % block, 0)
     x = jax.lax.pad(x, fill, padding)

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from pallas_attn import masks, tuning
+from pallas_attn import checks, masks, tuning
 from pallas_attn import scores as score_algebra
 from pallas_attn.attention import attention
 from pallas_attn.scores import Score
@@ -47,8 +48,8 @@ def attention_fn(
 
     Args:
       mask: who may see whom, combined (``&``) with what each call brings: a mask, or a bool array
-        ``[B|1, N|K|1, T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is refused, for it is
-        bound to the positions of one call; pass its ``mask``.
+        ``[B|1, N|K|1, T, S]`` or ``[T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is
+        refused, for it is bound to the positions of one call; pass its ``mask``.
       scores, sinks, scale, implementation, interpret, block_sizes: as in :func:`pallas_attn.attention`.
 
     Returns:
@@ -85,7 +86,10 @@ def attention_fn(
         **unknown: Any,
     ) -> Array:
         _refuse("it is not an option that pallas_attn knows", **unknown)
-        if dropout_rate > 0 and not deterministic:
+        is_causal = checks.boolean("is_causal", is_causal)
+        if not 0 <= checks.number("dropout_rate", dropout_rate) <= 1:
+            raise ValueError(f"dropout_rate: expected a number from 0 to 1, got {dropout_rate}")
+        if dropout_rate > 0 and not checks.boolean("deterministic", deterministic):
             why = "attention probabilities are never dropped; pass deterministic=True or dropout_rate=0"
             _refuse(why, dropout_rate=dropout_rate)
         _refuse("attention weights are never in memory and cannot be sown (sow_weights=True)", module=module)
@@ -96,7 +100,8 @@ def attention_fn(
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
         _check_precision(precision)
-        dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+        query, key, value = (_check_tokens(*x) for x in (("query", query), ("key", key), ("value", value)))
+        dtype = jnp.result_type(query, key, value) if dtype is None else checks.float_dtype("dtype", dtype)
         *batch, q_len, q_heads, _ = query.shape
         extents = (*batch, q_heads, q_len, key.shape[-3])
         _check_batch(query, key, value)
@@ -107,8 +112,7 @@ def attention_fn(
             relations.append(masks.causal())
         q_positions = kv_positions = None
         if mask is not None:
-            # Flax's masks are float32 as often as bool.
-            mask = _four_axes("mask", mask.astype(jnp.bool_), extents)
+            mask = _four_axes("mask", _as_bools(mask), extents)
             one_row, one_head = mask.shape[2] == 1, mask.shape[1] == 1
             if one_row:
                 # What it excludes is as good as not there, and no T x S array is needed to say so.
@@ -119,7 +123,7 @@ def attention_fn(
                     q_positions = kv_positions.max(keepdims=True)
             if not (one_row and one_head):
                 relations.append(masks.dense(mask))
-        before = () if bias is None else (score_algebra.bias(_four_axes("bias", bias, extents)),)
+        before = () if bias is None else (score_algebra.bias(_four_axes("bias", checks.array("bias", bias), extents)),)
 
         out = attention(
             query,
@@ -139,9 +143,18 @@ def attention_fn(
 def _as_mask(mask: Any) -> masks.Mask | None:
     if mask is None or isinstance(mask, masks.Mask):
         return mask
-    if not hasattr(mask, "dtype"):
-        raise TypeError(f"mask: expected a pallas_attn.masks.Mask, a bool array or None, got {type(mask).__name__}")
+    mask = checks.array("mask", mask, "a pallas_attn.masks.Mask, None or a bool array")
+    if mask.dtype != jnp.bool_ or mask.ndim not in (2, 4):
+        raise ValueError(f"mask: expected bool [B|1, N|K|1, T, S] or [T, S], got {checks.describe(mask)}")
     return masks.dense(mask)
+
+
+def _as_bools(mask: Any) -> Array:
+    """Flax's masks are float32 as often as bool."""
+    mask = checks.array("mask", mask)
+    if mask.dtype != jnp.bool_ and not checks.is_integer(mask) and not jnp.issubdtype(mask.dtype, jnp.floating):
+        raise ValueError(f"mask: expected bools or real numbers, got {checks.describe(mask)}")
+    return jnp.asarray(mask.astype(np.bool_))
 
 
 def _refuse(why: str, **options: Any) -> None:
@@ -157,9 +170,19 @@ def _check_precision(precision: Any) -> None:
     """
     for one in precision if isinstance(precision, tuple) else (precision,):
         try:
-            lax.Precision(one)
+            known = isinstance(one, lax.Precision | str | None) and lax.Precision(one)
         except ValueError:
-            _refuse(f"expected a jax.lax.Precision, got {one!r}", precision=one)
+            known = False
+        if not known:
+            _refuse(f"expected a jax.lax.Precision, got {checks.describe(one)}", precision=one)
+
+
+def _check_tokens(name: str, x: Array) -> Array:
+    x = checks.array(name, x)
+    if x.ndim < 3 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        wanted = "floating-point [..., tokens, heads, head size] without an empty axis"
+        raise ValueError(f"{name}: expected {wanted}, got {checks.describe(x)}")
+    return checks.floats(name, x)
 
 
 def _check_batch(query: Array, key: Array, value: Array) -> None:

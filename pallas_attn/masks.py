@@ -10,7 +10,8 @@ ever asked about positions >= 0.
 
 An array that a mask needs (its *operand*: prefix lengths, segment ids, a boolean array) is stored with rank 4, aligned
 with ``[B, M, T, S]``, with size 1 along every axis on which it does not depend. A kernel that works on a tile replaces
-each operand by its tile; ``bounds`` sees each operand replaced by its :class:`Interval` per block.
+each operand by its tile; ``bounds`` sees each operand replaced by its :class:`Interval` per block. What the function of
+:func:`custom` closes over has any shape, and kernels see it whole (:mod:`pallas_attn.pointwise`).
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_attn import pytrees
+from pallas_attn import checks, pointwise, pytrees
 
 # An array, or, inside `bounds`, its Interval per block.
 Operand = Any
@@ -61,11 +62,13 @@ class Mask:
           q_positions: int32 ``[B|1, T]``; -1 is padding.
           kv_positions: int32 ``[B|1, S]`` or ``[B|1, K, S]``; -1 is an empty slot.
         """
+        q_positions = checks.positions("q_positions", q_positions, ranks=(2,))
+        kv_positions = checks.positions("kv_positions", kv_positions, ranks=(2, 3))
         q = q_positions[:, None, :, None]
         kv = kv_positions[:, None, None, :] if kv_positions.ndim == 2 else kv_positions[:, :, None, :]
         mask = with_keys(self, kv.shape[-1])
         heads = max([kv.shape[1], *(operand.shape[1] for operand in operands(mask))])
-        mask, kv = jax.tree.map(lambda x: repeat_heads(x, heads), (mask, kv))
+        mask, kv = pointwise.map_operands(lambda x: repeat_heads(x, heads), (mask, kv))
         return mask.allowed(q, kv) & (q >= 0) & (kv >= 0)
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -85,17 +88,24 @@ class Mask:
 
 def operands(mask: Mask) -> list[Array]:
     """The arrays that a mask (or a composition of masks) needs, each ``[B|1, M|1, T|1, S|1]``, in a fixed order."""
-    return jax.tree.leaves(mask)
+    return pointwise.operands(mask)
 
 
 def with_keys(mask: Mask, kv_len: int) -> Mask:
-    """The same mask for S = ``kv_len`` keys: a tree, which is about keys and not positions, becomes a dense mask.
+    """The same mask for S = ``kv_len`` keys, ready for kernels.
+
+    A tree, which is about keys and not positions, becomes a dense mask, and a custom mask the program of its function.
 
     Raises:
       ValueError: a tree of more nodes than there are keys.
     """
-    is_tree = lambda x: isinstance(x, Tree)  # noqa: E731
-    return jax.tree.map(lambda x: x.as_dense(kv_len) if is_tree(x) else x, mask, is_leaf=is_tree)
+
+    def ready(x: Any) -> Any:
+        if isinstance(x, Tree):
+            return x.as_dense(kv_len)
+        return x.traced() if isinstance(x, Custom) else x
+
+    return jax.tree.map(ready, mask, is_leaf=lambda x: isinstance(x, Tree | Custom))
 
 
 def repeat_heads(x: Array, heads: int) -> Array:
@@ -105,7 +115,7 @@ def repeat_heads(x: Array, heads: int) -> Array:
 
 def _checked(operator: str, other: Any) -> Mask:
     if not isinstance(other, Mask):
-        raise TypeError(f"{operator} combines a mask with a mask, got {type(other).__name__}")
+        raise TypeError(f"{operator}: expected a mask on both sides, got {checks.describe(other)}")
     return other
 
 
@@ -256,7 +266,43 @@ class Custom(Mask):
     arrays: tuple[Operand, ...]
 
     def allowed(self, q, kv):
-        return self.function(q, kv, *self.arrays)
+        return self.traced().allowed(q, kv)
+
+    def bounds(self, q, kv):
+        return self.traced().bounds(q, kv)
+
+    def traced(self) -> "Traced":
+        """With what the function closes over now."""
+        program, tables = self._trace()
+        return Traced(self.arrays, tables(), program)
+
+    def check(self) -> None:
+        """Raises what is wrong with the function."""
+        self._trace()
+
+    def _trace(self) -> pointwise.Trace:
+        def relation(*arguments):
+            allowed = self.function(*arguments)
+            dtype = pointwise.check_number("custom: function", allowed, "a boolean")
+            if dtype != jnp.bool_:
+                raise TypeError(f"custom: function: expected a boolean, got {dtype}")
+            return allowed
+
+        dtypes = (jnp.int32, jnp.int32, *(x.dtype for x in self.arrays))
+        return pointwise.trace("custom: function", self.function, relation, dtypes)
+
+
+@_mask(data=("arrays", "tables"), static=("program",))
+class Traced(Mask):
+    """A custom mask as kernels evaluate it."""
+
+    arrays: tuple[Operand, ...]
+    tables: pointwise.Tables
+    program: pointwise.Program
+
+    def allowed(self, q, kv):
+        allowed = self.program.evaluate(self.tables, q, kv, *self.arrays)
+        return allowed if np.ndim(allowed) else jnp.full(jnp.broadcast_shapes(q.shape, kv.shape), allowed)
 
     def bounds(self, q, kv):
         # Nothing is known of the function: every block is partial.
@@ -337,7 +383,7 @@ def sliding_window(left: int, right: int = 0) -> Mask:
     Raises:
       ValueError: a negative bound, or a window that holds no key.
     """
-    left, right = _integer("left", left, least=0), _integer("right", right, least=0)
+    left, right = checks.integer("left", left, least=0), checks.integer("right", right, least=0)
     if left + right < 1:
         raise ValueError("sliding_window: expected left + right >= 1, got an empty window (left=0, right=0)")
     return SlidingWindow(left, right)
@@ -347,30 +393,35 @@ def prefix(lengths: Array) -> Mask:
     """Keys at positions below each row's length, whatever the query (prefix-LM: ``prefix(lengths) | causal()``).
 
     Args:
-      lengths: integers ``[B]``.
+      lengths: integers ``[B]``; known ones that 32 bits do not hold are refused.
     """
-    return Prefix(_operand("prefix: lengths", lengths, jnp.integer, rank=1)[:, None, None, None])
+    lengths = _integers("prefix: lengths", lengths, rank=1)
+    return Prefix(checks.clipped(checks.int32("prefix: lengths", lengths))[:, None, None, None])
 
 
 def sink(n: int) -> Mask:
     """Keys at positions below ``n``: attention sinks (StreamingLLM, arXiv:2309.17453)."""
-    return Sink(_integer("n", n, least=0))
+    return Sink(checks.integer("n", n, least=0))
 
 
 def chunked(size: int) -> Mask:
     """Keys in the query's own chunk: ``q // size == k // size``."""
-    return Chunked(_integer("size", size, least=1))
+    return Chunked(checks.integer("size", size, least=1))
 
 
 def segments(q_ids: Array, kv_ids: Array | None = None) -> Mask:
     """Keys of the query's own segment, for packed documents.
 
+    A value that is NaN reaches the other documents of its row that share a KV block with it, for a probability of 0
+    times NaN is NaN, as in every attention that masks logits. Rows of the batch never reach each other.
+
     Args:
-      q_ids: integers ``[B|1, T]``.
+      q_ids: integers ``[B|1, T]``, of any width.
       kv_ids: integers ``[B|1, S]``; default ``q_ids``. The block lists are tight when the ids are sorted.
     """
-    q_ids = _operand("segments: q_ids", q_ids, jnp.integer, rank=2)
-    kv_ids = q_ids if kv_ids is None else _operand("segments: kv_ids", kv_ids, jnp.integer, rank=2)
+    q_ids = _integers("segments: q_ids", q_ids, rank=2)
+    kv_ids = q_ids if kv_ids is None else _integers("segments: kv_ids", kv_ids, rank=2)
+    q_ids, kv_ids = _same_ids(q_ids, kv_ids)
     return Segments(q_ids[:, None, :, None], kv_ids[:, None, None, :])
 
 
@@ -380,9 +431,8 @@ def dense(array: Array) -> Mask:
     Args:
       array: bool ``[B|1, N|K|1, T, S]`` or ``[T, S]``.
     """
-    rank = 2 if np.ndim(array) == 2 else 4
-    array = _operand("dense: array", array, jnp.bool_, rank=rank)
-    return Dense(array if rank == 4 else array[None, None])
+    array = _bools("dense: array", array, rank=4, or_rank=2)
+    return Dense(array if array.ndim == 4 else array[None, None])
 
 
 def tree(ancestors: Array, start: Array | None = None) -> Mask:
@@ -394,48 +444,90 @@ def tree(ancestors: Array, start: Array | None = None) -> Mask:
       start: integers ``[B]``, 0 to S: the key that is node 0 of each row, where a row has fewer keys left than nodes
         the last nodes have none; default S - T: the nodes are the last keys.
     """
-    ancestors = _operand("tree: ancestors", ancestors, jnp.bool_, rank=2 if np.ndim(ancestors) == 2 else 3)
+    ancestors = _bools("tree: ancestors", ancestors, rank=3, or_rank=2)
     if ancestors.shape[-1] != ancestors.shape[-2]:
         raise ValueError(f"tree: ancestors: expected [T, T] or [B|1, T, T], got shape {tuple(ancestors.shape)}")
     if start is not None:
-        start = _operand("tree: start", start, jnp.integer, rank=1)[:, None, None, None]
+        start = _integers("tree: start", start, rank=1)
+        values = checks.known(start)
+        if values is not None and values.min() < 0:
+            raise ValueError(f"tree: start: expected keys, from 0 on, got {values.min()}")
+        start = checks.clipped(start)[:, None, None, None]
         if ancestors.ndim == 3 and ancestors.shape[0] not in (1, start.shape[0]):
             raise ValueError(f"tree: start: expected [{ancestors.shape[0]}], as ancestors, got [{start.shape[0]}]")
     return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None], start)
 
 
-def custom(function: Callable[..., Array], *arrays: Array) -> Mask:
+def custom(function: Callable[..., Any], *arrays: Array) -> Mask:
     """Any elementwise relation: ``function(q_position, kv_position, *arrays) -> bool``.
 
     Nothing is known of its blocks, so alone it skips none: combine it by ``&`` with a mask that bounds it.
 
+    The function is written in JAX for a single query and key, as numbers: int32 positions, and the arrays' elements at
+    the place. It may close over arrays of any shape, as ``document[q_position] == document[kv_position]`` does; what
+    they hold when :func:`attention` is called, or a BlockMask made, counts. See :func:`pallas_attn.scores.custom` for
+    what may be done with them. What differs by head or by row of the batch is given by ``arrays``.
+
     Args:
-      function: written in JAX, traced into the kernels. It gets int32 positions and the arrays' elements at the place,
-        all broadcasting against each other. To compile once, pass the same function object in every call.
-      *arrays: bool or integers ``[B|1, N|K|1, T|1, S|1]``.
+      function: its result is a boolean. To compile once, pass the same function in every call, or one of the same
+        operations.
+      *arrays: bool or integers ``[B|1, N|K|1, T|1, S|1]``. Integers become int32: those that it cannot hold are refused
+        where their values are known, and stay as they are where they are being traced.
+
+    Raises:
+      TypeError: not a function; a result that is no boolean; a NumPy array in its closure that it indexes by an
+        argument. What the function itself raises passes through.
+      ValueError: a result that is an array; ``arrays`` of another dtype or rank.
+      NotImplementedError: a function that kernels cannot evaluate, on every implementation.
     """
     if not callable(function):
         raise TypeError(f"custom: function: expected a callable, got {type(function).__name__}")
-    kinds = [jnp.bool_ if getattr(x, "dtype", None) == jnp.bool_ else jnp.integer for x in arrays]
-    pairs = zip(arrays, kinds, strict=True)
-    return Custom(function, tuple(_operand("custom: arrays", x, kind, rank=4) for x, kind in pairs))
+    mask = Custom(function, tuple(_bools_or_integers("custom: arrays", x, rank=4) for x in arrays))
+    mask.check()
+    return mask
 
 
-def _integer(name: str, value: int, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not least <= value < 2**31:
-        raise ValueError(f"{name}: expected at least {least} and less than 2^31, got {value}")
-    return int(value)
+def _integers(name: str, value: Any, *, rank: int) -> Array:
+    """Of any width."""
+    x = checks.array_or_list(name, value, "integers")
+    if not checks.is_integer(x):
+        raise ValueError(f"{name}: expected integers, got dtype {x.dtype}")
+    return _of_rank(name, x, rank)
 
 
-def _operand(name: str, value: Any, kind: Any, *, rank: int) -> Array:
-    if not hasattr(value, "dtype"):
-        value = np.asarray(value)
-    if not jnp.issubdtype(value.dtype, kind):
-        wanted = "bool" if kind is jnp.bool_ else "integers"
-        raise ValueError(f"{name}: expected {wanted}, got dtype {value.dtype}")
-    if value.ndim != rank:
-        raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(value.shape)}")
-    value = jnp.asarray(value)
-    return value if kind is jnp.bool_ else value.astype(jnp.int32)
+def _bools(name: str, value: Any, *, rank: int, or_rank: int) -> Array:
+    x = checks.array_or_list(name, value, "bool")
+    if x.dtype != jnp.bool_:
+        raise ValueError(f"{name}: expected bool, got dtype {x.dtype}")
+    return jnp.asarray(_of_rank(name, x, or_rank if x.ndim == or_rank else rank))
+
+
+def _bools_or_integers(name: str, value: Any, *, rank: int) -> Array:
+    x = checks.array_or_list(name, value, "bool or integers")
+    if x.dtype == jnp.bool_:
+        return jnp.asarray(_of_rank(name, x, rank))
+    return checks.int32(name, _integers(name, x, rank=rank))
+
+
+def _of_rank(name: str, x: Array, rank: int) -> Array:
+    if x.ndim != rank:
+        raise ValueError(f"{name}: expected rank {rank}, got shape {tuple(x.shape)}")
+    if 0 in x.shape:
+        raise ValueError(f"{name}: expected no empty axis, got shape {tuple(x.shape)}")
+    return x
+
+
+def _same_ids(q_ids: Array, kv_ids: Array) -> tuple[Array, Array]:
+    """The ids as int32. Where 32 bits may not hold them, each becomes its rank among all: equal as they were equal."""
+    if checks.fits_int32(q_ids) and checks.fits_int32(kv_ids):
+        return jnp.asarray(q_ids.astype(np.int32)), jnp.asarray(kv_ids.astype(np.int32))
+    known = isinstance(q_ids, np.ndarray) and isinstance(kv_ids, np.ndarray)
+    dtype = np.promote_types(q_ids.dtype, kv_ids.dtype)
+    if dtype.kind == "f" or (not known and jax.dtypes.canonicalize_dtype(dtype) != dtype):
+        got = f"{q_ids.dtype} for q_ids and {kv_ids.dtype} for kv_ids"
+        raise ValueError(f"segments: expected ids of one dtype, or such as 32 bits hold, got {got}")
+    module = np if known else jnp
+    both: Any = [module.asarray(x).astype(dtype) for x in (q_ids, kv_ids)]
+    in_order = module.sort(module.concatenate([x.reshape(-1) for x in both]))
+    q_ranks, kv_ranks = (jnp.asarray(module.searchsorted(in_order, x).astype(np.int32)) for x in both)
+    return q_ranks, kv_ranks

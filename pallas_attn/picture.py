@@ -6,7 +6,6 @@ too large to show is scaled down: neighbouring blocks become one cell, which is 
 
 import contextlib
 import dataclasses
-import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.core
 import numpy as np
+
+from pallas_attn import checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,13 +102,15 @@ def save_picture(
 
     Raises:
       ValueError: a path of another kind, no such directory, batch row or head, or a BlockMask that is being traced.
-      TypeError: not a BlockMask.
+      TypeError: not a BlockMask, or another kind of object than is said above.
       ImportError: matplotlib is not installed.
     """
     if not hasattr(block_mask, "bitmap"):
-        kind = type(block_mask).__name__
-        raise TypeError(f"block_mask: expected a BlockMask (BlockMask.from_mask makes one), got {kind}")
+        got = checks.describe(block_mask)
+        raise TypeError(f"block_mask: expected a BlockMask (BlockMask.from_mask makes one), got {got}")
     path = _checked_path(path)
+    if not isinstance(title, str | None):
+        raise TypeError(f"title: expected a str or None, got {checks.describe(title)}")
     rows, heads = block_mask.num_full.shape[:2]
     batch, head = _checked_index("batch", batch, rows), _checked_index("head", head, heads)
     if isinstance(block_mask.num_full, jax.core.Tracer):
@@ -187,6 +190,8 @@ def _with_axes(cells: np.ndarray, q_tokens: int, kv_tokens: int) -> list[str]:
 
 
 def _checked_path(path: str | os.PathLike) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a str or a path, got {checks.describe(path)}")
     path = Path(path)
     if path.suffix.lower() not in _METADATA:
         raise ValueError(f"path: expected a file that ends in .png or .svg, got {str(path)!r}")
@@ -198,8 +203,7 @@ def _checked_path(path: str | os.PathLike) -> Path:
 
 
 def _checked_index(name: str, value: int, count: int) -> int:
-    value = operator.index(value)
-    if not 0 <= value < count:
+    if not 0 <= checks.integer(name, value, least=-checks.LARGEST_INT32) < count:
         raise ValueError(f"{name}: expected an index from 0 to {count - 1} into the lists, got {value}")
     return value
 

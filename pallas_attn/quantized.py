@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn import checks
 from pallas_attn.refusal import without_derivative
 
 Kind = Literal["int8", "float8_e4m3fn", "int4"]
@@ -54,16 +55,25 @@ class QuantizedArray:
           group: columns that share a scale, for int4 alone; it divides D / 2.
 
         Raises:
-          ValueError: another kind, x is not of floating point or has rank 0, or a group that does not divide D / 2.
+          TypeError: x is not an array, kind not a string, or group not an int.
+          ValueError: another kind, x is empty, of rank 0 or not of floating point, or a group that does not divide
+            D / 2.
           NotImplementedError: a gradient, with the way out.
         """
+        x = checks.array("x", x)
+        if not isinstance(kind, str):
+            raise TypeError(f"kind: expected one of {list(_LARGEST)}, got {checks.describe(kind)}")
         if kind not in _LARGEST:
             raise ValueError(f"kind: expected one of {list(_LARGEST)}, got {kind!r}")
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
             raise ValueError(f"x: expected floating-point [.., K, D], got {x.dtype} {list(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"x: expected no empty axis, got shape {tuple(x.shape)}")
+        group = checks.integer("group", group, least=1)
+        x = checks.floats("x", x)
         head_dim = x.shape[-1]
         columns = group if kind == "int4" else head_dim
-        if kind == "int4" and (group < 1 or head_dim % (2 * group)):
+        if kind == "int4" and head_dim % (2 * group):
             raise ValueError(f"group: expected a divisor of D / 2 = {head_dim / 2:g} for int4, got {group}")
         quantized = functools.partial(_quantize, kind=kind, columns=columns)
         return without_derivative(quantized, _NO_GRADIENT)(x)
@@ -89,8 +99,8 @@ class QuantizedArray:
           ValueError: their dtypes or shapes do not belong together.
         """
         for part, x in (("values", self.values), ("scales", self.scales)):
-            if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-                raise TypeError(f"{name}.{part}: expected an array, got {type(x).__name__}")
+            if not checks.array(f"{name}.{part}", x).ndim:
+                raise ValueError(f"{name}.{part}: expected rank 1 or more, got {checks.describe(x)}")
         if str(self.values.dtype) not in _KIND_OF_DTYPE:
             wanted = "int8, float8_e4m3fn or uint8 (two columns of int4)"
             raise ValueError(f"{name}.values: expected dtype {wanted}, got {self.values.dtype}")

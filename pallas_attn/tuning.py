@@ -6,6 +6,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_attn import checks
+
 Kernel = Literal["forward", "decode", "d_query", "d_key_value", "d_key_value_bias", "d_score"]
 
 
@@ -31,10 +33,8 @@ class BlockSizes:
             value = getattr(self, field.name)
             if field.name == "chunk" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"BlockSizes.{field.name}: expected an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"BlockSizes.{field.name}: expected at least 1, got {value}")
+            value = checks.integer(f"BlockSizes.{field.name}", value, least=1, most=checks.LONGEST_AXIS)
+            object.__setattr__(self, field.name, value)
 
 
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first that fits is taken. They
@@ -97,7 +97,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 128): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (2, 9.0, 256): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (2, 8.6, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
-        (2, 8.0, 256): BlockSizes(16, 64, num_warps=4, num_stages=2),
+        (2, 8.0, 256): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (4, 8.0, 64): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
     },

@@ -148,3 +148,17 @@ def test_a_row_does_not_depend_on_its_neighbours(implementation):
 def test_blocks_of_any_size(implementation):
     for block_sizes in ((7, 11), (1, 1), (100, 5)):
         check(dataclasses.replace(SMALL, block_sizes=block_sizes), implementation)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(5, 9), (9, 5)], ids=["more keys", "more queries"])
+def test_causal_at_the_bottom_right(q_len, kv_len):
+    """As the docstring says: the side that is shorter is shifted, so that no position is negative."""
+    query, key, value = numbers(SMALL)
+    query, key, value = query[:, :q_len], key[:, :kv_len], value[:, :kv_len]
+    ends = {"q_positions": np.arange(q_len)[None] + kv_len - q_len}
+    if q_len > kv_len:
+        ends = {"kv_positions": np.arange(kv_len)[None] + q_len - kv_len}
+    aligned = pa.attention(query, key, value, pa.masks.causal(), **ends, implementation="reference")
+    explicit = np.tri(q_len, kv_len, kv_len - q_len, dtype=bool)[None, None]
+    assert_same_bits(aligned, pa.attention(query, key, value, explicit, implementation="reference"))
+    assert (np.asarray(aligned[:, : max(q_len - kv_len, 0)]) == 0).all()

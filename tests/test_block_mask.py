@@ -401,3 +401,22 @@ def _all_variables(jaxpr):
         for inner in jax.tree.leaves(list(equation.params.values())):
             if hasattr(inner, "jaxpr"):
                 yield from _all_variables(inner.jaxpr)
+
+
+NOTHING = {
+    "prefix: lengths": lambda: pa.masks.prefix(np.zeros(0, np.int32)),
+    "segments: q_ids": lambda: pa.masks.segments(np.zeros((0, 5), np.int32)),
+    "segments: kv_ids": lambda: pa.masks.segments(np.zeros((1, 5), np.int32), np.zeros((1, 0), np.int32)),
+    "dense: array": lambda: pa.masks.dense(np.zeros((0, 1, 5, 5), bool)),
+    "tree: ancestors": lambda: pa.masks.tree(np.zeros((0, 0), bool)),
+    "tree: start": lambda: pa.masks.tree(np.ones((1, 1), bool), np.zeros(0, np.int32)),
+    "custom: arrays": lambda: pa.masks.custom(lambda q, k, x: x, np.zeros((0, 1, 1, 1), bool)),
+    "q_positions": lambda: pa.BlockMask.from_mask(pa.masks.causal(), np.zeros((0, 5), np.int32), 5),
+    "kv_positions": lambda: pa.BlockMask.from_mask(pa.masks.causal(), 5, np.zeros((0, 1, 5), np.int32)),
+}
+
+
+@pytest.mark.parametrize("argument", NOTHING)
+def test_a_batch_of_nothing_is_refused(argument):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*no empty axis, got shape \("):
+        NOTHING[argument]()

@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "pallas_attn"
 # A module may import modules of lower layers, and its own neighbours in a package. The first prefix that fits counts.
 LAYERS = {
     "pallas_attn.pytrees": -1,
+    "pallas_attn.pointwise": -1,
+    "pallas_attn.checks": -1,
     "pallas_attn.refusal": -1,
     "pallas_attn.bits": 0,
     "pallas_attn.masks": 0,
@@ -104,7 +106,7 @@ def test_imports_point_one_way_only(module):
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pallas_attn.caches")])
 def test_caches_know_nothing_above_masks(module):
     for other in imports_of(module):
-        assert other.startswith("pallas_attn.caches") or layer(other) == 0, f"{module} imports {other}"
+        assert other.startswith("pallas_attn.caches") or layer(other) <= 0, f"{module} imports {other}"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pallas_attn.kernels")])

@@ -115,6 +115,12 @@ BAD = {
     "group across the middle": (lambda: QuantizedArray.quantize(X, "int4", 32), ValueError, "group: .*, got 32"),
     "no group": (lambda: QuantizedArray.quantize(X, "int4", 0), ValueError, "group: expected .*, got 0"),
     "an odd D": (lambda: QuantizedArray.quantize(X[..., :7], "int4", 1), ValueError, "group: expected .*, got 1"),
+    "no tokens": (
+        lambda: QuantizedArray.quantize(X[:0], "int8"),
+        ValueError,
+        r"x: expected no empty axis, got shape \(0",
+    ),
+    "no columns": (lambda: QuantizedArray.quantize(X[..., :0], "int4"), ValueError, "x: expected no empty axis"),
     "values, a list": (lambda: QuantizedArray([1], X).check("key"), TypeError, "key.values: expected .*, got list"),
     "values, int32": (
         lambda: QuantizedArray(zeros(np.int32, 3, 2, 8), zeros(np.float32, 3, 2)).check("key"),

@@ -3,6 +3,8 @@
 import importlib
 import io
 import itertools
+import re
+import tempfile
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer
 
 import pallas_attn as pa
 from pallas_attn.kernels import reference
-from pallas_attn_models import load_hf, train
+from pallas_attn_models import checkpoint_files, load_hf, train
 from pallas_attn_models.layers import rotary_tables, rotate
 from pallas_attn_models.tasks import END_TOKEN, Mix
 
@@ -142,10 +144,74 @@ def test_tokenizer(tmp_path):
         assert tokenizer.decode(list(text.encode())) == text
 
 
+@pytest.fixture
+def nothing_is_trained(monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("training began"))
+
+
+def refuse(**_):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("arrange", "message"),
+    [
+        (lambda out: out.write_text(""), "--out: expected a directory, got .*/out, where a file is in the way"),
+        (lambda out: (out / "config.json").mkdir(parents=True), r"a file or nothing at .*/out/config\.json, got a dir"),
+        (lambda out: (out / "tokenizer.json").mkdir(parents=True), r"a file or nothing at .*/out/tokenizer\.json, got"),
+        (
+            lambda _: setattr(checkpoint_files.tempfile, "TemporaryFile", refuse),
+            r"in which files can be made, got .*/out",
+        ),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_trained(
+    arrange, message, nothing_is_trained, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(checkpoint_files.tempfile, "TemporaryFile", tempfile.TemporaryFile)
+    arrange(tmp_path / "out")
+    with pytest.raises(SystemExit) as error:
+        train.main(["--out", str(tmp_path / "out")])
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", ""], "--out: expected a path, got ''"),
+        (["--steps", "2"], "argument --steps: expected 3 to 2147483647, got 2"),
+        (["--steps", "1" + 400 * "0"], "argument --steps: expected 3 to 2147483647, got 1000"),
+        (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        (["--steps", "8", "--quick"], "argument --quick: not allowed with argument --steps"),
+        (["--seed", "-1"], "argument --seed: expected 0 to 4294967295, got -1"),
+        (["--seed", str(2**32)], "argument --seed: expected 0 to 4294967295, got 4294967296"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(arguments, message, nothing_is_trained, capsys, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        train.main(["--out", str(tmp_path), *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_directory_is_made_and_nothing_is_left_in_it_before_training(monkeypatch, tmp_path):
+    class Began(Exception):
+        pass
+
+    def began(*_):
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+        raise Began
+
+    monkeypatch.setattr(train, "train", began)
+    with pytest.raises(Began):
+        train.main(["--out", str(tmp_path / "a" / "b"), "--quick"])
+
+
 @pytest.mark.slow
 def test_command(tmp_path, capsys):
     train.main(["--out", str(tmp_path), "--quick"])
     printed = capsys.readouterr().out
     assert all(task in printed for task in ("addition", "reversal", "recall"))
     assert load_hf(tmp_path, "float32").config == train.CONFIG
-    assert (tmp_path / "tokenizer.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]

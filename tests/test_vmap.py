@@ -213,3 +213,49 @@ def test_two_axes_of_a_block_mask():
 
     actual = jax.vmap(jax.vmap(attend))(tokens)
     np.testing.assert_array_equal(actual[1, 2], attend(tokens[1, 2]))
+
+
+@pytest.mark.parametrize("shared", ["nothing", "keys and values", "scores and sinks", "all but the value"])
+def test_numpy_operands_are_like_others(shared):
+    """Also where they reach the rule of a derivative as they are, outside of jit."""
+    arguments = {name: x[0] if name in SHARED[shared] else x for name, x in ARGUMENTS.items() if name != "sinks"}
+    axes = {name: None if name in SHARED[shared] else 0 for name in arguments}
+
+    def gradients(*values):
+        given = dict(zip(arguments, values, strict=True))
+        rest = {name: x for name, x in given.items() if name not in DIFFERENTIABLE}
+        differentiable = {name: x for name, x in given.items() if name in DIFFERENTIABLE}
+        return jax.grad(loss)(differentiable, rest, OPTIONS["xla"])
+
+    mapped = jax.vmap(gradients, tuple(axes.values()))
+    actual, expected = mapped(*map(np.asarray, arguments.values())), mapped(*arguments.values())
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], name)
+
+
+def test_numpy_operands_of_quantised_and_paged_keys():
+    query, pool = np.asarray(ARGUMENTS["query"]), np.asarray(array(4, 16, K, D))
+    tables = np.array([[[0, 1], [2, 3]], [[3, 2], [1, 1]], [[0, -1], [2, 0]]], np.int32)
+    quantized = pa.QuantizedArray.quantize(pool, "int8")
+    quantized = jax.tree.map(np.asarray, quantized)
+
+    def attend(query, table, key=quantized, value=pool):
+        return pa.attention(query, key, value, page_table=table, implementation="xla")
+
+    for axes in ((0, 0), (0, None), (None, 0)):
+        given = [x if axis == 0 else x[0] for x, axis in zip((query, tables), axes, strict=True)]
+        actual = jax.vmap(attend, axes)(*given)
+        for index in range(SIZE):
+            alone = [x if axis is None else x[index] for x, axis in zip(given, axes, strict=True)]
+            np.testing.assert_array_equal(actual[index], attend(*alone))
+
+
+@pytest.mark.parametrize("implementation", OPTIONS)
+def test_an_axis_of_size_0_is_refused(implementation):
+    def attend(query):
+        return pa.attention(query, query, query, **OPTIONS[implementation]).sum()
+
+    nothing = np.ones((0, B, T, N, D), np.float32)
+    for function in (attend, jax.grad(attend)):
+        with pytest.raises(ValueError, match=r"^jax\.vmap: expected an axis of at least 1, got one of size 0"):
+            jax.vmap(function)(nothing)

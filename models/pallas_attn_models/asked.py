@@ -6,9 +6,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pallas_attn_models.sampling import Limits, Sampling, Stop, check_limits, stop_sequences
+from pallas_attn_models.config import shown
+from pallas_attn_models.sampling import (
+    Limits,
+    Sampling,
+    Stop,
+    check_leaves_a_token,
+    check_limits,
+    is_float32,
+    stop_sequences,
+)
 
 Tokens = Sequence[int]
 
@@ -22,83 +32,142 @@ class Asked(NamedTuple):
     guidance_scale: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a Generator can be asked for.
+
+    Attributes:
+      max_length: tokens of a row.
+      vocab_size, eos_token_ids: of the model.
+      limits: of the sampling settings.
+    """
+
+    max_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    limits: Limits
+
+    def check(self, asked: Asked, stop: Stop) -> Asked:
+        """The same with ``stop`` in its sampling.
+
+        Raises:
+          ValueError: its guidance scale, or a setting beyond the vocabulary or the limits.
+        """
+        scale = asked.guidance_scale
+        if isinstance(scale, bool) or not is_float32(scale) or scale < 0:
+            raise ValueError(f"guidance_scale: expected a finite number of at least 0, got {shown(scale)}")
+        if scale != 1 and asked.negative_prompt is None:
+            raise ValueError(f"guidance_scale: expected 1 without negative_prompts, got {shown(scale)}")
+        sampling = asked.sampling
+        sampling = dataclasses.replace(sampling, stop=(*stop_sequences(sampling.stop), *stop_sequences(stop)))
+        check_limits(sampling, limits=self.limits, vocab_size=self.vocab_size)
+        check_leaves_a_token(sampling, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
+        return asked._replace(sampling=sampling, guidance_scale=float(scale))
+
+
 def check_asked(
     prompts: Sequence[Tokens],
     sampling: Sampling | Sequence[Sampling],
     stop: Stop,
     negative_prompts: Sequence[Tokens] | None,
     guidance_scale: float | Sequence[float],
-    *,
-    max_length: int,
-    vocab_size: int,
-    limits: Limits,
+    bounds: Bounds,
 ) -> list[Asked]:
-    """One entry for each prompt, with ``stop`` in its sampling; arguments and errors as of ``Generator.generate``."""
-    checked = check_prompts(prompts, max_length=max_length, vocab_size=vocab_size)
+    """One entry for each prompt; arguments and errors as of ``Generator.generate``."""
+    checked = check_prompts(prompts, max_length=bounds.max_length, vocab_size=bounds.vocab_size)
     negatives: list[list[int] | None] = [None] * len(checked)
     if negative_prompts is not None:
         name = "negative_prompts"
-        negatives = [*check_prompts(negative_prompts, max_length=max_length, vocab_size=vocab_size, name=name)]
+        negatives = [
+            *check_prompts(negative_prompts, max_length=bounds.max_length, vocab_size=bounds.vocab_size, name=name)
+        ]
         _check_number(name, negatives, len(checked))
-    scales = _one_each("guidance_scale", guidance_scale, len(checked), numbers.Real)
-    for scale, negative in zip(scales, negatives, strict=True):
-        if isinstance(scale, bool) or not np.isfinite(scale) or scale < 0:
-            raise ValueError(f"guidance_scale: expected a finite number of at least 0, got {scale!r}")
-        if scale != 1 and negative is None:
-            raise ValueError(f"guidance_scale: expected 1 without negative_prompts, got {scale!r}")
-    samplings = _one_each("sampling", sampling, len(checked), Sampling)
-    stop = stop_sequences(stop)
-    samplings = [dataclasses.replace(one, stop=(*stop_sequences(one.stop), *stop)) for one in samplings]
-    for one in samplings:
-        check_limits(one, limits=limits, vocab_size=vocab_size)
-    return [Asked(*one) for one in zip(checked, samplings, negatives, map(float, scales), strict=True)]
+    scales = _one_each("guidance_scale", guidance_scale, len(checked), numbers.Real, "a number")
+    samplings = _one_each("sampling", sampling, len(checked), Sampling, "a Sampling")
+    asked = map(Asked, checked, samplings, negatives, scales)
+    return [bounds.check(one, stop) for one in asked]
+
+
+def check_one(
+    prompt: Tokens,
+    sampling: Sampling,
+    stop: Stop,
+    negative_prompt: Tokens | None,
+    guidance_scale: float,
+    bounds: Bounds,
+) -> Asked:
+    """Arguments and errors as of ``Generator.submit``."""
+    sizes = {"max_length": bounds.max_length, "vocab_size": bounds.vocab_size}
+    prompt = check_prompt("prompt", prompt, **sizes)
+    if negative_prompt is not None:
+        negative_prompt = check_prompt("negative_prompt", negative_prompt, **sizes)
+    _check_kind("guidance_scale", guidance_scale, numbers.Real, "a number")
+    _check_kind("sampling", sampling, Sampling, "a Sampling")
+    return bounds.check(Asked(prompt, sampling, negative_prompt, guidance_scale), stop)
 
 
 def check_prompts(
     prompts: Sequence[Tokens], *, max_length: int, vocab_size: int, name: str = "prompts", room: int = 1
 ) -> list[list[int]]:
-    """The prompts as lists, after checking that each has 1 to ``max_length - room`` tokens of the vocabulary.
+    """The prompts as lists, after checking each; there is at least one.
 
     Raises:
-      ValueError: no prompt, one that is empty or too long, or a token outside the vocabulary; names row and index.
-      TypeError: a prompt that is no sequence, or a token that is no int.
+      ValueError, TypeError: as :func:`check_prompt` does; names the row.
     """
-    if not isinstance(prompts, Sequence | np.ndarray | jax.Array) or isinstance(prompts, str | bytes):
+    if (rows := _entries(prompts)) is None:
         raise TypeError(f"{name}: expected a sequence of prompts, got {type(prompts).__name__}")
-    checked = [_as_tokens(f"{name}[{row}]", prompt, vocab_size) for row, prompt in enumerate(prompts)]
+    sizes = {"max_length": max_length, "vocab_size": vocab_size, "room": room}
+    checked = [check_prompt(f"{name}[{row}]", prompt, **sizes) for row, prompt in enumerate(rows)]
     if not checked:
         raise ValueError(f"{name}: expected at least one prompt, got none")
-    for row, prompt in enumerate(checked):
-        if not prompt:
-            raise ValueError(f"{name}[{row}]: expected at least one token, got none")
-        if len(prompt) > max_length - room:
-            most = f"max_length={max_length} (by default the capacity)"
-            wanted = f"fewer tokens than {most}, to leave room for a new one" if room else f"at most {most} tokens"
-            raise ValueError(f"{name}[{row}]: expected {wanted}, got {len(prompt)}")
     return checked
 
 
-def _as_tokens(name: str, tokens: Any, vocab_size: int) -> list[int]:
-    if isinstance(tokens, np.ndarray | jax.Array):
-        tokens = tokens.tolist()
-    if not isinstance(tokens, Sequence) or isinstance(tokens, str | bytes):
-        raise TypeError(f"{name}: expected a sequence of token ids, got {type(tokens).__name__}")
+def check_prompt(name: str, prompt: Tokens, *, max_length: int, vocab_size: int, room: int = 1) -> list[int]:
+    """The prompt as a list, after checking that it has 1 to ``max_length - room`` tokens of the vocabulary.
+
+    Raises:
+      ValueError: a prompt that is empty or too long, or a token outside the vocabulary; names it.
+      TypeError: a prompt that is no sequence, or a token that is no int.
+    """
+    if (tokens := _entries(prompt)) is None:
+        raise TypeError(f"{name}: expected a sequence of token ids, got {type(prompt).__name__}")
     for index, token in enumerate(tokens):
         if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-            raise TypeError(f"{name}[{index}]: expected a token id, an int, got {token!r}")
+            raise TypeError(f"{name}[{index}]: expected a token id, an int, got {shown(token)}")
         if not 0 <= int(token) < vocab_size:
-            raise ValueError(f"{name}[{index}]: expected a token in [0, vocab_size={vocab_size}), got {token}")
+            raise ValueError(f"{name}[{index}]: expected a token in [0, vocab_size={vocab_size}), got {shown(token)}")
+    if not len(tokens):
+        raise ValueError(f"{name}: expected at least one token, got none")
+    if len(tokens) > max_length - room:
+        most = f"max_length={max_length} (by default the capacity)"
+        wanted = f"fewer tokens than {most}, to leave room for a new one" if room else f"at most {most} tokens"
+        raise ValueError(f"{name}: expected {wanted}, got {len(tokens)}")
     return [int(token) for token in tokens]
 
 
-def _one_each(name: str, value: Any, number: int, kind: Any) -> list:
+def _entries(value: Any) -> Sequence | None:
+    """What is in a sequence or in an array; None: it is neither."""
+    if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray):
+        # The mask of a masked array would be lost.
+        return value.tolist() if value.ndim and not isinstance(value, np.ma.MaskedArray) else None
+    return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
+
+
+def _one_each(name: str, value: Any, number: int, kind: Any, expected: str) -> list:
     """``value`` for every prompt, or its entries if it is a sequence, all of a kind."""
     values = list(value) if isinstance(value, Sequence) else [value] * number
     for one in values:
-        if not isinstance(one, kind):
-            raise TypeError(f"{name}: expected a {kind.__name__} or one per prompt, got {type(one).__name__}")
+        _check_kind(name, one, kind, f"{expected} or one per prompt")
     _check_number(name, values, number)
     return values
+
+
+def _check_kind(name: str, value: Any, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
 def _check_number(name: str, values: Sequence, number: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pallas_attn as pa
 
+_LONGEST = 1000  # characters
 POLICIES = {
     kind.__name__.lower(): kind for kind in (pa.caches.Dense, pa.caches.Window, pa.caches.H2O, pa.caches.QHitter)
 }
@@ -39,9 +40,11 @@ def storage(text: str) -> pa.caches.Storage:
 
 
 def _read(option: str, text: str, kinds: dict[str, type]) -> Any:
+    if len(text) > _LONGEST:  # Python's parser has no good answer to a deep nesting
+        raise ValueError(f"{option}: expected one of {', '.join(forms(kinds))}; got {len(text)} characters")
     try:
         return _value(ast.parse(text.strip(), mode="eval").body, kinds, outermost=True)
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, UnicodeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{option}: expected one of {', '.join(forms(kinds))}; got {text!r} ({error})") from error
 
 

@@ -2,15 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 import pallas_attn as pa
+from pallas_attn import checks
 from pallas_attn_models.decoder import Decoder, DecoderOutput
 
 
@@ -90,36 +93,42 @@ class CachedDecoder(nnx.Module):
 
         Raises:
           ValueError: positions that are not the next ones, or what a Decoder refuses.
+          TypeError: the wrong kind of object.
         """
         caches = self.caches
-        shape = jnp.shape(tokens)
+        tokens = checks.array_or_list("tokens", tokens, f"int32 [{caches[0].batch_size}, T]")
+        shape = tokens.shape
         if len(shape) != 2 or shape[0] != caches[0].batch_size:
             raise ValueError(f"tokens: expected int32 [{caches[0].batch_size}, T], got {list(shape)}")
         if positions is not None:
             if real is not None:
-                raise ValueError("real: expected None together with positions, which say it too")
+                got = checks.describe(real)
+                raise ValueError(f"real: expected None together with positions, which say it too, got {got}")
             positions = _checked(positions, caches[0].lengths, shape)
         else:
-            is_real = jnp.ones(shape, jnp.bool_) if real is None else jnp.asarray(real)
+            is_real = jnp.ones(shape, jnp.bool_) if real is None else checks.array_or_list("real", real, "bool")
             if is_real.shape != shape or is_real.dtype != jnp.bool_:
                 raise ValueError(f"real: expected bool {list(shape)}, got {is_real.dtype} {list(is_real.shape)}")
-            positions = _next_positions(is_real, caches[0].lengths)
+            positions = _next_positions(jnp.asarray(is_real), caches[0].lengths)
         out = self.model(tokens, positions, caches, layer_hook=layer_hook, apply_head=apply_head)
         self._set(out.caches)
         return dataclasses.replace(out, caches=None)
 
     def reset(self, rows: ArrayLike | None = None) -> None:
         """Empties the rows where ``rows`` (bool ``[B]``) is True; default: all."""
-        rows = jnp.ones(self.caches[0].batch_size, jnp.bool_) if rows is None else jnp.asarray(rows)
-        self._set(tuple(cache.reset(rows) for cache in self.caches))
+        batch_size = self.caches[0].batch_size
+        wanted: Any = np.ones(batch_size, np.bool_) if rows is None else rows
+        self._set(tuple(cache.reset(wanted) for cache in self.caches))
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Takes back what comes after each row's first ``lengths`` (int ``[B]``) tokens."""
-        self._set(tuple(cache.truncate(jnp.asarray(lengths)) for cache in self.caches))
+        wanted: Any = lengths  # a cache takes lists, too
+        self._set(tuple(cache.truncate(wanted) for cache in self.caches))
 
     def fork(self, sources: ArrayLike) -> None:
         """Row b goes on as what row ``sources[b]`` (int ``[B]``) is."""
-        self._set(tuple(cache.fork(jnp.asarray(sources)) for cache in self.caches))
+        wanted: Any = sources
+        self._set(tuple(cache.fork(wanted) for cache in self.caches))
 
     def _set(self, caches: tuple[pa.caches.KVCache, ...] | None) -> None:
         for name, leaf in zip(self._names, jax.tree.leaves(caches), strict=True):
@@ -132,13 +141,14 @@ def _next_positions(real: Array, lengths: Array) -> Array:
 
 def _checked(positions: ArrayLike, lengths: Array, shape: tuple[int, ...]) -> Array:
     """The positions of all rows, if they go on where the rows are."""
-    positions = jnp.asarray(positions)
-    if positions.dtype != jnp.int32 or positions.shape not in (shape, (1, shape[1])):
+    positions = checks.array_or_list("positions", positions, "int32")
+    if not checks.is_integer(positions) or positions.shape not in (shape, (1, shape[1])):
         wanted = f"int32 [{shape[0]}|1, {shape[1]}]"
         raise ValueError(f"positions: expected {wanted}, got {positions.dtype} {list(positions.shape)}")
     if isinstance(positions, Tracer) or isinstance(lengths, Tracer):
-        raise ValueError("positions: expected None under jit, where they cannot be checked; say which tokens are real")
-    positions = jnp.broadcast_to(positions, shape)
+        wanted = "None under jit, where they cannot be checked; say which tokens are real"
+        raise ValueError(f"positions: expected {wanted}, got {checks.describe(positions)}")
+    positions = jnp.broadcast_to(checks.positions("positions", positions, ranks=(2,)), shape)
     expected = _next_positions(positions >= 0, lengths)
     wrong = ((positions != expected) & (positions >= 0)).any(1)
     if wrong.any():

@@ -1,63 +1,61 @@
 """Conversations as the text that a model was trained on, by the template that its checkpoint carries."""
 
 import dataclasses
-import datetime
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
+from pallas_attn_models.text_files import read_text
+from pallas_attn_models.tokenizer_config import TOKENIZER_CONFIG, TokenizerConfig
 
-from pallas_attn_models.checkpoint import read_json
-
-_FILE, _TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FILE, _MORE_FILES = "chat_template.jinja", "additional_chat_templates"
+_DEFAULT = "default"
+_PROGRAM = Path(__file__).with_name("template_process.py")
+_HALF = re.compile("[\ud800-\udfff]")
+# What a template may take. Real ones take milliseconds and next to no memory.
+_CPU_SECONDS, _SECONDS, _BYTES = 5, 60, 2**30
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """The chat template of a checkpoint, rendered as transformers renders it: in a sandbox, as it is someone's program.
+    """The chat template of a checkpoint, rendered as transformers renders it, but in a process of its own.
+
+    It is someone's program: it gets 5 seconds of a processor and 1 GiB of memory. And a name that it writes and that
+    nobody defines, ``bos_token`` for instance, is an error, where transformers writes nothing.
 
     Attributes:
-      template: compiled.
+      path: the file that it is in.
+      source: its text.
       special_tokens: their texts by name, such as ``"bos_token"``.
     """
 
-    template: jinja2.Template
+    path: Path
+    source: str
     special_tokens: Mapping[str, str]
 
     @staticmethod
     def read(directory: str | os.PathLike[str]) -> "ChatTemplate":
         """The template of a checkpoint: ``chat_template.jinja``, or ``chat_template`` in ``tokenizer_config.json``.
 
-        Of several templates with names it takes the one called ``"default"``.
+        Of several templates with names (a list in the config, or ``additional_chat_templates/NAME.jinja``) it takes
+        the one called ``"default"``. Files come before the config.
 
         Raises:
           FileNotFoundError: there is none; names what was looked for.
           ValueError: a file that cannot be read, or a template with a syntax error.
         """
         directory = Path(directory)
-        config_path = directory / _TOKENIZER_CONFIG
-        config = read_json(config_path) if config_path.is_file() else {}
-        path = directory / _FILE
-        if path.is_file():
-            source = path.read_text(encoding="utf-8")
-        else:
-            path, source = config_path, _source(config_path, config.get("chat_template"))
-        if source is None:
-            looked_for = f"{_FILE}, or chat_template in {_TOKENIZER_CONFIG}"
-            raise FileNotFoundError(f"{directory}: expected a chat template ({looked_for}), found none")
-        try:
-            template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{path}: chat template, line {error.lineno}: {error.message}") from error
-        return ChatTemplate(template, _special_tokens(config))
+        config = TokenizerConfig.read(directory)
+        path, source = _find(directory, config.fields.get("chat_template"))
+        template = ChatTemplate(path, source, {name: token.content for name, token in config.named.items()})
+        template._run(None)
+        return template
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation, special tokens included: encode it with ``add_special_tokens=False``.
@@ -67,65 +65,66 @@ class ChatTemplate:
           add_generation_prompt: whether the text ends where the assistant's next message begins.
 
         Raises:
-          ValueError: the template refuses the conversation, as some do two messages of a role in a row.
+          ValueError: the template refuses the conversation, as some do two messages of a role in a row, or fails.
         """
         given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+        text = self._run({**self.special_tokens, **given, "add_generation_prompt": add_generation_prompt})
+        if half := _HALF.search(text):
+            if not any(half[0] in said for message in messages for said in message.values()):
+                raise ValueError(f"{self.path}: chat template: it writes {half[0]!r}, half a character")
+            raise ValueError(f"messages: expected text in UTF-8, got {half[0]!r} in it")
+        return text
+
+    def _run(self, variables: Mapping[str, Any] | None) -> str:
+        # Without "site", which takes longer than Jinja; but with whatever this process finds Jinja by.
+        command = [sys.executable, "-S", "-P", str(_PROGRAM), str(_CPU_SECONDS), str(_BYTES)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        asked = json.dumps({"source": self.source, "variables": variables}).encode()
         try:
-            return self.template.render(**self.special_tokens, **given, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat template: {error.message}") from error
+            ran = subprocess.run(
+                command, input=asked, capture_output=True, env=environment, timeout=_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"{self.path}: chat template: it takes more than {_SECONDS} seconds") from None
+        if ran.returncode:
+            raise ValueError(f"{self.path}: chat template: {_what_ended(ran)}")
+        answer = json.loads(ran.stdout)
+        if "error" in answer:
+            line = "" if answer["line"] is None else f", line {answer['line']}"
+            raise ValueError(f"{self.path}: chat template{line}: {answer['error']}")
+        return answer["text"]
 
 
-def _source(path: Path, value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    try:
-        named = {one["name"]: one["template"] for one in value}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: chat_template: expected a string or a list of named templates") from error
-    if "default" not in named:
-        raise ValueError(f"{path}: chat_template: expected one called 'default', got {', '.join(map(repr, named))}")
-    return named["default"]
+def _find(directory: Path, configured: Any) -> tuple[Path, str]:
+    path, more = directory / _FILE, directory / _MORE_FILES
+    files = {_DEFAULT: path} if path.exists() else {}
+    files |= {one.stem: one for one in sorted(more.glob("*.jinja"))}
+    if _DEFAULT in files:
+        return files[_DEFAULT], read_text(files[_DEFAULT])
+    if files:
+        raise ValueError(f"{more}: expected one called {_DEFAULT!r}, got {', '.join(map(repr, files))}")
+    path = directory / TOKENIZER_CONFIG
+    if configured is None:
+        looked_for = f"{_FILE}, or chat_template in {TOKENIZER_CONFIG}"
+        raise FileNotFoundError(f"{directory}: expected a chat template ({looked_for}), found none")
+    if isinstance(configured, list) and all(isinstance(one, dict) for one in configured):
+        configured = {one.get("name"): one.get("template") for one in configured}
+    configured = configured if isinstance(configured, dict) else {_DEFAULT: configured}
+    named = {name: text for name, text in configured.items() if isinstance(name, str) and isinstance(text, str)}
+    if len(named) < len(configured):
+        raise ValueError(f"{path}: chat_template: expected a string or a list of named templates")
+    if _DEFAULT not in named:
+        raise ValueError(f"{path}: chat_template: expected one called {_DEFAULT!r}, got {', '.join(map(repr, named))}")
+    return path, named[_DEFAULT]
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """A token is its text, or an object with its text as ``"content"``."""
-    found = {}
-    for name in _SPECIAL_TOKENS:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            found[name] = token
-    return found
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
-    return environment
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %} .. {% endgeneration %}`` marks what the assistant said, for training; here it is its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
-    # Jinja's own escapes what HTML would misread.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **layout)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _what_ended(ran: subprocess.CompletedProcess[bytes]) -> str:
+    """Why the process gave no answer, in words."""
+    last = ran.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    if "MemoryError" in last:
+        return "it takes too much memory"
+    if ran.returncode > 0:
+        return last or f"its process ended with code {ran.returncode}"
+    if -ran.returncode == getattr(signal, "SIGXCPU", None):
+        return f"it takes more than {_CPU_SECONDS} seconds"
+    return f"its process was ended by signal {-ran.returncode}"

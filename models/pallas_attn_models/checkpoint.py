@@ -3,74 +3,54 @@
 Loading is strict: every tensor that the model needs is there, with its shape, and every tensor that is there is used.
 """
 
-import json
+import itertools
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from pallas_attn_models.config import DecoderConfig, require_positive_int
-from pallas_attn_models.decoder import Decoder, check_dtype
+from pallas_attn_models.checkpoint_files import (
+    CONFIG,
+    INDEX,
+    SAVE,
+    WEIGHTS,
+    StoredTensor,
+    as_path,
+    reading,
+    replacing,
+    writable_directory,
+    write_json,
+)
+from pallas_attn_models.checkpoint_tensors import EMBEDDING, HEAD, Layout, parameter
+from pallas_attn_models.config import DecoderConfig, listed, require_positive_int
+from pallas_attn_models.decoder import Decoder, check_dtype, check_implementation
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Old checkpoints carry the rotary frequencies, which follow from config.json.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_DERIVED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")
+_SHOWN = 5
 
 _logger = logging.getLogger(__name__)
-
-
-class _Weight(NamedTuple):
-    """Where a tensor of a checkpoint lives in a :class:`Decoder`."""
-
-    param: nnx.Param
-    is_kernel: bool  # PyTorch holds a linear map as [out, in], Flax as [in, out]
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return self.param.shape[::-1] if self.is_kernel else self.param.shape
-
-
-def _weights(model: Decoder) -> dict[str, _Weight]:
-    """Every parameter of the model by its name in a checkpoint."""
-    weights = {EMBEDDING: _Weight(model.embedding.table, False), "model.norm.weight": _Weight(model.norm.scale, False)}
-    if model.head is not None:
-        weights[HEAD] = _Weight(model.head.kernel, True)
-    for index, layer in enumerate(model.layers):
-        prefix = f"model.layers.{index}."
-        weights |= {
-            prefix + "input_layernorm.weight": _Weight(layer.attention_norm.scale, False),
-            prefix + "self_attn.q_proj.weight": _Weight(layer.attention.query.kernel, True),
-            prefix + "self_attn.k_proj.weight": _Weight(layer.attention.key.kernel, True),
-            prefix + "self_attn.v_proj.weight": _Weight(layer.attention.value.kernel, True),
-            prefix + "self_attn.o_proj.weight": _Weight(layer.attention.output.kernel, True),
-            prefix + "post_attention_layernorm.weight": _Weight(layer.mlp_norm.scale, False),
-            prefix + "mlp.gate_proj.weight": _Weight(layer.mlp.gate.kernel, True),
-            prefix + "mlp.up_proj.weight": _Weight(layer.mlp.up.kernel, True),
-            prefix + "mlp.down_proj.weight": _Weight(layer.mlp.down.kernel, True),
-        }
-    return weights
 
 
 def load_hf(
     directory: str | os.PathLike[str], dtype: DTypeLike = jnp.bfloat16, *, implementation: str | None = None
 ) -> Decoder:
     """Loads a Llama or Mistral checkpoint as transformers saves it, tensor by tensor.
+
+    Names, shapes and dtypes of all tensors are compared with the config before anything is built. A checkpoint that
+    :func:`save_hf` replaces meanwhile is read as it was, or as it will be.
 
     Args:
       directory: holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with its
@@ -83,39 +63,33 @@ def load_hf(
 
     Raises:
       FileNotFoundError: a file is missing; named.
+      NotADirectoryError: ``directory`` is a file.
       ValueError: a file that cannot be parsed, a config that is not supported, or a tensor that is missing, not used,
         there twice, or has another shape or dtype; named. Only ``rotary_emb.inv_freq``, which follows from the config,
         is left aside; and a tied model may carry an ``lm_head.weight`` that equals its embedding.
+      TypeError: the wrong kind of object.
     """
-    directory = Path(directory)
+    path = as_path("directory", directory)
     dtype = check_dtype("dtype", dtype)
-    fields = read_json(directory / CONFIG)
-    try:
-        config = DecoderConfig.from_hf(fields)
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: {error}") from error
+    check_implementation(implementation)
+    if not path.is_dir():
+        kind, got = (NotADirectoryError, "a file") if path.exists() else (FileNotFoundError, "nothing")
+        raise kind(f"directory: expected a directory that holds a checkpoint, got {path}, where {got} is")
 
-    files = _locate_tensors(directory)
-    # No memory is taken by random weights that are about to be replaced.
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, implementation=implementation))
-    weights = _weights(model)
-    if derived := {name for name in files if _DERIVED.fullmatch(name)}:
-        _logger.info("%s: %d rotary_emb.inv_freq tensors ignored; they follow from the config", directory, len(derived))
-    if missing := weights.keys() - files.keys():
-        raise ValueError(f"{directory}: expected every tensor of the model, missing {_names(missing)}")
-    tied_head = {HEAD} & files.keys() if config.tie_word_embeddings else set()
-    if extra := files.keys() - weights.keys() - derived - tied_head:
-        raise ValueError(f"{directory}: expected only tensors of the model, got also {_names(extra)}")
+    with reading(path) as checkpoint:
+        try:
+            config = DecoderConfig.from_hf(checkpoint.fields)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.config_path}: {error}") from error
+        layout = Layout(config)
+        _check_tensors(path, layout, checkpoint.tensors)
 
-    for path in sorted(set(files.values())):
-        with _open(path) as tensors:
-            for name in sorted(name for name in weights if files[name] == path):
-                param, is_kernel = weights[name]
-                tensor = _read(tensors, path, name, weights[name].stored_shape)
-                value = jnp.asarray(tensor).astype(dtype)
-                param.set_value(value.T if is_kernel else value)
-    if tied_head:
-        _check_tied_head(files, weights[EMBEDDING].stored_shape)
+        # No memory is taken by random weights that are about to be replaced.
+        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, implementation=implementation))
+        for name in layout:
+            place = layout[name]
+            value = jnp.asarray(checkpoint.tensors[name].read()).astype(dtype)
+            parameter(model, place).set_value(value.T if place.is_transposed else value)
     return model
 
 
@@ -123,8 +97,12 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
     """Saves a decoder so that :func:`load_hf` and transformers' ``AutoModelForCausalLM.from_pretrained`` load it.
 
     Tensors keep their dtype: ``load_hf(directory, dtype=model.dtype)`` gives the same bits back where the weights have
-    that dtype. Every file is written whole beside its place, then renamed into it; what an earlier save left in
-    ``directory`` besides is removed. The host holds one shard at a time.
+    that dtype. The host holds one shard at a time.
+
+    A checkpoint that is in ``directory`` already is replaced at once: a save that fails or is killed, at any moment,
+    leaves one that :func:`load_hf` loads as it was, or as it was to be. (For transformers there is an instant, between
+    two renames, in which it meets the new weights and the old ``config.json``.) So shards get names that are free. What
+    an earlier save left besides is removed. Two saves of one directory come one after the other.
 
     Args:
       model: the decoder.
@@ -132,132 +110,102 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
       max_shard_bytes: a shard holds no more, unless a single tensor does; one shard becomes one plain file.
 
     Raises:
-      ValueError: ``max_shard_bytes`` is not a positive int, or a config that no file can say
-        (:meth:`DecoderConfig.to_hf`).
+      ValueError: ``max_shard_bytes`` is not a positive int, parameters are not those of a decoder of its config, or no
+        file can say the config (:meth:`DecoderConfig.to_hf`).
+      TypeError: the wrong kind of object, or a model without values.
+      OSError: ``directory`` is a file or cannot be written to, or what is written does not fit on the disk.
     """
+    if not isinstance(model, Decoder):
+        raise TypeError(f"model: expected a Decoder, got {type(model).__name__}")
+    path = as_path("directory", directory)
     require_positive_int("max_shard_bytes", max_shard_bytes)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = _weights(model)
-    shards = _split_into_shards(weights, max_shard_bytes)
-    if len(shards) == 1:
-        paths = [WEIGHTS]
-    else:
-        paths = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    fields = {**model.config.to_hf(), "torch_dtype": str(model.embedding.table.dtype)}
+    layout = Layout(model.config)
+    weights = _check_parameters(model, layout)
+    shards = _split_into_shards({name: weight.nbytes for name, weight in weights.items()}, max_shard_bytes)
 
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".save-") as temporary:
-        unfinished = Path(temporary)
-        for path, shard in zip(paths, shards, strict=True):
-            save_file({name: _to_numpy(weights[name]) for name in shard}, unfinished / path, {"format": "pt"})
+    with replacing(writable_directory("directory", path)) as save:
+        names = [WEIGHTS] if len(shards) == 1 else save.shard_names(len(shards))
+        for file, shard in zip(names, shards, strict=True):
+            tensors = {name: _to_numpy(weights[name], layout[name].is_transposed) for name in shard}
+            try:
+                save_file(tensors, save.folder / file, {"format": "pt", SAVE: save.id})
+            except SafetensorError as error:
+                raise OSError(f"{path / file}: expected to write it, got: {error}") from error
         if len(shards) > 1:
-            total = sum(_num_bytes(weight) for weight in weights.values())
-            weight_map = {name: path for path, shard in zip(paths, shards, strict=True) for name in shard}
-            _write_json(unfinished / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        dtype = str(model.embedding.table.dtype)
-        _write_json(unfinished / CONFIG, {**model.config.to_hf(), "torch_dtype": dtype})
-        written = [path.name for path in unfinished.iterdir()]
-        mode = (unfinished / CONFIG).stat().st_mode
-        for file in written:
-            (unfinished / file).chmod(mode)  # safetensors lets only the owner read what it writes
-            (unfinished / file).replace(directory / file)
-    for old in directory.iterdir():
-        if old.name not in written and (old.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(old.name)):
-            old.unlink()
+            metadata = {"total_size": sum(weight.nbytes for weight in weights.values()), SAVE: save.id}
+            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+            write_json(save.folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        write_json(save.folder / CONFIG, fields)
 
 
-def _locate_tensors(directory: Path) -> dict[str, Path]:
-    """The file of every tensor in the checkpoint."""
-    if (directory / WEIGHTS).exists():
-        with _open(directory / WEIGHTS) as tensors:
-            return dict.fromkeys(tensors.keys(), directory / WEIGHTS)
-    if not (directory / INDEX).exists():
-        raise FileNotFoundError(f"{directory}: expected {WEIGHTS} or {INDEX}, found neither")
+def _check_tensors(directory: Path, layout: Layout, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raises a ValueError unless these are the tensors of the layout, however many layers that asks for."""
+    derived = {name for name in tensors if _DERIVED.fullmatch(name)}
+    if derived:
+        _logger.info("%s: %d rotary_emb.inv_freq tensors ignored; they follow from the config", directory, len(derived))
+    used = {name for name in tensors if name in layout}
+    if missing := len(layout) - len(used):
+        first = itertools.islice((name for name in layout if name not in tensors), _SHOWN)
+        names = listed(first, total=missing)
+        expected = f"all {len(layout)} tensors of {layout.num_layers} layers"
+        raise ValueError(f"{directory}: expected {expected}, {missing} of them are not there: missing {names}")
+    tied_head = {HEAD} & tensors.keys() - used if HEAD not in layout else set()
+    if extra := tensors.keys() - used - derived - tied_head:
+        raise ValueError(f"{directory}: expected only tensors of the model, got also {listed(extra)}")
 
-    weight_map = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{directory / INDEX}: expected an object weight_map from tensors to files")
-    files: dict[str, Path] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise ValueError(f"{directory / INDEX}: expected the names of files beside it, got {file!r}")
-        with _open(directory / file) as tensors:
-            if twice := files.keys() & tensors.keys():
-                raise ValueError(f"{directory / file}: expected every tensor once, got again {_names(twice)}")
-            files |= dict.fromkeys(tensors.keys(), directory / file)
-    indexed = {name: directory / file for name, file in weight_map.items()}
-    if wrong := {name for name, _ in files.items() ^ indexed.items()}:
-        raise ValueError(f"{directory / INDEX}: expected what the shards hold, differs in {_names(wrong)}")
-    return files
-
-
-def _read(tensors: Any, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    stored = tensors.get_slice(name)
-    if stored.get_dtype() not in DTYPES:
-        raise ValueError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {stored.get_dtype()}")
-    if tuple(stored.get_shape()) != shape:
-        raise ValueError(f"{path}: {name}: expected shape {list(shape)}, got {list(stored.get_shape())}")
-    return tensors.get_tensor(name)
-
-
-def _check_tied_head(files: dict[str, Path], shape: tuple[int, ...]) -> None:
-    with _open(files[HEAD]) as head, _open(files[EMBEDDING]) as embedding:
-        same = np.array_equal(
-            _read(head, files[HEAD], HEAD, shape), _read(embedding, files[EMBEDDING], EMBEDDING, shape)
-        )
-    if not same:
+    wrong = []
+    for name in [*sorted(used), *tied_head]:
+        tensor, shape = tensors[name], layout[name if name in layout else EMBEDDING].shape
+        if tensor.dtype not in DTYPES:
+            wrong.append(f"{tensor.path}: {name}: expected one of {', '.join(DTYPES)}, got {tensor.dtype}")
+        elif tensor.shape != shape:
+            wrong.append(f"{tensor.path}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - 1} more tensors are of another shape or dtype" if len(wrong) > 1 else ""
+        raise ValueError(wrong[0] + more)
+    if tied_head and not np.array_equal(tensors[HEAD].read(), tensors[EMBEDDING].read()):
         raise ValueError(
-            f"{files[HEAD]}: {HEAD}: expected the values of {EMBEDDING}, as tie_word_embeddings is true, got others"
+            f"{tensors[HEAD].path}: {HEAD}: expected the values of {EMBEDDING}, as tie_word_embeddings is true, "
+            "got others"
         )
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a safetensors file, found none")
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a whole safetensors file, got: {error}") from error
+def _check_parameters(model: Decoder, layout: Layout) -> dict[str, jax.Array]:
+    """The values of all parameters by the names of their tensors, after checking that a checkpoint can hold them."""
+    found = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    expected = {layout[name].parameter for name in layout}
+    if found != expected:
+        differences = f"missing {listed(expected - found) or 'none'}, and also {listed(found - expected) or 'none'}"
+        raise ValueError(f"model: expected the parameters of a Decoder of its config, got {differences}")
+    weights = {}
+    for name in layout:
+        place = layout[name]
+        value = parameter(model, place).get_value()
+        if not isinstance(value, jax.Array | np.ndarray) or isinstance(value, Tracer):
+            kind = type(value).__name__
+            raise TypeError(f"model: expected parameters that have values, got {kind} for {place.parameter}")
+        shape = place.shape[::-1] if place.is_transposed else place.shape
+        if value.shape != shape or str(value.dtype) not in DTYPES.values():
+            wanted = f"{' or '.join(DTYPES.values())} {list(shape)}"
+            got = f"{value.dtype} {list(value.shape)}"
+            raise ValueError(f"model: expected {wanted} for {place.parameter}, as in its config, got {got}")
+        weights[name] = value
+    return weights
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of a checkpoint holds; raises as :func:`load_hf` does."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _split_into_shards(weights: dict[str, _Weight], max_shard_bytes: int) -> list[list[str]]:
+def _split_into_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
-    for name, weight in weights.items():
-        if shards[-1] and _num_bytes(weight) > room:
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
-        room -= _num_bytes(weight)
+        room -= size
     return shards
 
 
-def _num_bytes(weight: _Weight) -> int:
-    return weight.param.size * weight.param.dtype.itemsize
-
-
-def _to_numpy(weight: _Weight) -> np.ndarray:
-    array = np.asarray(jax.device_get(weight.param[...]))
-    return np.ascontiguousarray(array.T if weight.is_kernel else array)
-
-
-def _names(names: set[str]) -> str:
-    return ", ".join(sorted(names))
+def _to_numpy(weight: jax.Array, is_transposed: bool) -> np.ndarray:
+    array = np.asarray(jax.device_get(weight))
+    return np.ascontiguousarray(array.T if is_transposed else array)

@@ -6,9 +6,10 @@ another formula than it was trained with is worse than one that does not run.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 # Field -> the values that mean what this decoder computes.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -105,6 +106,11 @@ IRRELEVANT: dict[str, str] = {
 }
 
 
+_MIN_FLOAT32, _MAX_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_MAX_INT32 = 2**31 - 1
+_MAX_LAYERS = 2**20  # a file that asks for more is broken, and an entry for each of them might not fit in memory
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and how it is stretched to longer contexts.
@@ -119,7 +125,7 @@ class RopeConfig:
       low_freq_factor, high_freq_factor, original_max_position_embeddings: used by llama3.
 
     Raises:
-      ValueError: a value that its type cannot use.
+      ValueError: a value that its type cannot use, or that float32 or int32 cannot hold.
     """
 
     theta: float = 10000.0
@@ -130,20 +136,25 @@ class RopeConfig:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
-        if self.type not in _ROPE_FIELDS:
-            raise ValueError(f"rope type: expected one of {sorted(_ROPE_FIELDS)}, got {self.type!r}")
+        if not isinstance(self.type, str) or self.type not in _ROPE_FIELDS:
+            raise ValueError(f"rope type: expected one of {sorted(_ROPE_FIELDS)}, got {shown(self.type)}")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            _require_positive_float(f"rope {name}", getattr(self, name))
+        require_size("rope original_max_position_embeddings", self.original_max_position_embeddings)
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
             if field.name not in _ROPE_FIELDS[self.type] and value != field.default:
                 raise ValueError(f"rope {field.name}: expected no value, as type {self.type!r} has none, got {value!r}")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            _require_positive_float(f"rope {name}", getattr(self, name))
-        require_positive_int("rope original_max_position_embeddings", self.original_max_position_embeddings)
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope high_freq_factor: expected more than low_freq_factor={self.low_freq_factor}, "
                 f"got {self.high_freq_factor}"
             )
+        # The fastest pair of a head, or the one that a theta or a factor below 1 makes the fastest.
+        fastest = max(1.0, 1 / self.theta) * max(1.0, 1 / self.factor)
+        if fastest * _MAX_INT32 > _MAX_FLOAT32:
+            got = f"theta={self.theta!r}, factor={self.factor!r}"
+            raise ValueError(f"rope theta, factor: expected angles that float32 can hold at every position, got {got}")
 
 
 # Rope type -> the fields, besides theta, that it reads.
@@ -175,7 +186,7 @@ class DecoderConfig:
         arXiv:2310.06825, section 2), or None: all of them. Empty: None for all layers.
 
     Raises:
-      ValueError: names the field, what was expected and what came.
+      ValueError: names the field, what was expected and what came. Every number must fit in float32 or int32.
     """
 
     vocab_size: int
@@ -197,33 +208,35 @@ class DecoderConfig:
             "vocab_size",
             "hidden_size",
             "intermediate_size",
-            "num_layers",
             "num_heads",
             "num_kv_heads",
             "head_dim",
             "max_position_embeddings",
         ):
-            require_positive_int(name, getattr(self, name))
+            require_size(name, getattr(self, name))
+        require_size("num_layers", self.num_layers, _MAX_LAYERS)
+        require_size("num_heads * head_dim", self.num_heads * self.head_dim)
         _require_positive_float("rms_norm_eps", self.rms_norm_eps)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number (rotary embedding turns pairs), got {self.head_dim}")
         if not isinstance(self.rope, RopeConfig):
-            raise ValueError(f"rope: expected a RopeConfig, got {self.rope!r}")
+            raise ValueError(f"rope: expected a RopeConfig, got {shown(self.rope)}")
         if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings: expected a bool, got {self.tie_word_embeddings!r}")
+            raise ValueError(f"tie_word_embeddings: expected a bool, got {shown(self.tie_word_embeddings)}")
         if not isinstance(self.eos_token_ids, tuple):
-            raise ValueError(f"eos_token_ids: expected a tuple of token ids, got {self.eos_token_ids!r}")
+            raise ValueError(f"eos_token_ids: expected a tuple of token ids, got {shown(self.eos_token_ids)}")
         for token in self.eos_token_ids:
             if not _is_int(token) or not 0 <= token < self.vocab_size:
-                raise ValueError(f"eos_token_ids: expected ids in [0, vocab_size={self.vocab_size}), got {token!r}")
+                wanted = f"ids in [0, vocab_size={self.vocab_size})"
+                raise ValueError(f"eos_token_ids: expected {wanted}, got {shown(token)}")
         if not isinstance(self.sliding_windows, tuple) or len(self.sliding_windows) not in (0, self.num_layers):
             wanted = f"a tuple with one for each of {self.num_layers} layers, or none"
-            raise ValueError(f"sliding_windows: expected {wanted}, got {self.sliding_windows!r}")
+            raise ValueError(f"sliding_windows: expected {wanted}, got {shown(self.sliding_windows)}")
         for window in self.sliding_windows:
             if window is not None:
-                require_positive_int("sliding_windows", window)
+                require_size("sliding_windows", window)
 
     def sliding_window(self, layer: int) -> int | None:
         """How many tokens a query of this layer sees; None: all."""
@@ -238,14 +251,17 @@ class DecoderConfig:
 
         Raises:
           ValueError: a field that is unknown, missing, or has a value that this decoder does not compute.
+          TypeError: ``fields`` is no mapping.
         """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"fields: expected the mapping that config.json holds, got {type(fields).__name__}")
         fields = dict(fields)
         is_mistral = fields.get("model_type") == "mistral"
         for name, allowed in SUPPORTED.items():
             if name in fields or name == "model_type":
                 value = fields.pop(name, None)
                 if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
-                    raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+                    raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {shown(value)}")
         for name in IRRELEVANT:
             fields.pop(name, None)
 
@@ -260,18 +276,18 @@ class DecoderConfig:
 
         hidden_size = required("hidden_size")
         num_heads = required("num_attention_heads")
-        require_positive_int("hidden_size", hidden_size)
-        require_positive_int("num_attention_heads", num_heads)
+        require_size("hidden_size", hidden_size)
+        require_size("num_attention_heads", num_heads)
         if fields.get("head_dim") is None and hidden_size % num_heads:
             raise ValueError(f"head_dim: expected a value, as {hidden_size=} is no multiple of {num_heads=}, got none")
         max_position_embeddings = optional("max_position_embeddings", 131072 if is_mistral else 2048)
         num_layers = required("num_hidden_layers")
         window = fields.pop("sliding_window", 4096 if is_mistral else None)
         if window is not None and not is_mistral:
-            raise ValueError(f"sliding_window: expected None for a Llama, got {window!r}")
+            raise ValueError(f"sliding_window: expected None for a Llama, got {shown(window)}")
         if window is not None:
-            require_positive_int("sliding_window", window)
-            require_positive_int("num_hidden_layers", num_layers)
+            require_size("sliding_window", window)
+            require_size("num_hidden_layers", num_layers, _MAX_LAYERS)
         config = DecoderConfig(
             vocab_size=required("vocab_size"),
             hidden_size=hidden_size,
@@ -288,7 +304,7 @@ class DecoderConfig:
             sliding_windows=() if window is None else (window,) * num_layers,
         )
         if fields:
-            raise ValueError(f"config.json: expected only known fields, got {', '.join(sorted(fields))}")
+            raise ValueError(f"config.json: expected only known fields, got {listed(map(str, fields))}")
         return config
 
     def to_hf(self) -> dict[str, Any]:
@@ -301,7 +317,8 @@ class DecoderConfig:
           ValueError: layers with sliding windows that differ, which no such file can say.
         """
         if len(set(self.sliding_windows)) > 1:
-            raise ValueError(f"sliding_windows: expected the same for all layers of a file, got {self.sliding_windows}")
+            got = shown(self.sliding_windows)
+            raise ValueError(f"sliding_windows: expected the same for all layers of a file, got {got}")
         window = self.sliding_window(0)
         if window is None:
             family = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -335,31 +352,33 @@ def _rope_from_hf(fields: dict[str, Any], max_position_embeddings: int) -> RopeC
 
     def add(source: str, name: str, value: Any) -> None:
         name = {"rope_type": "type", "rope_theta": "theta"}.get(name, name)
-        if settings.setdefault(name, value) != value:
-            raise ValueError(f"{source}: expected {name}={settings[name]!r} as said elsewhere, got {value!r}")
+        if (said := settings.setdefault(name, value)) is not value and said != value:
+            raise ValueError(f"{source}: expected {name}={shown(said)} as said elsewhere, got {shown(value)}")
 
     for source in ("rope_parameters", "rope_scaling"):
-        value = fields.pop(source, None) or {}
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{source}: expected an object, got {value!r}")
-        for name, item in value.items():
+        value = fields.pop(source, None)
+        if not isinstance(value, Mapping | None):
+            raise ValueError(f"{source}: expected an object, got {shown(value)}")
+        for name, item in (value or {}).items():
             add(source, name, item)
     if (theta := fields.pop("rope_theta", None)) is not None:
         add("rope_theta", "theta", theta)
 
     # A null is no value; and to turn all of a head is what happens anyway.
     settings = {name: value for name, value in settings.items() if value is not None}
-    if (factor := settings.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError(f"partial_rotary_factor: expected 1.0, got {factor!r}")
+    if isinstance(factor := settings.pop("partial_rotary_factor", 1.0), bool) or factor != 1.0:
+        raise ValueError(f"partial_rotary_factor: expected 1.0, got {shown(factor)}")
     kind = settings.pop("type", "default")
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise ValueError(f"rope type: expected one of {sorted(_ROPE_FIELDS)}, got {kind!r}")
+        raise ValueError(f"rope type: expected one of {sorted(_ROPE_FIELDS)}, got {shown(kind)}")
     theta = settings.pop("theta", 10000.0)
     if kind == "llama3":
         settings.setdefault("original_max_position_embeddings", max_position_embeddings)
     expected = set(_ROPE_FIELDS[kind])
     if settings.keys() != expected:
-        raise ValueError(f"rope type {kind!r}: expected the fields {sorted(expected)}, got {sorted(settings)}")
+        raise ValueError(
+            f"rope type {kind!r}: expected the fields {sorted(expected)}, got [{listed(map(repr, settings))}]"
+        )
     return RopeConfig(theta, kind, **settings)
 
 
@@ -373,12 +392,38 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def shown(value: Any, length: int = 80) -> str:
+    """``repr(value)`` for a message: cut where it is long, and there for what has none, as an int of 5000 digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"{type(value).__name__} too large to show"
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def listed(names: Iterable[str], total: int | None = None, most: int = 5) -> str:
+    """The first few names in their order, and how many more there are; ``total``: of which ``names`` are the first."""
+    names = sorted(names)
+    more = (len(names) if total is None else total) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def require_positive_int(name: str, value: Any) -> None:
     """Raises a ValueError that names the argument."""
     if not _is_int(value) or value < 1:
-        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        raise ValueError(f"{name}: expected an int of at least 1, got {shown(value)}")
+
+
+def require_size(name: str, value: Any, most: int = _MAX_INT32) -> None:
+    """Raises a ValueError, too, where 32 bits do not hold it."""
+    require_positive_int(name, value)
+    if value > most:
+        raise ValueError(f"{name}: expected an int of at most {most}, got {shown(value)}")
 
 
 def _require_positive_float(name: str, value: Any) -> None:
-    if not (_is_int(value) or isinstance(value, float)) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    """Raises a ValueError, too, where float32 would make it 0 (subnormals count as 0 on most devices) or infinite."""
+    if not (_is_int(value) or isinstance(value, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive number, got {shown(value)}")
+    if not _MIN_FLOAT32 <= value <= _MAX_FLOAT32:
+        raise ValueError(f"{name}: expected a positive number that float32 can hold, got {shown(value)}")

@@ -5,19 +5,22 @@ Reads downwards: what a call gives back, one layer, the decoder.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 import pallas_attn as pa
+from pallas_attn import checks
 from pallas_attn_models.attention import Attention
 from pallas_attn_models.block_masks import Sizes, block_masks, reservations
 from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.layer_caches import init_caches
-from pallas_attn_models.layers import MLP, Embedding, RMSNorm, linear, rotary_tables
+from pallas_attn_models.layers import MLP, Embedding, RMSNorm, counted, linear, rotary_tables
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -84,6 +87,10 @@ class Decoder(nnx.Module):
       implementation: of ``pa.attention``; default: the best that can serve.
       block_sizes: a ``pa.BlockSizes`` for the block masks; default from the tuning table. Where its ``chunk`` is None,
         decode gets a fixed one all the same, so that a row does not depend, to the bit, on who shares the batch.
+
+    Raises:
+      ValueError: a dtype that weights cannot have, an unknown implementation, or ``rngs`` without parameters' stream.
+      TypeError: the wrong kind of object.
     """
 
     def __init__(
@@ -96,6 +103,15 @@ class Decoder(nnx.Module):
         implementation: str | None = None,
         block_sizes: pa.BlockSizes | None = None,
     ) -> None:
+        if not isinstance(config, DecoderConfig):
+            raise TypeError(f"config: expected a DecoderConfig, got {type(config).__name__}")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs: expected an nnx.Rngs, got {type(rngs).__name__}")
+        if not isinstance(block_sizes, pa.BlockSizes | None):
+            raise TypeError(f"block_sizes: expected a BlockSizes or None, got {type(block_sizes).__name__}")
+        if "params" not in rngs and "default" not in rngs:
+            raise ValueError(f"rngs: expected a stream 'params' or 'default', got {sorted(rngs)}")
+        check_implementation(implementation)
         dtype = check_dtype("dtype", dtype)
         param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -103,16 +119,19 @@ class Decoder(nnx.Module):
         self.dtype = dtype
         self.implementation = implementation
         self.block_sizes = block_sizes
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
-        self.layers = nnx.List(
-            DecoderLayer(config, rngs=rngs, implementation=implementation, **dtypes) for _ in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
-        self.head = (
-            None
-            if config.tie_word_embeddings
-            else linear(config.hidden_size, config.vocab_size, rngs=rngs, preferred_element_type=jnp.float32, **dtypes)
-        )
+        sizes = config.hidden_size, config.vocab_size
+        with counted(rngs) as rngs:
+            self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
+            self.layers = nnx.List(
+                DecoderLayer(config, rngs=rngs, implementation=implementation, **dtypes)
+                for _ in range(config.num_layers)
+            )
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
+            self.head = (
+                None
+                if config.tie_word_embeddings
+                else linear(*sizes, rngs=rngs, preferred_element_type=jnp.float32, **dtypes)
+            )
 
     def __call__(
         self,
@@ -128,13 +147,14 @@ class Decoder(nnx.Module):
         """Runs the decoder over ``tokens``, each of which sees itself and what comes before it.
 
         Args:
-          tokens: int32 ``[B, T]``.
+          tokens: int32 ``[B, T]``. One that is not in the vocabulary has the vector NaN, unless it is padding.
           positions: int32 ``[B|1, T]``; -1 is padding, wherever it stands, and whatever token stands there. Default:
             ``arange(T)``, after what each row's cache already holds.
           caches: one per layer, from :meth:`init_caches` or an earlier call; the tokens are appended to them.
           segment_ids: int32 ``[B|1, T]`` for packed documents: a token sees only its own document. Rotary embedding
             knows only distances, so positions may start anew in each document or run on. Not together with caches.
-          layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[B, T, E]``, called before each layer.
+          layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[B, T, E]``, called before each layer. What it
+            returns has the shape and dtype of what it was given.
           apply_head: False leaves the logits out; :meth:`logits` gives them for chosen rows of ``hidden``.
           rows: int32 ``[B]``, distinct: the rows of the caches to which the rows of ``tokens`` belong, where these are
             only some of them; no copy is made. What is no row of the caches is an unused entry: all of its tokens count
@@ -145,8 +165,13 @@ class Decoder(nnx.Module):
             token in order (``pa.caches.Dense``); ``KVCache.keep`` takes back all but one path.
 
         Raises:
-          ValueError: a shape, dtype or count that does not fit; names the argument, what was expected and what came.
+          ValueError: a shape, dtype or count that does not fit, or an integer that 32 bits do not hold; names the
+            argument, what was expected and what came.
+          TypeError: the wrong kind of object.
         """
+        if layer_hook is not None and not callable(layer_hook):
+            raise TypeError(f"layer_hook: expected a function or None, got {checks.describe(layer_hook)}")
+        apply_head = checks.boolean("apply_head", apply_head)
         tokens = _as_int32("tokens", tokens)
         rows = self._check_caches(caches, rows, tokens.shape[0])
         has_positions = positions is not None
@@ -159,8 +184,9 @@ class Decoder(nnx.Module):
         extra, reserved = None, None
         if segment_ids is not None:
             if caches is not None:
-                raise ValueError("segment_ids: expected None together with caches, which hold one document a row")
-            extra = pa.masks.segments(_per_token("segment_ids", segment_ids, tokens))
+                wanted = "None together with caches, which hold one document a row"
+                raise ValueError(f"segment_ids: expected {wanted}, got {checks.describe(segment_ids)}")
+            extra = pa.masks.segments(_segment_ids(segment_ids, tokens))
         if tree is not None:
             extra = _tree_mask(tree, tokens, has_positions, caches, rows)
         if caches is not None:
@@ -178,7 +204,7 @@ class Decoder(nnx.Module):
         new_caches = []
         for index, layer in enumerate(self.layers):
             if layer_hook is not None:
-                hidden = layer_hook(index, hidden)
+                hidden = _hooked(layer_hook, index, hidden)
             cache = None if caches is None else caches[index]
             reservation = None if reserved is None else reserved[index]
             hidden, cache = layer(hidden, rotary, masks[index], cache, reservation)
@@ -192,7 +218,18 @@ class Decoder(nnx.Module):
         )
 
     def logits(self, hidden: Array) -> Array:
-        """The output head: ``[B, T, E]``, as in :class:`DecoderOutput`, to float32 ``[B, T, V]``."""
+        """The output head: ``[B, T, E]``, as in :class:`DecoderOutput`, to float32 ``[B, T, V]``.
+
+        Raises:
+          ValueError: another shape, or no floating-point numbers.
+          TypeError: what is no array.
+        """
+        given = checks.array("hidden", hidden)
+        if given.ndim != 3 or given.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"hidden: expected [B, T, {self.config.hidden_size}], got {list(given.shape)}")
+        if not jnp.issubdtype(given.dtype, jnp.floating):
+            raise ValueError(f"hidden: expected floating-point numbers, got {given.dtype}")
+        hidden = jnp.asarray(given)
         return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
     def init_caches(
@@ -234,13 +271,20 @@ class Decoder(nnx.Module):
     ) -> Array | None:
         """The rows, if they and the caches fit tokens of so many rows."""
         if rows is not None:
-            rows = jnp.asarray(rows)
+            rows = checks.array_or_list("rows", rows, f"int32 [{batch_size}]")
             if caches is None:
-                raise ValueError("rows: expected None without caches, of which they are rows")
-            if rows.shape != (batch_size,) or rows.dtype != jnp.int32:
+                raise ValueError(f"rows: expected None without caches, got {checks.describe(rows)}")
+            if rows.shape != (batch_size,) or not checks.is_integer(rows):
                 raise ValueError(f"rows: expected int32 [{batch_size}], as tokens, got {rows.dtype} {list(rows.shape)}")
+            # What 32 bits do not hold is no row, either.
+            rows = checks.positions("rows", rows, ranks=(1,))
         if caches is None:
             return None
+        if not isinstance(caches, Sequence):
+            raise TypeError(f"caches: expected one per layer, {self.config.num_layers}, got {checks.describe(caches)}")
+        for index, cache in enumerate(caches):
+            if not isinstance(cache, pa.caches.KVCache):
+                raise TypeError(f"caches[{index}]: expected a KVCache, got {checks.describe(cache)}")
         if len(caches) != self.config.num_layers:
             raise ValueError(f"caches: expected one per layer, {self.config.num_layers}, got {len(caches)}")
         expected, of = (batch_size, "tokens") if rows is None else (caches[0].batch_size, "caches[0]")
@@ -270,32 +314,75 @@ def _tree_mask(
         raise ValueError(f"tree: expected caches that are Dense in every layer, got {got}")
     if not has_positions:
         raise ValueError("tree: expected positions with it, of each node by its depth, got None")
-    tree = jnp.asarray(tree)
+    tree = checks.array_or_list("tree", tree, "bool")
     batch_size, length = tokens.shape
     shapes = [(length, length), (batch_size, length, length), (1, length, length)]
     if tree.dtype != jnp.bool_ or tree.shape not in shapes:
         wanted = f"bool [{length}, {length}] or [{batch_size}|1, {length}, {length}]"
         raise ValueError(f"tree: expected {wanted}, got {tree.dtype} {list(tree.shape)}")
-    return pa.masks.tree(tree, start=_lengths(caches[0], rows))
+    return pa.masks.tree(jnp.asarray(tree), start=_lengths(caches[0], rows))
 
 
 def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
-    """A dtype that weights and activations can have, or a ValueError that names the argument."""
-    if (checked := jnp.dtype(dtype)).name not in FLOAT_DTYPES:
-        raise ValueError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, got {checked.name}")
+    """A dtype that weights and activations can have, or a ValueError or TypeError that names the argument."""
+    expected = f"{name}: expected one of {', '.join(FLOAT_DTYPES)}"
+    try:
+        checked = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
+    except (TypeError, ValueError):
+        checked = None
+    if checked is None:
+        raise (ValueError if isinstance(dtype, str) else TypeError)(f"{expected}, got {dtype!r}")
+    if checked.name not in FLOAT_DTYPES:
+        raise ValueError(f"{expected}, got {checked.name}")
     return checked
 
 
+def check_implementation(implementation: str | None) -> None:
+    """Raises a ValueError or TypeError unless ``pa.attention`` has an implementation of this name, or it is None."""
+    if implementation is None:
+        return
+    expected = f"implementation: expected one of {', '.join(pa.implementations())}, or None"
+    if not isinstance(implementation, str):
+        raise TypeError(f"{expected}, got {type(implementation).__name__}")
+    if implementation not in pa.implementations():
+        raise ValueError(f"{expected}, got {implementation!r}")
+
+
 def _as_int32(name: str, value: ArrayLike) -> Array:
-    array = jnp.asarray(value)
-    if array.dtype != jnp.int32 or array.ndim != 2 or array.size == 0:
+    """As int32, ``[B, T]``; what is being traced, and 32 bits do not hold, becomes -1."""
+    array = checks.array_or_list(name, value, "int32 [B, T]")
+    if not checks.is_integer(array) or array.ndim != 2 or array.size == 0:
         raise ValueError(f"{name}: expected int32 [B, T], none of them 0, got {array.dtype} {list(array.shape)}")
-    return array
+    return checks.positions(name, array, ranks=(2,))
 
 
 def _per_token(name: str, value: ArrayLike, tokens: Array) -> Array:
     array = _as_int32(name, value)
-    batch_size, length = tokens.shape
-    if array.shape not in ((batch_size, length), (1, length)):
-        raise ValueError(f"{name}: expected the shape of tokens, [{batch_size}|1, {length}], got {list(array.shape)}")
+    _check_per_token(name, array.shape, tokens)
     return array
+
+
+def _segment_ids(value: ArrayLike, tokens: Array) -> Any:
+    """Of any integer dtype, as they are only compared."""
+    array: Any = checks.array_or_list("segment_ids", value, "integers [B, T]")
+    if not checks.is_integer(array):
+        raise ValueError(f"segment_ids: expected integers, got {array.dtype}")
+    _check_per_token("segment_ids", array.shape, tokens)
+    return array
+
+
+def _check_per_token(name: str, shape: tuple[int, ...], tokens: Array) -> None:
+    batch_size, length = tokens.shape
+    if shape not in ((batch_size, length), (1, length)):
+        raise ValueError(f"{name}: expected the shape of tokens, [{batch_size}|1, {length}], got {list(shape)}")
+
+
+def _hooked(layer_hook: Callable[[int, Array], Array], layer: int, hidden: Array) -> Array:
+    """What the hook makes of ``hidden``."""
+    wanted = f"{hidden.dtype} {list(hidden.shape)} from layer {layer}, as it was given"
+    hooked = layer_hook(layer, hidden)
+    if not isinstance(hooked, Array | np.ndarray):
+        raise TypeError(f"layer_hook: expected {wanted}, got {checks.describe(hooked)}")
+    if (hooked.shape, hooked.dtype) != (hidden.shape, hidden.dtype):
+        raise ValueError(f"layer_hook: expected {wanted}, got {hooked.dtype} {list(hooked.shape)}")
+    return jnp.asarray(hooked)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn_models.rows import CAPACITY, LENGTH, RUNNING, STOP, Request, Rows
-from pallas_attn_models.sampling import Drawn, count_new, sample
+from pallas_attn_models.rows import CAPACITY, INVALID, LENGTH, RUNNING, STOP, Request, Rows
+from pallas_attn_models.sampling import Drawn, bounded, count_new, sample
 from pallas_attn_models.stopping import matched
 
 
@@ -20,14 +20,15 @@ def draw(rows: Rows, logits: Array, live: Array | None = None) -> tuple[Rows, Ar
       live: bool ``[B]``: of these, only those that are; default all.
 
     Returns:
-      The rows with it, the token int32 ``[B]``, and what else is known of it.
+      The rows with it, the token int32 ``[B]``, and what else is known of it. A row for which there is none is done.
     """
     request = rows.request
-    running = rows.status == RUNNING
-    running = running if live is None else running & live
+    draws = rows.status == RUNNING
+    draws = draws if live is None else draws & live
     batch_size, max_length = rows.tokens.shape
     drawn = sample(_guided(logits, request), request.sampling, rows.counts, rows.num_new)
-    token = drawn.tokens[request.leader]
+    token, valid = drawn.tokens[request.leader], drawn.valid[request.leader]
+    running = draws & valid
 
     row = jnp.arange(batch_size, dtype=jnp.int32)
     after = dataclasses.replace(
@@ -38,16 +39,15 @@ def draw(rows: Rows, logits: Array, live: Array | None = None) -> tuple[Rows, Ar
     )
     stop = matched(_tail(after, request.sampling.stop_tokens.shape[-1]), request.sampling, after.num_new)
     full = after.length >= max_length
-    status = jnp.select(
-        [
-            ~running,
-            stop > 0,
-            after.num_new >= request.sampling.max_new_tokens,
-            (full | full[request.partner])[request.leader],
-        ],
-        [rows.status, jnp.int32(STOP), jnp.int32(LENGTH), jnp.int32(CAPACITY)],
-        jnp.int32(RUNNING),
-    )
+    status = jnp.full_like(rows.status, RUNNING)
+    for ends, why in (  # of several, the last
+        ((full | full[request.partner])[request.leader], CAPACITY),
+        (after.num_new >= request.sampling.max_new_tokens, LENGTH),
+        (stop > 0, STOP),
+        (~valid, INVALID),
+    ):
+        status = jnp.where(ends, why, status)
+    status = jnp.where(draws, status, rows.status)
     after = dataclasses.replace(after, status=status, matched=jnp.where(running, stop, rows.matched))
     return after, token, drawn
 
@@ -61,9 +61,11 @@ def _guided(logits: Array, request: Request) -> Array:
     guided = partner != jnp.arange(partner.shape[0], dtype=jnp.int32)
 
     def guide() -> Array:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        # Where the probability is 0 a finite number stands for the logarithm, as inf - inf would be NaN.
+        logprobs = jnp.maximum(jax.nn.log_softmax(logits, axis=-1), jnp.finfo(jnp.float32).min)
         away = logprobs[partner]
-        return jnp.where(guided[:, None], away + guidance[:, None] * (logprobs - away), logits)
+        moved = away + guidance[:, None] * (logprobs - away)
+        return jnp.where(guided[:, None], bounded(moved, logprobs), logits)
 
     return lax.cond(guided.any(), guide, lambda: logits)
 

@@ -6,14 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pallas_attn_models.checkpoint import read_json
+import numpy as np
+
+from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.text_files import read_json
 
 _NAME = "generation_config.json"
+_HUGE = float(np.finfo(np.float32).max)
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_ONLY_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 # Fields that ask for nothing that a row of new tokens could show.
 _IRRELEVANT = {
-    *("_from_model_config", "bos_token_id", "cache_implementation", "decoder_start_token_id", "do_sample"),
-    *("eos_token_id", "max_length", "pad_token_id", "return_dict_in_generate", "transformers_version", "use_cache"),
+    *("_commit_hash", "_from_model_config", "bos_token_id", "cache_implementation", "decoder_start_token_id"),
+    *("do_sample", "eos_token_id", "max_length", "output_attentions", "output_hidden_states", "output_logits"),
+    *("output_scores", "pad_token_id", "return_dict_in_generate", "transformers_version", "use_cache"),
+}
+# Fields that ask for nothing if they have this value.
+_NEUTRAL: dict[str, Any] = {
+    **dict.fromkeys(("typical_p", "length_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "diversity_penalty"), 0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0),
+    **dict.fromkeys(("early_stopping", "remove_invalid_values", "renormalize_logits", "token_healing"), False),
 }
 
 
@@ -25,7 +39,8 @@ class GenerationDefaults:
       settings: of :class:`~pallas_attn_models.sampling.Sampling`, by name: those that the file gives. A file whose
         ``do_sample`` is not true wants the most likely token, whatever its temperature, as in transformers.
       eos_token_ids: the tokens that end a text, besides those of the model's config.
-      unused: fields that ask for something that has no counterpart here.
+      unused: fields that ask for something that has no counterpart here, or that are out of their range and that greedy
+        decoding does not need.
     """
 
     settings: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
@@ -37,22 +52,30 @@ class GenerationDefaults:
         """What the directory of a checkpoint says; nothing if it has no such file.
 
         Raises:
-          ValueError: a file that is no JSON object, or a field of the wrong kind; named.
+          ValueError: a file that is no JSON object, or a field of the wrong kind, or out of its range where it
+            matters; named.
         """
         path = Path(directory) / _NAME
-        if not path.is_file():
+        if not path.exists():
             return GenerationDefaults()
         fields = {name: value for name, value in read_json(path).items() if value is not None}
-        settings = {name: _number(path, name, fields[name]) for name in _SETTINGS if name in fields}
-        if fields.get("do_sample", False):
-            settings = {"temperature": 1.0} | settings
-        else:
-            settings |= {"temperature": 0.0}
-        return GenerationDefaults(
-            settings=settings,
-            eos_token_ids=_tokens(path, fields.get("eos_token_id", [])),
-            unused=tuple(sorted(fields.keys() - _IRRELEVANT - {*_SETTINGS})),
-        )
+        sample = fields.get("do_sample", False)
+        if not isinstance(sample, bool):
+            raise ValueError(f"{path}: do_sample: expected true or false, got {sample!r}")
+        settings: dict[str, Any] = {}
+        unused = {name for name in fields if not _asks_for_nothing(name, fields[name])}
+        for name in _SETTINGS:
+            if name in fields:
+                asked: dict[str, Any] = {name: _number(path, name, fields[name])}
+                try:
+                    Sampling(**asked)
+                    settings |= asked
+                except ValueError as error:
+                    if sample or name not in _ONLY_FOR_SAMPLING:
+                        raise ValueError(f"{path}: {error}") from error
+                    unused.add(name)
+        settings = {"temperature": 1.0} | settings if sample else settings | {"temperature": 0.0}
+        return GenerationDefaults(settings, _tokens(path, fields.get("eos_token_id", [])), tuple(sorted(unused)))
 
     def __str__(self) -> str:
         said = [f"{name} {value:g}" for name, value in self.settings.items()]
@@ -63,15 +86,28 @@ class GenerationDefaults:
         return f"{_NAME}: {', '.join(said)}"
 
 
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return name in _IRRELEVANT or name in _SETTINGS or (name in _NEUTRAL and value == _NEUTRAL[name])
+
+
 def _number(path: Path, name: str, value: Any) -> int | float:
+    """A number as transformers takes it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{path}: {name}: expected a number, got {value!r}")
+    if not abs(value) <= _HUGE:
+        raise ValueError(f"{path}: {name}: expected a finite number that fits float32, got {value}")
+    if name == "top_k":
+        value = int(value) if value == int(value) else value
+        return 0 if value == -1 else value  # both are off
+    if name == "top_p" and value == 0:
+        return float(np.finfo(np.float32).tiny)  # the likeliest token alone
     return value
 
 
 def _tokens(path: Path, value: Any) -> tuple[int, ...]:
+    """Token ids; a negative one is none, as in transformers."""
     tokens = value if isinstance(value, list) else [value]
     for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int):
+        if isinstance(token, bool) or not isinstance(token, int) or token >= 2**31:
             raise ValueError(f"{path}: eos_token_id: expected token ids, got {value!r}")
-    return tuple(tokens)
+    return tuple(token for token in tokens if token >= 0)

@@ -4,27 +4,29 @@ The Generator checks what it is given and hands it to the scheduler, which decid
 the executables (``steps.py``) on the state that the device holds (``rows.py``).
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
 
 import pallas_attn as pa
-from pallas_attn import bits
-from pallas_attn_models.asked import Tokens, check_asked, check_prompts
-from pallas_attn_models.config import require_positive_int
+from pallas_attn import bits, checks
+from pallas_attn_models.asked import Asked, Bounds, Tokens, check_asked, check_one, check_prompts
+from pallas_attn_models.config import require_positive_int, require_size, shown
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.engine import Engine
 from pallas_attn_models.layer_caches import whole_pages
 from pallas_attn_models.requests import Handle, Job, ScoreJob, TopLogprobs
 from pallas_attn_models.sampling import SEEDS, Limits, Sampling, Stop
 from pallas_attn_models.scheduler import Scheduler
-from pallas_attn_models.speculation import Speculation, num_nodes
+from pallas_attn_models.speculation import Speculation, check_speculation, num_nodes
 from pallas_attn_models.stats import GenerationStats, Spent
 from pallas_attn_models.steps import REPORT_WIDTH
+from pallas_attn_models.turns import Turns
 
 _GREEDY = Sampling()
 
@@ -64,7 +66,8 @@ class PromptScore:
     """How likely a model finds a prompt.
 
     Attributes:
-      logprobs: of each token but the first, given those before it.
+      logprobs: of each token but the first, given those before it. NaN where the model's logits are no numbers; this
+        can reach a few tokens before the one that caused it, but no other prompt.
       logits: float32 ``[tokens, V]``, after each token, or None if they were not asked for.
     """
 
@@ -84,8 +87,12 @@ class Generator:
     :meth:`submit` makes one at any time, and whoever waits for a result keeps all of them going. The tokens of a
     request do not depend on what else is going on.
 
-    Holds the KV caches. The weights are those that the model has when a run starts, from a state without requests. Not
-    for use from several threads.
+    Holds the KV caches. The weights are those that the model has when a run starts, from a state without requests.
+
+    Several threads may share one, and call any method at any time, those of its handles too. One thread works at a
+    time, a round of :meth:`step` each, for the requests of all; the others get their turns in the order in which they
+    came. An error that breaks off a round is raised in the thread that worked; who had a row then gets it as the cause
+    of a RuntimeError. An iterator of :meth:`stream` is for one thread. No method may be called by a layer hook.
 
     Args:
       model: the decoder.
@@ -107,8 +114,8 @@ class Generator:
         tokens back: ``Dense``, or ``Window`` with as many spare slots as a step feeds tokens.
 
     Raises:
-      ValueError: a size below 1, or one that the policy cannot work with.
-      TypeError: another kind of model, policy or storage.
+      ValueError: a size below 1 or beyond 32 bits, or one that the policy cannot work with.
+      TypeError: another kind of model, policy, storage, limits, layer hook or speculation.
     """
 
     def __init__(
@@ -129,12 +136,21 @@ class Generator:
     ) -> None:
         if not isinstance(model, Decoder):
             raise TypeError(f"model: expected a Decoder, got {type(model).__name__}")
+        if not isinstance(limits, Limits | None):
+            raise TypeError(f"limits: expected a Limits or None, got {type(limits).__name__}")
+        if layer_hook is not None and not callable(layer_hook):
+            raise TypeError(f"layer_hook: expected a function or None, got {type(layer_hook).__name__}")
+        if speculation is not None:
+            check_speculation(speculation)
         capacities = [*capacity] if isinstance(capacity, Sequence) else [capacity]
-        sizes = [("batch_size", batch_size), ("prefill_chunk", prefill_chunk)]
-        sizes += [("capacity", size) for size in capacities]
+        if not capacities:
+            raise ValueError("capacity: expected an int of at least 1, or one per layer, got none")
+        sizes = [("batch_size", batch_size), *(("capacity", size) for size in capacities)]
         sizes += [] if max_length is None else [("max_length", max_length)]
-        sizes += [("max_queue", max_queue), ("prefill_rows", prefill_rows)]
         for name, size in sizes:
+            require_size(name, size, checks.LONGEST_AXIS)
+        # What is more than there is to read, or to wait for, asks for all of it.
+        for name, size in (("prefill_chunk", prefill_chunk), ("max_queue", max_queue), ("prefill_rows", prefill_rows)):
             require_positive_int(name, size)
         self.model = model
         self.batch_size = batch_size
@@ -158,6 +174,7 @@ class Generator:
             layer_hook=layer_hook,
         )
         self._scheduler = Scheduler(self._engine, max_queue, spare=num_nodes(speculation) - 1)
+        self._turns = Turns()
 
     @property
     def compile_counts(self) -> dict[str, int]:
@@ -181,8 +198,14 @@ class Generator:
 
         Args:
           progress: called with the name of each executable before it is compiled.
+
+        Raises:
+          TypeError: ``progress`` is no function.
         """
-        return self._scheduler.compile(progress)
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress: expected a function or None, got {type(progress).__name__}")
+        with self._turns.take():
+            return self._scheduler.compile(progress)
 
     def generate(
         self,
@@ -209,7 +232,9 @@ class Generator:
           ValueError: a prompt, a token, a number of samplings or rows that does not fit, before anything is compiled.
           TypeError: the wrong kind of object.
         """
-        jobs = self._jobs(num_samples, prompts, sampling, stop, negative_prompts, guidance_scale)
+        self._check_samples(num_samples, negative_prompts)
+        asked = check_asked(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
+        jobs = self._jobs(asked, num_samples)
         compile_seconds = self.warmup()
         before = self.spent
         for _ in self._run(jobs, REPORT_WIDTH):
@@ -247,7 +272,9 @@ class Generator:
         Args and errors are those of :meth:`generate`.
         """
         require_positive_int("interval", interval)
-        jobs = self._jobs(num_samples, prompts, sampling, stop, negative_prompts, guidance_scale)
+        self._check_samples(num_samples, negative_prompts)
+        asked = check_asked(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
+        jobs = self._jobs(asked, num_samples)
         return self._events(jobs, interval)
 
     def submit(
@@ -279,19 +306,22 @@ class Generator:
 
         They begin when there are rows for all of them. With pages they share those of the prompt.
         """
-        negatives = None if negative_prompt is None else [negative_prompt]
-        (job,) = self._jobs(num_samples, [prompt], sampling, stop, negatives, guidance_scale)
-        self._scheduler.submit(job)
+        self._check_samples(num_samples, negative_prompt)
+        asked = check_one(prompt, sampling, stop, negative_prompt, guidance_scale, self._bounds)
+        (job,) = self._jobs([asked], num_samples)
+        with self._turns.take():
+            self._scheduler.submit(job)
         return job.handles
 
     def step(self, interval: int = REPORT_WIDTH) -> bool:
         """One round of work for all requests, up to ``interval`` steps each; False if there was nothing to do."""
         require_positive_int("interval", interval)
-        if self._scheduler.idle:
-            return False
-        self.warmup()
-        self._scheduler.step(interval)
-        return True
+        with self._turns.take():
+            if self._scheduler.idle:
+                return False
+            self.warmup()
+            self._scheduler.step(min(interval, REPORT_WIDTH))
+            return True
 
     def run(self) -> None:
         """Works until no request is left."""
@@ -307,11 +337,16 @@ class Generator:
 
         Raises as :meth:`generate`.
         """
+        if not isinstance(logits, bool):
+            raise TypeError(f"logits: expected a bool, got {type(logits).__name__}")
         vocab_size = self.model.config.vocab_size
         checked = check_prompts(prompts, max_length=self.max_length, vocab_size=vocab_size, room=0)
         jobs = [ScoreJob(prompt, [], logits=[] if logits else None) for prompt in checked]
         for _ in self._run(jobs, REPORT_WIDTH):
             pass
+        for job in jobs:
+            if not job.finished:
+                raise RuntimeError("the run was broken off before all prompts were read") from job.error
         return [
             PromptScore(
                 logprobs=np.concatenate(job.pieces)[:-1].tolist(),
@@ -322,19 +357,21 @@ class Generator:
 
     def _run(self, jobs: Sequence[Job], interval: int) -> Iterator[None]:
         """Submits the jobs as the queue has room, and works until they are done; stops after each round."""
-        waiting = [*jobs]
+        waiting = collections.deque(jobs)
         try:
-            while waiting or not all(job.done for job in jobs):
-                while waiting and not self._scheduler.queue_full:
-                    self._scheduler.submit(waiting.pop(0))
-                self._scheduler.step(interval)
+            while not all(job.done for job in jobs):
+                with self._turns.take():
+                    while waiting and not self._scheduler.queue_full:
+                        self._scheduler.submit(waiting.popleft())
+                    if not all(job.done for job in jobs):  # another thread may have brought them to their end
+                        self._scheduler.step(min(interval, REPORT_WIDTH))
                 yield
         finally:
-            for job in jobs:
-                for handle in job.handles:
-                    handle.cancel()
-                if not job.done:
-                    self._scheduler.drop(job)
+            self._scheduler.give_up(jobs)
+            # Now, or when whoever has a turn begins another round: a thread that collects garbage must not wait.
+            with self._turns.take_if_free() as has_turn:
+                if has_turn:
+                    self._scheduler.sweep()
 
     def _events(self, jobs: Sequence[Job], interval: int) -> Iterator[StreamEvent]:
         self.warmup()
@@ -342,16 +379,19 @@ class Generator:
         told = [0] * len(handles)
         ended = [False] * len(handles)
 
-        def news() -> Iterator[StreamEvent]:
-            for row, handle in enumerate(handles):
-                new = handle.tokens[told[row] : handle.num_certain]
-                told[row] = handle.num_certain
-                reason = None if ended[row] else handle.finish_reason
-                ended[row] = handle.done
-                for index, token in enumerate(new):
-                    yield StreamEvent(row, token, reason if index == len(new) - 1 else None)
-                if reason is not None and not new:
-                    yield StreamEvent(row, None, reason)
+        def news() -> list[StreamEvent]:
+            events = []
+            with self._turns.take():
+                for row, handle in enumerate(handles):
+                    new: list[int | None] = [*handle.tokens[told[row] : handle.num_certain]]
+                    told[row] = handle.num_certain
+                    reason = None if ended[row] else handle.finish_reason
+                    ended[row] = handle.done
+                    if reason is not None and not new:
+                        new = [None]
+                    events += [StreamEvent(row, token, None) for token in new[:-1]]
+                    events += [StreamEvent(row, token, reason) for token in new[-1:]]
+            return events
 
         for _ in self._run(jobs, interval):
             yield from news()
@@ -360,21 +400,27 @@ class Generator:
         for handle in handles:
             handle.result()  # raises what broke it off
 
-    def _jobs(self, num_samples: int, *asked: Any) -> list[Job]:
-        """The requests, after checking all of them; what is asked is as :func:`check_asked` takes it."""
-        sizes = {"max_length": self.max_length, "vocab_size": self.model.config.vocab_size, "limits": self.limits}
-        entries = check_asked(*asked, **sizes)
+    @property
+    def _bounds(self) -> Bounds:
+        config = self.model.config
+        return Bounds(self.max_length, config.vocab_size, config.eos_token_ids, self.limits)
+
+    def _check_samples(self, num_samples: int, negative: object) -> None:
+        """Raises a ValueError unless there are rows for so many samples, two for each if there is a negative prompt."""
         require_positive_int("num_samples", num_samples)
+        num_rows = num_samples * (1 if negative is None else 2)
+        if num_rows > self.batch_size:
+            wanted = f"at most batch_size={self.batch_size} rows for a prompt"
+            raise ValueError(f"num_samples: expected {wanted}, got {shown(num_rows)} (two for a guided sample)")
+
+    def _jobs(self, asked: Sequence[Asked], num_samples: int) -> list[Job]:
+        """The requests."""
         jobs = []
-        for prompt, settings, negative_prompt, scale in entries:
+        for prompt, settings, negative_prompt, scale in asked:
             seeds = ((settings.seed + index) % SEEDS for index in range(num_samples))
             samplings = (dataclasses.replace(settings, seed=seed) for seed in seeds)
-            handles = [Handle(one, self.step, self._scheduler.cancel) for one in samplings]
-            job = Job(prompt, handles, negative_prompt, scale)
-            if job.num_rows > self.batch_size:
-                wanted = f"at most batch_size={self.batch_size} rows for a prompt"
-                raise ValueError(f"num_samples: expected {wanted}, got {job.num_rows} (two for a guided sample)")
-            jobs.append(job)
+            handles = [Handle(one, self.step, self._scheduler.cancel, self._turns) for one in samplings]
+            jobs.append(Job(prompt, handles, negative_prompt, scale))
         return jobs
 
     def _check_caches(self) -> None:

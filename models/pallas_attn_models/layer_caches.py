@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax.typing import DTypeLike
 
 import pallas_attn as pa
 from pallas_attn.tuning import PAGE_MULTIPLE
-from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.config import DecoderConfig, require_positive_int
 
 
 def init_caches(
@@ -22,9 +23,15 @@ def init_caches(
     chunk: int | None = None,
 ) -> tuple[pa.caches.KVCache, ...]:
     """Empty caches, one per layer; see :meth:`pallas_attn_models.decoder.Decoder.init_caches`."""
-    capacities = _per_layer(config, "capacity", capacity)
-    policies = _per_layer(config, "policy", pa.caches.Dense() if policy is None else policy)
-    storages = _per_layer(config, "storage", pa.caches.Plain() if storage is None else storage)
+    capacities = _per_layer(config, "capacity", capacity, int | np.integer, "an int")
+    policies = _per_layer(
+        config, "policy", pa.caches.Dense() if policy is None else policy, pa.caches.Policy, "a Policy"
+    )
+    storages = _per_layer(
+        config, "storage", pa.caches.Plain() if storage is None else storage, pa.caches.Storage, "a Storage"
+    )
+    if chunk is not None:
+        require_positive_int("chunk", chunk)
     layers = []
     for layer, (slots, kept, held) in enumerate(zip(capacities, policies, storages, strict=True)):
         window = config.sliding_window(layer)
@@ -48,12 +55,16 @@ def whole_pages(slots: int, page_size: int = PAGE_MULTIPLE) -> int:
     return -(-slots // page_size) * page_size
 
 
-def _per_layer(config: DecoderConfig, name: str, value: Any) -> list:
-    if not isinstance(value, Sequence):
-        return [value] * config.num_layers
-    if len(value) != config.num_layers:
-        raise ValueError(f"{name}: expected one, or one per layer, {config.num_layers}, got {len(value)}")
-    return list(value)
+def _per_layer(config: DecoderConfig, name: str, value: Any, kind: Any, expected: str) -> list:
+    values = [value] * config.num_layers
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        values = list(value)
+    for one in values:
+        if not isinstance(one, kind) or isinstance(one, bool):
+            raise TypeError(f"{name}: expected {expected}, or one per layer, got {type(one).__name__}")
+    if len(values) != config.num_layers:
+        raise ValueError(f"{name}: expected one, or one per layer, {config.num_layers}, got {len(values)}")
+    return values
 
 
 def _of_window(

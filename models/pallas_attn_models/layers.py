@@ -3,6 +3,9 @@
 Linear maps are ``nnx.Linear`` without bias; their kernels are ``[in, out]``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,35 @@ from jax.typing import DTypeLike
 from pallas_attn_models.config import RopeConfig
 
 _INITIALIZER = nnx.initializers.normal(0.02)
+
+
+class _CountedStream(nnx.RngStream):
+    """The keys of another stream, with a count of how many it has given that is an int of Python."""
+
+    def __init__(self, stream: nnx.RngStream) -> None:
+        super().__init__(stream.key[...], tag=stream.tag)
+        self.first = stream.count[...]
+        self.given = 0
+
+    def __call__(self) -> Array:
+        key = jax.random.fold_in(self.key[...], self.first + self.given)
+        self.given += 1
+        return key
+
+
+@contextmanager
+def counted(rngs: nnx.Rngs) -> Iterator[nnx.Rngs]:
+    """``rngs`` for whoever draws many parameters: the same keys, but its count is updated once, at the end.
+
+    Under ``nnx.eval_shape`` Flax searches all that has been traced so far whenever a count is updated, which takes time
+    quadratic in the number of draws.
+    """
+    stream = rngs.params
+    replacement = nnx.Rngs()
+    counting = _CountedStream(stream)
+    replacement.params = counting  # pyright: ignore[reportAttributeAccessIssue]
+    yield replacement
+    stream.count[...] = counting.first + counting.given
 
 
 def linear(

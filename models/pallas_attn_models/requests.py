@@ -7,6 +7,7 @@ import numpy as np
 
 from pallas_attn_models.sampling import Sampling, stop_sequences
 from pallas_attn_models.stopping import held_back
+from pallas_attn_models.turns import Turns
 
 TopLogprobs = list[tuple[int, float]]  # tokens and log-probabilities, the likeliest first
 
@@ -21,7 +22,8 @@ class Completion:
       top_logprobs: for each, the ``Sampling.top_logprobs`` likeliest tokens in its place, and their log-probabilities.
       finish_reason: ``"stop"``: an end token or a stop sequence; ``"length"``: ``max_new_tokens`` spent;
         ``"capacity"``: prompt and new tokens have ``max_length``, or the pool of a paged cache is spent;
-        ``"cancelled"``: nobody waits for more.
+        ``"cancelled"``: nobody waits for more; ``"invalid"``: no token could be drawn, as the model's logits were NaN
+        or ``+inf``, or every token was excluded.
     """
 
     tokens: list[int]
@@ -33,7 +35,8 @@ class Completion:
 class Handle:
     """One continuation on its way. Iterating over it gives its tokens as they come.
 
-    A Generator has no thread of its own: it works while somebody waits for one of its handles.
+    A Generator has no thread of its own: it works while somebody waits for one of its handles. Several threads may wait
+    for the same or for different handles, and cancel them; iterators are for one thread each.
 
     Attributes:
       sampling: how its tokens are chosen.
@@ -42,7 +45,13 @@ class Handle:
       error: what broke the run off, if anything did.
     """
 
-    def __init__(self, sampling: Sampling, drive: Callable[..., object], cancel: Callable[["Handle"], None]) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        drive: Callable[..., object],
+        cancel: Callable[["Handle"], None],
+        turns: Turns | None = None,
+    ) -> None:
         self.sampling = sampling
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -52,6 +61,7 @@ class Handle:
         self.num_certain = 0
         self._stops = stop_sequences(sampling.stop)
         self._drive, self._cancel = drive, cancel
+        self._turns = Turns() if turns is None else turns
 
     @property
     def done(self) -> bool:
@@ -65,26 +75,34 @@ class Handle:
           RuntimeError: the run was broken off by an error, which is its cause.
         """
         while not self.done:
-            self._drive()
+            with self._turns.take():
+                if not self.done:  # another thread may have brought it to its end meanwhile
+                    self._work()
         if self.finish_reason is None:
             raise RuntimeError("the run was broken off before this continuation was done") from self.error
         return Completion(self.tokens, self.logprobs, self.top_logprobs, self.finish_reason)
 
     def cancel(self) -> None:
         """Gives up what is not done yet; the tokens so far stay. A queued one is not begun."""
-        if not self.done:
-            self._cancel(self)
+        with self._turns.take():
+            if not self.done:
+                self._cancel(self)
 
     def __iter__(self) -> Iterator[int]:
-        seen = 0
-        while True:
-            while seen < self.num_certain:
-                yield self.tokens[seen]
-                seen += 1
-            if self.done:
-                self.result()  # raises what broke it off
-                return
-            self._drive(interval=1)
+        seen, done = 0, False
+        while not done:
+            with self._turns.take():
+                if seen == self.num_certain and not self.done:
+                    self._work(interval=1)
+                new, done = self.tokens[seen : self.num_certain], self.done
+            yield from new
+            seen += len(new)
+        self.result()  # raises what broke it off
+
+    def _work(self, **options: int) -> None:
+        """A round for all requests."""
+        if self._drive(**options) is False and not self.done:
+            self.error = RuntimeError("an interrupt lost the request")
 
     def extend(self, tokens: list[int], logprobs: list[float], top_logprobs: Sequence[TopLogprobs]) -> None:
         """For the scheduler: more tokens came."""

@@ -11,8 +11,8 @@ import pallas_attn as pa
 from pallas_attn_models.sampling import SamplingArrays
 
 # What a row is doing. Beyond RUNNING it is done, and this is why.
-FREE, READING, RUNNING, STOP, LENGTH, CAPACITY = range(6)
-FINISH_REASONS = {STOP: "stop", LENGTH: "length", CAPACITY: "capacity"}
+FREE, READING, RUNNING, STOP, LENGTH, CAPACITY, INVALID = range(7)
+FINISH_REASONS = {STOP: "stop", LENGTH: "length", CAPACITY: "capacity", INVALID: "invalid"}
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +66,7 @@ class Rows:
       length: int32 ``[B]``, how many these are. The last of a row that is running is not in its caches yet.
       counts: int32 ``[B, V]``, which tokens a row has had; see :func:`~pallas_attn_models.sampling.count_prompt`.
       matched: int32 ``[B]``, the new tokens at the end which are the stop sequence that ended the row.
+      alone: bool ``[B]``: with speculation, the row takes its next step without drafts.
       request: what they are asked for.
     """
 
@@ -74,6 +75,7 @@ class Rows:
     length: Array
     counts: Array
     matched: Array
+    alone: Array
     request: Request
 
     @property
@@ -203,5 +205,6 @@ def empty_rows(request: Request, max_length: int, vocab_size: int) -> Rows:
         length=zeros(),
         counts=jnp.zeros((batch_size, vocab_size), jnp.int32),
         matched=zeros(),
+        alone=jnp.zeros(batch_size, jnp.bool_),
         request=jax.tree.map(jnp.asarray, request),
     )

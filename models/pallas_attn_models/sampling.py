@@ -7,12 +7,14 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from pallas_attn_models.config import shown
 
 # One token, or tokens and sequences of tokens.
 Stop = int | Sequence[int | Sequence[int]]
@@ -40,7 +42,8 @@ class Sampling:
       presence_penalty, frequency_penalty: taken from the logit of a token that is among the row's new tokens, once, and
         as many times as it is there (as OpenAI's API defines them); 0 is off.
       logit_bias: added to the logits of these tokens.
-      forbidden_tokens: can never be drawn, whatever their bias.
+      forbidden_tokens: can never be drawn, whatever their bias. Where nothing else is left to draw, a row ends as
+        ``"invalid"``.
       min_new_tokens: how many tokens the result has at least: before, nothing ends the row but its cache.
       stop: one token, or tokens and sequences of tokens, which end the row where its new tokens end with one.
       top_logprobs: how many of the most likely tokens are reported with each new one.
@@ -71,7 +74,9 @@ class Sampling:
         _require_int("top_logprobs", self.top_logprobs, 0)
         _require_int("seed", self.seed, 0, SEEDS)
         _require("temperature", self.temperature, lambda x: x >= 0, "a finite number of at least 0")
-        _require("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
+        # A smaller top_p than float32 holds is 0 on the device, which leaves the likeliest token, as it should.
+        top_p = self.top_p if not _is_real(self.top_p) or not 0 < self.top_p < _TINY else _TINY
+        _require("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
         _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
         # What is smaller may count as 0 on the device, by which nothing can be divided.
         _require("repetition_penalty", self.repetition_penalty, lambda x: x >= _TINY, "a finite number above 0")
@@ -81,10 +86,10 @@ class Sampling:
             limit = f"at most max_new_tokens={self.max_new_tokens}"
             raise ValueError(f"min_new_tokens: expected {limit}, got {self.min_new_tokens}")
         if not isinstance(self.logit_bias, Mapping | None):
-            raise ValueError(f"logit_bias: expected a mapping from tokens to numbers, got {self.logit_bias!r}")
+            raise ValueError(f"logit_bias: expected a mapping from tokens to numbers, got {shown(self.logit_bias)}")
         for token, bias in (self.logit_bias or {}).items():
             _require_int("logit_bias", token, 0)
-            _require(f"logit_bias[{token}]", bias, lambda _: True, "a finite number (forbidden_tokens says never)")
+            _require(f"logit_bias[{int(token)}]", bias, lambda _: True, "a finite number (forbidden_tokens says never)")
         _require_tokens("forbidden_tokens", self.forbidden_tokens)
         stop_sequences(self.stop)
 
@@ -219,7 +224,7 @@ def stop_sequences(stop: Stop) -> tuple[tuple[int, ...], ...]:
     """
     entries: Any = [stop] if _is_int(stop) else stop
     if not _is_sequence(entries):
-        raise ValueError(f"stop: expected a token, or a sequence of tokens and sequences of tokens, got {stop!r}")
+        raise ValueError(f"stop: expected a token, or a sequence of tokens and sequences of tokens, got {shown(stop)}")
     sequences = []
     for index, entry in enumerate(entries):
         tokens = [entry] if _is_int(entry) else entry
@@ -255,6 +260,17 @@ def check_limits(sampling: Sampling, *, limits: Limits, vocab_size: int) -> None
         raise ValueError(f"top_logprobs: expected at most vocab_size={vocab_size}, got {sampling.top_logprobs}")
 
 
+def check_leaves_a_token(sampling: Sampling, *, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
+    """Raises ValueError where the settings alone exclude every token, or every first one."""
+    forbidden = {int(token) for token in sampling.forbidden_tokens}
+    if len(forbidden) >= vocab_size:
+        raise ValueError(f"forbidden_tokens: expected fewer than vocab_size={vocab_size}, got all")
+    ends = {*eos_token_ids, *(stop[0] for stop in stop_sequences(sampling.stop) if len(stop) == 1)}
+    if sampling.min_new_tokens and len(forbidden | ends) >= vocab_size:
+        wanted = "0 where every token is forbidden or ends the row"
+        raise ValueError(f"min_new_tokens: expected {wanted}, got {sampling.min_new_tokens}")
+
+
 def count_prompt(counts: Array, tokens: Array, real: Array) -> Array:
     """``counts`` after more tokens of the prompts.
 
@@ -288,12 +304,15 @@ class Drawn:
 
     Attributes:
       tokens: int32 ``[B]``.
+      valid: bool ``[B]``: whether there is a token to draw. If not, everything else that is said of the row means
+        nothing: its logits hold NaN or ``+inf``, or every token is excluded.
       logprobs: float32 ``[B]``.
       top_tokens, top_logprobs: int32 and float32 ``[B, limits.top_logprobs]``, the most likely tokens, best first;
         beyond what a row has asked for, -1 and ``-inf``.
     """
 
     tokens: Array
+    valid: Array
     logprobs: Array
     top_tokens: Array
     top_logprobs: Array
@@ -307,17 +326,18 @@ def sample(logits: Array, settings: SamplingArrays, counts: Array, step: Array) 
       settings: of the rows.
       counts: int32 ``[B, V]``, the tokens that the rows have had; see :func:`count_prompt`.
       step: int32 ``[B]``, the index of the token among the row's new tokens.
-
-    A row that is left with no token at all (every one forbidden, say) gets token 0.
     """
     processed = process(logits, settings, counts, step)
-    greedy = jnp.argmax(processed, axis=-1).astype(jnp.int32)
+    greedy = lax.argmax(processed, 1, jnp.int32)
     random = jnp.asarray(settings.temperature) > 0
     # Rows of either kind share a batch, but a batch that is all greedy does not draw.
     tokens = lax.cond(random.any(), lambda: jnp.where(random, _draw(processed, settings, step), greedy), lambda: greedy)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top_tokens, top_logprobs = _top(logprobs, settings)
-    return Drawn(tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], top_tokens, top_logprobs)
+    # Of the row's logits NaN counts as the largest. Some settings hide it, but not from the sum in logprobs.
+    largest, logprob = (jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] for x in (processed, logprobs))
+    valid = jnp.isfinite(largest) & ~jnp.isnan(logprob)
+    return Drawn(tokens, valid, logprob, top_tokens, top_logprobs)
 
 
 def process(logits: Array, settings: SamplingArrays, counts: Array, step: Array) -> Array:
@@ -325,7 +345,8 @@ def process(logits: Array, settings: SamplingArrays, counts: Array, step: Array)
 
     In the order of Hugging Face's transformers: bias and forbidden tokens, repetition penalty, presence and frequency
     penalty, minimum of new tokens; and where the temperature is not 0, temperature, top-k, top-p, min-p. Of random rows
-    the largest logit is 0. Arguments as of :func:`sample`. What no row asks for is not computed.
+    the largest logit is 0. Arguments as of :func:`sample`. What no row asks for is not computed. Biases and penalties
+    of any size leave finite logits finite.
     """
     vocab_size = logits.shape[-1]
     repeated = jnp.asarray(settings.repetition_penalty) != 1
@@ -341,17 +362,24 @@ def process(logits: Array, settings: SamplingArrays, counts: Array, step: Array)
 
 
 def _add_bias(logits: Array, settings: SamplingArrays) -> Array:
-    row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-    return logits.at[row, settings.bias_tokens].add(settings.bias, mode="drop")
+    row, bias = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None], jnp.asarray(settings.bias)
+    before = logits.at[row, settings.bias_tokens].get(mode="fill", fill_value=0)
+    after = jnp.where(jnp.isfinite(bias), bounded(before + bias, before), before + bias)
+    return logits.at[row, settings.bias_tokens].set(after, mode="drop")
 
 
 def _penalize(logits: Array, settings: SamplingArrays, counts: Array) -> Array:
     repetition = jnp.where(counts > 0, jnp.asarray(settings.repetition_penalty)[:, None], 1)
-    logits = jnp.where(logits < 0, logits * repetition, logits / repetition)
+    penalized = jnp.where(logits < 0, logits * repetition, logits / repetition)
     new = counts >> 1
     often = new.astype(jnp.float32) * jnp.asarray(settings.frequency_penalty)[:, None]
     once = jnp.where(new > 0, jnp.asarray(settings.presence_penalty)[:, None], 0)
-    return logits - often - once
+    return bounded(penalized - jnp.clip(often, -_HUGE, _HUGE) - once, logits)
+
+
+def bounded(logits: Array, before: Array) -> Array:
+    """``logits``, but the largest finite number in place of infinities where those ``before`` were finite."""
+    return jnp.where(jnp.isfinite(before), jnp.clip(logits, -_HUGE, _HUGE), logits)
 
 
 def _put_off_the_end(logits: Array, settings: SamplingArrays, step: Array) -> Array:
@@ -378,7 +406,7 @@ def _warp(logits: Array, settings: SamplingArrays) -> Array:
 def _top_k_top_p(logits: Array, settings: SamplingArrays) -> Array:
     """Which tokens top-k, and top-p after it, leave: bool ``[B, V]``, at least one per row."""
     batch_size, vocab_size = logits.shape
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    order = jnp.argsort(logits, axis=-1, descending=True, stable=True, dtype=jnp.int32)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
     rank = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     kept = rank < jnp.where(settings.top_k == 0, vocab_size, settings.top_k)[:, None]
@@ -393,8 +421,9 @@ def _top_k_top_p(logits: Array, settings: SamplingArrays) -> Array:
 
 def _draw(logits: Array, settings: SamplingArrays, step: Array) -> Array:
     """One random token per row, int32 ``[B]``; what it gives for a greedy row means nothing."""
-    draw = jax.vmap(lambda seed, step, row: jax.random.categorical(_key(seed, step), row))
-    return draw(settings.seed, step, logits).astype(jnp.int32)
+    noise = jax.vmap(lambda seed, step: jax.random.gumbel(_key(seed, step), logits.shape[1:], logits.dtype))
+    # As jax.random.categorical draws.
+    return lax.argmax(noise(settings.seed, step) + logits, 1, jnp.int32)
 
 
 def _key(seed: Array, step: Array) -> Array:
@@ -427,28 +456,38 @@ def _biases(sampling: Sampling) -> dict[int, float]:
     return {**(sampling.logit_bias or {}), **dict.fromkeys(sampling.forbidden_tokens, -math.inf)}
 
 
+def is_float32(value: Any) -> bool:
+    """Whether it is a number that float32 holds, though perhaps not exactly: neither as infinity nor, wrongly, as 0."""
+    return _is_real(value) and abs(value) <= _HUGE and (value == 0 or np.float32(value) != 0)
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_sequence(value: object) -> bool:
-    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes)
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0 and not isinstance(value, np.ma.MaskedArray)  # whose mask would be lost
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _require_int(name: str, value: Any, low: int, high: int = 2**31) -> None:
     if not _is_int(value) or not low <= int(value) < high:
-        raise ValueError(f"{name}: expected an int in [{int(low)}, {high}), got {value!r}")
+        raise ValueError(f"{name}: expected an int in [{int(low)}, {high}), got {shown(value)}")
 
 
 def _require(name: str, value: Any, holds: Any, expected: str) -> None:
     """A number that is finite, in float32 too, and for which the condition holds."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not abs(float(value)) <= _HUGE or not holds(value):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    if not is_float32(value) or not holds(value):
+        raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
 
 
 def _require_tokens(name: str, tokens: Any) -> None:
     if not _is_sequence(tokens):
-        raise ValueError(f"{name}: expected a sequence of tokens, got {tokens!r}")
+        raise ValueError(f"{name}: expected a sequence of tokens, got {shown(tokens)}")
     for token in tokens:
         _require_int(name, token, 0)

@@ -5,7 +5,7 @@ Reads downwards: a round is admit, read, decode.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -42,12 +42,13 @@ class Scheduler:
         self._active: list[Job] = []
         self._free_rows = list(range(engine.batch_size))
         self._to_release: list[int] = []  # rows that still hold what nobody waits for
+        self._given_up: collections.deque[Job] = collections.deque()
         self._pools = [_Pool.of(cache) for cache in engine.abstract_state().caches if cache.pages is not None]
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._queue or self._active or self._to_release)
+        return not (self._queue or self._active or self._to_release or self._given_up)
 
     @property
     def queue_full(self) -> bool:
@@ -60,12 +61,18 @@ class Scheduler:
         Raises:
           QueueFull: it has no place.
         """
+        self.sweep()
         if self.queue_full:
             raise QueueFull(f"max_queue: {self._max_queue} requests wait already; let some finish or cancel some")
         self._queue.append(job)
 
     def cancel(self, handle: Handle) -> None:
-        """Ends a continuation where it is. Its row is free at once, or when the prompt that it shares is read."""
+        """Ends a continuation where it is, unless it is done.
+
+        Its row is free at once, or when the prompt that it shares is read.
+        """
+        if handle.done:
+            return
         handle.finish("cancelled")
         for job in [*self._queue, *self._active]:
             if handle not in job.handles:
@@ -90,12 +97,31 @@ class Scheduler:
             self._active.remove(job)
             self._release([*job.rows, *job.partners])
 
+    def give_up(self, jobs: Sequence[Job]) -> None:
+        """Lets the next :meth:`sweep` end these requests.
+
+        It may be called at any time, even where the garbage collector has stopped a thread in the middle of another
+        method.
+        """
+        self._given_up.extend(jobs)
+
+    def sweep(self) -> None:
+        """Ends the requests that were given up, if they are not done."""
+        while self._given_up:
+            job = self._given_up[0]
+            for handle in job.handles:
+                self.cancel(handle)
+            if not job.done:
+                self.drop(job)
+            self._given_up.popleft()
+
     def step(self, num_steps: int = REPORT_WIDTH) -> None:
         """One round; each running row takes up to ``num_steps`` steps, but one if there are prompts to be read on.
 
         Raises what the executables raise. Requests that had rows are lost then; those in the queue are not.
         """
         try:
+            self.sweep()
             admitted = self._admit()
             self._read(admitted)
             running = any(not job.readings for job in self._active)

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.tuning import DECODE_QUERIES
-from pallas_attn_models.config import require_positive_int
+from pallas_attn_models.config import require_positive_int, shown
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import FREE, RUNNING, Rows, State
+from pallas_attn_models.rows import FREE, INVALID, RUNNING, Rows, State
 
 
 class Speculation(Protocol):
@@ -108,7 +108,7 @@ class PromptLookup:
         last = length[:, None] - 1
         agree = jnp.zeros(tokens.shape, jnp.int32)
         agrees = places < last
-        for back in range(self.ngram):
+        for back in range(min(self.ngram, tokens.shape[1])):  # no more tokens can agree
             newest = jnp.take_along_axis(tokens, jnp.maximum(last - back, 0), axis=1)
             earlier = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
             agrees = agrees & (earlier == newest) & (places >= back)
@@ -118,7 +118,7 @@ class PromptLookup:
         following = jnp.pad(tokens, ((0, 0), (0, 1)))[:, 1:]
         drafts = []
         for _ in range(self.num_candidates):
-            place = rank.argmax(1).astype(jnp.int32)[:, None]
+            place = lax.argmax(rank, 1, jnp.int32)[:, None]
             exists = jnp.take_along_axis(rank, place, axis=1) >= 0
             # What repeats itself is taken to go on doing so.
             period = jnp.maximum(last - place, 1)
@@ -159,7 +159,7 @@ class DraftModel:
     def draft(self, state: State, may: Array, feed: Feed) -> tuple[State, Array, Array]:
         rows = dataclasses.replace(state.rows, status=jnp.where(may, state.rows.status, FREE))
 
-        def another(_: Array, carry: tuple[State, Rows]) -> tuple[State, Rows]:
+        def another(carry: tuple[State, Rows], _: None) -> tuple[tuple[State, Rows], None]:
             state, rows = carry
             # The newest token, and the one before it where it is unread: the last of a draft that was right to the end.
             newest = rows.length[:, None] - 1
@@ -167,12 +167,28 @@ class DraftModel:
             unread = (pair >= state.caches[-1].lengths[:, None]) & (rows.status == RUNNING)[:, None]
             tokens = jnp.take_along_axis(rows.tokens, jnp.maximum(pair, 0), axis=1)
             state, logits = feed(tokens, jnp.where(unread, pair, -1), state)
-            return state, draw(rows, logits)[0]
+            return (state, draw(rows, logits)[0]), None
 
-        state, drawn = lax.fori_loop(0, self.length, another, (state, rows))
+        (state, drawn), _ = lax.scan(another, (state, rows), length=self.length)
         new = rows.length[:, None] + jnp.arange(self.length, dtype=jnp.int32)[None]
         drafts = jnp.take_along_axis(drawn.tokens, jnp.minimum(new, drawn.tokens.shape[1] - 1), axis=1)
-        return state, drafts[:, None], may
+        return state, drafts[:, None], may & (drawn.status != INVALID)
+
+
+def check_speculation(speculation: object) -> None:
+    """Raises an error that names the argument unless it is a :class:`Speculation`."""
+    parts = ("length", "num_candidates", "draft_model", "draft")
+    if isinstance(speculation, type) or not all(hasattr(speculation, name) for name in parts):
+        got = speculation.__name__ + " itself" if isinstance(speculation, type) else type(speculation).__name__
+        raise TypeError(f"speculation: expected a PromptLookup, a DraftModel or another Speculation, got {got}")
+    length, num_candidates, draft_model, draft = (getattr(speculation, name) for name in parts)
+    require_positive_int("speculation.length", length)
+    require_positive_int("speculation.num_candidates", num_candidates)
+    if not isinstance(draft_model, Decoder | None):
+        got = type(draft_model).__name__
+        raise TypeError(f"speculation.draft_model: expected a Decoder or None, got {got}")
+    if not callable(draft):
+        raise TypeError(f"speculation.draft: expected a method, got {type(draft).__name__}")
 
 
 def _check_sizes(length: int, num_candidates: int) -> None:
@@ -181,7 +197,8 @@ def _check_sizes(length: int, num_candidates: int) -> None:
     # More queries at once than that would not be decode any more.
     if length * num_candidates >= DECODE_QUERIES:
         wanted = f"at most {DECODE_QUERIES - 1} drafted tokens together"
-        raise ValueError(f"length, num_candidates: expected {wanted}, got {num_candidates} of {length}")
+        got = f"{shown(num_candidates)} of {shown(length)}"
+        raise ValueError(f"length, num_candidates: expected {wanted}, got {got}")
 
 
 def num_nodes(speculation: Speculation | None) -> int:
@@ -225,7 +242,7 @@ class Walk:
 
     def node(self, speculation: Speculation) -> Array:
         """int32 ``[B]``: the node whose logits the next token comes from."""
-        candidate = self.right.argmax(1).astype(jnp.int32)
+        candidate = lax.argmax(self.right, 1, jnp.int32)
         return jnp.where(self.depth == 0, 0, 1 + candidate * speculation.length + self.depth - 1)
 
     def after(self, drafts: Array, token: Array, running: Array) -> "Walk":
@@ -242,6 +259,6 @@ class Walk:
 
 
 def speculated_rows(rows: Rows, speculation: Speculation) -> Array:
-    """bool ``[B]``: running rows with room for a whole tree; of the two of a guided request, both or none."""
-    fits = (rows.status == RUNNING) & (rows.length - 1 + num_nodes(speculation) <= rows.tokens.shape[1])
+    """bool ``[B]``: running rows with room for a whole tree that may have drafts; of a guided pair, both or none."""
+    fits = (rows.status == RUNNING) & ~rows.alone & (rows.length - 1 + num_nodes(speculation) <= rows.tokens.shape[1])
     return (fits & fits[rows.request.partner])[rows.request.leader]

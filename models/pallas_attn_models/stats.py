@@ -37,7 +37,8 @@ class GenerationStats:
         in neither.
       compile_seconds: spent compiling in this run; 0 in every run of a Generator but its first.
       executables: how many the Generator has compiled in its life.
-      prefill_seconds, decode_seconds, kv_blocks_visited, kv_blocks_total, turns, drafted, accepted: see :class:`Spent`.
+      prefill_seconds, decode_seconds, kv_blocks_visited, kv_blocks_total, turns, drafted, accepted: see :class:`Spent`;
+        with what other requests took meanwhile.
     """
 
     prompt_tokens: int

@@ -16,7 +16,7 @@ from jax import Array, lax
 from pallas_attn.caches import rows as row_sets
 from pallas_attn_models.decoder import Decoder, DecoderOutput
 from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import CAPACITY, FREE, READING, RUNNING, Report, Rows, State, Work
+from pallas_attn_models.rows import CAPACITY, FREE, INVALID, READING, RUNNING, Report, Rows, State, Work
 from pallas_attn_models.sampling import Drawn, count_prompt, sample
 from pallas_attn_models.speculation import Speculation, Walk, ancestors, depths, speculated_rows
 
@@ -230,6 +230,10 @@ def _speculate(
     state, drafts, found = speculation.draft(state, speculated_rows(state.rows, speculation), _feed(forwards[-1]))
     forward, before = forwards[0], state.rows
     running, leader = before.status == RUNNING, before.request.leader
+    wanted = (len(running), speculation.num_candidates, speculation.length)
+    if (drafts.shape, drafts.dtype, found.shape, found.dtype) != (wanted, jnp.int32, running.shape, jnp.bool_):
+        got = f"{drafts.dtype} {list(drafts.shape)} and {found.dtype} {list(found.shape)}"
+        raise ValueError(f"speculation.draft: expected int32 {list(wanted)} and bool {list(running.shape)}, got {got}")
     # Rows of a guided pair check the same drafts.
     drafts, found = drafts[leader], found[leader] & running
 
@@ -253,6 +257,11 @@ def _speculate(
     start = Walk(jnp.int32(0), right, running & (state.rows.status == RUNNING)), state, report
     walk, state, report = lax.while_loop(lambda carry: carry[0].going.any(), deeper, start)
 
+    # Masked keys have probability 0, but 0 times NaN is NaN: a wrong draft may have spoiled what is right. The next
+    # step, without drafts, will tell.
+    doubtful = found & (state.rows.status == INVALID)
+    rows = dataclasses.replace(state.rows, status=jnp.where(doubtful, RUNNING, state.rows.status), alone=doubtful)
+    state = dataclasses.replace(state, rows=rows)
     new = state.rows.length - before.length
     caches = _kept(state.caches, speculation, walk, before.length - 1, jnp.where(running, new, 0), running)
     tally = state.tally.plus(
@@ -277,7 +286,7 @@ def _kept(caches: tuple, speculation: Speculation, walk: Walk, first: Array, new
     if speculation.num_candidates == 1:
         return tuple(cache.truncate(jnp.where(running, first + new, cache.lengths)) for cache in caches)
     path = jnp.arange(speculation.length + 1, dtype=jnp.int32)[None]
-    candidate = walk.right.argmax(1).astype(jnp.int32)[:, None]
+    candidate = lax.argmax(walk.right, 1, jnp.int32)[:, None]
     path = jnp.where(path == 0, 0, path + candidate * speculation.length)
     return tuple(cache.keep(jnp.where(running, first, cache.lengths), path, new) for cache in caches)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_attn_models.config import shown
 from pallas_attn_models.sampling import SamplingArrays
 
 
@@ -56,8 +57,9 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]):
-        if isinstance(strings, str) or not all(isinstance(one, str) and one for one in strings):
-            raise ValueError(f"strings: expected a sequence of strings that are not empty, got {strings!r}")
+        is_sequence = isinstance(strings, Sequence) and not isinstance(strings, str)
+        if not is_sequence or not all(isinstance(one, str) and one for one in strings):
+            raise ValueError(f"strings: expected a sequence of strings that are not empty, got {shown(strings)}")
         self.stopped = False
         self._strings = tuple(strings)
         self._held = ""

@@ -14,8 +14,7 @@ Reads downwards: model, curriculum, one step, training, evaluation, tokenizer, c
 
 import argparse
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,7 @@ from tokenizers.models import BPE
 
 import pallas_attn as pa
 from pallas_attn_models.checkpoint import save_hf
+from pallas_attn_models.checkpoint_files import writable_directory
 from pallas_attn_models.config import DecoderConfig, RopeConfig
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.generator import Generator
@@ -81,6 +81,9 @@ LOG_EVERY = 50
 EVALUATION_SEED = 1
 EVALUATION_ROWS = 25
 EVALUATION_CAPACITY = 512
+PROMPTS = 100  # of each task
+QUICK_STEPS, QUICK_PROMPTS = 8, 4
+TOKENIZER = "tokenizer.json"
 
 
 def new_model(seed: int, implementation: str | None = None) -> Decoder:
@@ -215,9 +218,10 @@ def loss_and_accuracy(model: Decoder, batch: Batch) -> tuple[Array, Array]:
     """
     hidden = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids, apply_head=False).hidden
     logits = model.logits(hidden)[:, :-1]
-    targets, weights = batch.tokens[:, 1:], batch.is_answer[:, 1:] / batch.is_answer[:, 1:].sum()
+    targets, is_answer = batch.tokens[:, 1:], batch.is_answer[:, 1:].astype(jnp.float32)
+    weights = is_answer / is_answer.sum()
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    return jnp.sum(losses * weights), jnp.sum((logits.argmax(-1) == targets) * weights)
+    return jnp.sum(losses * weights), jnp.sum((jax.lax.argmax(logits, 2, jnp.int32) == targets) * weights)
 
 
 @nnx.jit
@@ -292,25 +296,47 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def _between(low: int, high: int) -> Callable[[str], int]:
+    """For ``argparse``: an int in this range."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {value}")
+        return value
+
+    parse.__name__ = "int"
+    return parse
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, saves, evaluates and prints; see ``--help``."""
+    """Trains, saves, evaluates and prints; see ``--help``. Whether ``--out`` can be written is tried before all."""
     total = sum(phase.steps for phase in PHASES)
     parser = argparse.ArgumentParser(
         prog="python -m pallas_attn_models.train",
         description="Trains the small checkpoint that comes with the package.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="where all randomness comes from (default: 0)")
-    parser.add_argument("--steps", type=int, default=total, help=f"length of the whole curriculum (default: {total})")
-    parser.add_argument("--quick", action="store_true", help="8 steps and 4 prompts, to see that everything runs")
+    parser.add_argument("--out", required=True, help="directory for the checkpoint")
+    parser.add_argument("--seed", type=_between(0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
+    length = parser.add_mutually_exclusive_group()
+    steps = _between(len(PHASES), 2**31 - 1)
+    length.add_argument("--steps", type=steps, default=total, help=f"length of the whole curriculum (default: {total})")
+    quick = f"{QUICK_STEPS} steps and {QUICK_PROMPTS} prompts, to see that everything runs"
+    length.add_argument("--quick", action="store_true", help=quick)
     options = parser.parse_args(arguments)
+    try:
+        out = writable_directory("--out", options.out, TOKENIZER)  # now, not after hours
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
     console = Console()
-    phases = scaled(PHASES, 8 if options.quick else options.steps)
+    phases = scaled(PHASES, QUICK_STEPS if options.quick else options.steps)
     model = train(phases, options.seed, console)
-    save_hf(model, options.out)
-    byte_tokenizer().save(str(options.out / "tokenizer.json"))
-    console.print(evaluate(model, 4 if options.quick else 100))
+    save_hf(model, out)
+    unfinished = out / f".{TOKENIZER}"
+    byte_tokenizer().save(str(unfinished))
+    unfinished.replace(out / TOKENIZER)
+    console.print(evaluate(model, QUICK_PROMPTS if options.quick else PROMPTS))
 
 
 if __name__ == "__main__":

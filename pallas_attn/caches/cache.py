@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn import bits, masks
+from pallas_attn import bits, checks, masks
 from pallas_attn.caches import rows as row_sets
 from pallas_attn.caches.pages import Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
@@ -131,7 +131,7 @@ class KVCache:
           positions, rows: as :meth:`append` takes them; raises as it does.
         """
         rows = row_sets.check(rows, self.batch_size)
-        self._check_positions(positions, rows)
+        positions = self._check_positions(positions, rows)
         slots, lengths, lost = self.policy.place(self._slots_of(rows), positions >= 0)
         pages, sources = self.pages, None
         if pages is not None:
@@ -151,15 +151,11 @@ class KVCache:
           reservation: from :meth:`reserve` of this cache, or of another of the same policy, storage and capacity that
             holds the same tokens; with a policy whose heads choose by themselves that can only be this one.
         """
-        rows, positions, slots, lengths, lost, pages, sources = reservation
-        for name, x, buffer in (("key", key, self.key), ("value", value, self.value)):
-            expected = (*positions.shape, *buffer.shape[2:])
-            if not hasattr(x, "dtype"):
-                raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
-            if x.shape != expected:
-                raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
-            if not jnp.issubdtype(x.dtype, jnp.floating):
-                raise ValueError(f"{name}: expected floating point numbers, got {x.dtype}")
+        rows, positions, slots, lengths, lost, pages, sources = _check_reservation(reservation)
+        key, value = (
+            _check_tokens(name, x, (*positions.shape, *buffer.shape[2:]))
+            for name, x, buffer in (("key", key, self.key), ("value", value, self.value))
+        )
         encoded = self.storage.encode(key, self.dtype), self.storage.encode(value, self.dtype)
         after = dataclasses.replace(self, pages=pages)
         first, second = after._addresses(slots, rows)
@@ -190,7 +186,7 @@ class KVCache:
 
     def positions_with(self, reservation: Reservation) -> Array:
         """The same for tokens that have their slots already."""
-        rows, positions, slots, *_ = reservation
+        rows, positions, slots, *_ = _check_reservation(reservation)
         return at_slots(row_sets.take(self.positions, rows, -1), slots, _of_heads(positions, slots))
 
     def view(self, rows: Array | None = None) -> CacheView:
@@ -227,23 +223,25 @@ class KVCache:
         """
         rows = row_sets.check(rows, self.batch_size)
         expected = (self.batch_size if rows is None else rows.shape[0], self.key.shape[-2], self.capacity)
+        key_weights = checks.array("key_weights", key_weights)
         if key_weights.shape != expected or key_weights.dtype != jnp.float32:
             got = f"{key_weights.dtype} {list(key_weights.shape)}"
             raise ValueError(f"key_weights: expected float32 {list(expected)}, got {got}")
         # Slots are chosen by them, and have no derivative.
-        state = self.policy.observe(self._slots_of(rows), lax.stop_gradient(key_weights))
+        state = self.policy.observe(self._slots_of(rows), lax.stop_gradient(jnp.asarray(key_weights)))
         return dataclasses.replace(
             self, state={name: row_sets.put(x, rows, state[name]) for name, x in self.state.items()}
         )
 
-    def truncate(self, lengths: Array) -> "KVCache":
+    def truncate(self, lengths: jax.typing.ArrayLike) -> "KVCache":
         """Keeps at most each row's first ``lengths`` (int ``[B]``) tokens and takes the others back.
 
         Raises:
+          TypeError: what is not an array.
           NotImplementedError: the policy cannot, for it has dropped tokens in favour of those.
           ValueError: another shape or dtype.
         """
-        requested = self._check_rows("lengths", lengths, jnp.integer).astype(jnp.int32)
+        requested = self._check_integers("lengths", lengths)
         lengths = jnp.clip(requested, 0, self.lengths)
         kept, lost = self.policy.truncate(self._slots_of(None), lengths)
         overflowed = self.overflowed | (lost & (lengths < self.lengths))
@@ -269,17 +267,19 @@ class KVCache:
           count: int32 ``[B]``, how many of them are valid, the first.
 
         Raises:
+          TypeError: what is not an array.
           NotImplementedError: the policy does not hold tokens in order.
           ValueError: other shapes or dtypes. A row whose nodes had no room, or which has no page to write to, keeps
             what it can of the path and sets ``overflowed``.
         """
         if not self.policy.ordered:
             raise NotImplementedError(f"{type(self.policy).__name__} cannot keep a path: its slots are not in order")
-        first, count = (self._check_rows(name, x, jnp.integer) for name, x in (("first", first), ("count", count)))
-        path = jnp.asarray(path)
-        if path.ndim != 2 or path.shape[0] != self.batch_size or path.dtype != jnp.int32:
+        first, count = self._check_integers("first", first), self._check_integers("count", count)
+        path = checks.array("path", path)
+        if path.ndim != 2 or path.shape[0] != self.batch_size or not checks.is_integer(path):
             raise ValueError(f"path: expected int32 [{self.batch_size}, n], got {path.dtype} {list(path.shape)}")
-        first, count = jnp.clip(first.astype(jnp.int32), 0, self.lengths), count.astype(jnp.int32)
+        # No node is beyond the capacity; so no sum of 32 bits overflows.
+        first, path = jnp.clip(first, 0, self.lengths), jnp.minimum(checks.clipped(path), self.capacity)
         number = lax.broadcasted_iota(jnp.int32, path.shape, 1)
         sources, targets = first[:, None] + path, first[:, None] + number
         stored = (number < count[:, None]) & (sources < self.lengths[:, None])
@@ -318,8 +318,16 @@ class KVCache:
         return after._release()
 
     def reset(self, rows: Array) -> "KVCache":
-        """Empties the rows where ``rows`` (bool ``[B]``) is True. Another shape or dtype raises ValueError."""
-        rows = self._check_rows("rows", rows, jnp.bool_)
+        """Empties the rows where ``rows`` (bool ``[B]``) is True.
+
+        Raises:
+          TypeError: what is not an array.
+          ValueError: another shape or dtype.
+        """
+        rows = checks.array_or_list("rows", rows, "bool")
+        if rows.shape != (self.batch_size,) or rows.dtype != jnp.bool_:
+            raise ValueError(f"rows: expected bool of shape ({self.batch_size},), got {rows.dtype} {rows.shape}")
+        rows = jnp.asarray(rows)
         after = dataclasses.replace(
             self,
             positions=jnp.where(rows[:, None, None], -1, self.positions),
@@ -328,7 +336,7 @@ class KVCache:
         )
         return after._release()
 
-    def fork(self, sources: Array) -> "KVCache":
+    def fork(self, sources: jax.typing.ArrayLike) -> "KVCache":
         """Row b becomes what row ``sources[b]`` is: several continuations of one prompt, or of a prefix of it.
 
         With paged storage nothing is copied: rows share pages, until one writes to such a page. Together with
@@ -338,9 +346,10 @@ class KVCache:
           sources: int32 ``[B]``; ``arange(B)`` changes nothing. What is no row is taken as the nearest one.
 
         Raises:
+          TypeError: what is not an array.
           ValueError: another shape or dtype.
         """
-        sources = jnp.clip(self._check_rows("sources", sources, jnp.integer).astype(jnp.int32), 0, self.batch_size - 1)
+        sources = jnp.clip(self._check_integers("sources", sources), 0, self.batch_size - 1)
 
         key, value, pages = self.key, self.value, self.pages
         if pages is None:
@@ -371,18 +380,22 @@ class KVCache:
           count: int32 scalar; may be traced.
 
         Raises:
+          TypeError: what is not an array.
           ValueError: other shapes or dtypes.
         """
-        sources, targets = jnp.asarray(sources), jnp.asarray(targets)
+        sources, targets, count = (
+            checks.array_or_list(name, x, "integers")
+            for name, x in (("sources", sources), ("targets", targets), ("count", count))
+        )
         for name, x in (("sources", sources), ("targets", targets)):
-            if x.ndim != 1 or x.shape != sources.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+            if x.ndim != 1 or x.shape != sources.shape or not checks.is_integer(x):
                 raise ValueError(f"{name}: expected integers [n], got {x.dtype} {list(x.shape)}")
-        count = jnp.asarray(count)
-        if count.ndim or not jnp.issubdtype(count.dtype, jnp.integer):
+        if count.ndim or not checks.is_integer(count):
             raise ValueError(f"count: expected an integer, got {count.dtype} {list(count.shape)}")
+        sources, targets, count = map(checks.clipped, (sources, targets, count))
         exist = row_sets.exist(sources, self.batch_size) & row_sets.exist(targets, self.batch_size)
-        sources, targets = (jnp.where(exist, x, 0).astype(jnp.int32) for x in (sources, targets))
-        count = jnp.minimum(count.astype(jnp.int32), sources.shape[0])
+        sources, targets = (jnp.where(exist, x, 0) for x in (sources, targets))
+        count = jnp.minimum(count, sources.shape[0])
         after = self
         if self.pages is None:
             key, value = row_sets.copy((self.key, self.value), sources, targets, count)
@@ -412,21 +425,34 @@ class KVCache:
             return self
         return dataclasses.replace(self, pages=self.pages.release((self.positions >= 0).any(1)))
 
-    def _check_positions(self, positions: Array, rows: Array | None) -> None:
-        if not hasattr(positions, "dtype"):
-            raise TypeError(f"positions: expected an array, got {type(positions).__name__}")
+    def _check_positions(self, positions: Array, rows: Array | None) -> Array:
+        positions = checks.array("positions", positions)
         expected = self.batch_size if rows is None else rows.shape[0]
         if positions.ndim != 2 or positions.shape[0] != expected:
             raise ValueError(f"positions: expected shape ({expected}, t), got {positions.shape}")
-        if positions.dtype != jnp.int32:
-            raise ValueError(f"positions: expected int32, got {positions.dtype}")
+        return checks.positions("positions", positions, ranks=(2,))
 
-    def _check_rows(self, name: str, x: Array, kind) -> Array:
-        x = jnp.asarray(x)
-        if x.shape != (self.batch_size,) or not jnp.issubdtype(x.dtype, kind):
-            wanted = "bool" if kind is jnp.bool_ else "integers"
-            raise ValueError(f"{name}: expected {wanted} of shape ({self.batch_size},), got {x.dtype} {x.shape}")
-        return x
+    def _check_integers(self, name: str, x: jax.typing.ArrayLike) -> Array:
+        """One for each row. What 32 bits do not hold is beyond every length and row, as the nearest is that they do."""
+        x = checks.array_or_list(name, x, "integers")
+        if x.shape != (self.batch_size,) or not checks.is_integer(x):
+            raise ValueError(f"{name}: expected integers of shape ({self.batch_size},), got {x.dtype} {x.shape}")
+        return checks.clipped(x)
+
+
+def _check_reservation(reservation: Reservation) -> Reservation:
+    if not isinstance(reservation, Reservation):
+        raise TypeError(f"reservation: expected a pallas_attn.caches.Reservation, got {checks.describe(reservation)}")
+    return reservation
+
+
+def _check_tokens(name: str, x: Array, expected: tuple[int, ...]) -> Array:
+    x = checks.array(name, x)
+    if x.shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected floating point numbers, got {x.dtype}")
+    return checks.floats(name, x)
 
 
 def _of_heads(positions: Array, slots: Array) -> Array:
@@ -453,22 +479,19 @@ def init(
       kv_heads, head_dim, dtype: of keys and values; the quantised storages have a dtype of their own.
 
     Raises:
-      ValueError: a size below 1, or that policy or storage cannot work with, or a dtype that is not of floating point.
+      ValueError: a size below 1 or above 2^30, or that policy or storage cannot work with, or a dtype that is not of
+        floating point, or of more than 32 bits.
       TypeError: a policy or storage of another kind, or a size that is not an int.
     """
     policy, storage = Dense() if policy is None else policy, Plain() if storage is None else storage
     for name, value, kind in (("policy", policy, Policy), ("storage", storage, Storage)):
         if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected a pallas_attn.caches.{kind.__name__}, got {value!r}")
+            raise TypeError(f"{name}: expected a pallas_attn.caches.{kind.__name__}, got {checks.describe(value)}")
     sizes = {"batch_size": batch_size, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim}
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an int, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype: expected floating point numbers, got {dtype}")
+    batch_size, capacity, kv_heads, head_dim = (
+        checks.integer(name, size, least=1, most=checks.LONGEST_AXIS) for name, size in sizes.items()
+    )
+    dtype = checks.float_dtype("dtype", dtype)
     policy.check(capacity)
 
     rows, pages = (batch_size, capacity), None

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_attn import checks
 from pallas_attn.caches.policies import Policy, Slots, State, Tokens
 from pallas_attn.caches.storage import Stored, decode
 
@@ -37,13 +38,9 @@ class H2O(Policy):
     observes = True
 
     def __post_init__(self):
-        if isinstance(self.recent, bool) or not isinstance(self.recent, int):
-            raise TypeError(f"recent: expected an int, got {self.recent!r}")
-        if self.recent < 1:
-            raise ValueError(f"recent: expected at least 1, got {self.recent}")
+        object.__setattr__(self, "recent", checks.integer("recent", self.recent, least=1))
         for name in ("normalize", "value_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, checks.boolean(name, getattr(self, name)))
 
     def check(self, capacity: int) -> None:
         if capacity <= self.recent:
@@ -77,7 +74,7 @@ class H2O(Policy):
         if not self.normalize:
             return score
         newest = slots.positions.max(-1, keepdims=True)
-        return score / (newest - slots.positions + 1).astype(jnp.float32)
+        return score / ((newest - slots.positions).astype(jnp.float32) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +92,9 @@ class QHitter(H2O):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "balance", checks.number("balance", self.balance))
         if not 0 <= self.balance <= 1:
-            raise ValueError(f"balance: expected a number from 0 to 1, got {self.balance!r}")
+            raise ValueError(f"balance: expected a number from 0 to 1, got {self.balance}")
 
     def new_state(self, tokens: Tokens) -> State:
         error = _distance(tokens.key, tokens.stored_key) + _distance(tokens.value, tokens.stored_value)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn import masks
+from pallas_attn import checks, masks
 from pallas_attn.caches.rows import numbers as row_numbers
 from pallas_attn.caches.storage import Stored
 
@@ -173,11 +173,7 @@ class Window(Policy):
 
     def __post_init__(self):
         for name, least in (("size", 1), ("sinks", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+            object.__setattr__(self, name, checks.integer(name, getattr(self, name), least=least))
 
     @property
     def mask(self) -> masks.Mask:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, dtypes, lax
 
-from pallas_attn import bits
+from pallas_attn import bits, checks
 
 Tree = TypeVar("Tree")
 
@@ -18,10 +18,10 @@ def check(rows: Array | None, batch_size: int) -> Array | None:
     """The same rows; unused entries become ``batch_size``, where a negative one would count from the end."""
     if rows is None:
         return None
-    if not hasattr(rows, "dtype"):
-        raise TypeError(f"rows: expected an int32 array, got {type(rows).__name__}")
-    if rows.dtype != jnp.int32 or rows.ndim != 1 or rows.size == 0:
+    rows = checks.array("rows", rows, "an int32 array")
+    if not checks.is_integer(rows) or rows.ndim != 1 or rows.size == 0:
         raise ValueError(f"rows: expected int32 [R], R at least 1, got {rows.dtype} {list(rows.shape)}")
+    rows = checks.positions("rows", rows, ranks=(1,))
     return jnp.where(exist(rows, batch_size), rows, batch_size)
 
 

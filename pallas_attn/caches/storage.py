@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn import bits
+from pallas_attn import bits, checks
 from pallas_attn.quantized import QuantizedArray
 from pallas_attn.tuning import PAGE_MULTIPLE
 
@@ -58,6 +58,9 @@ class Int4(Storage):
 
     group: int = 32
 
+    def __post_init__(self):
+        object.__setattr__(self, "group", checks.integer("group", self.group, least=1, most=checks.LONGEST_AXIS))
+
     def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> QuantizedArray:
         return QuantizedArray.quantize(x, "int4", self.group)
 
@@ -77,16 +80,14 @@ class Paged(Storage):
     inner: Storage = Plain()
 
     def __post_init__(self):
-        for name in ("page_size", "num_pages"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
+        for name, least in (("page_size", 0), ("num_pages", 1)):
+            value = checks.integer(name, getattr(self, name), least=least, most=checks.LONGEST_AXIS)
+            object.__setattr__(self, name, value)
         if self.page_size < 1 or self.page_size % PAGE_MULTIPLE:
             raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE}, got {self.page_size}")
-        if self.num_pages < 1:
-            raise ValueError(f"num_pages: expected at least 1, got {self.num_pages}")
         if not isinstance(self.inner, Storage) or isinstance(self.inner, Paged):
-            raise TypeError(f"inner: expected a pallas_attn.caches.Storage that is not paged, got {self.inner!r}")
+            wanted = "a pallas_attn.caches.Storage that is not paged"
+            raise TypeError(f"inner: expected {wanted}, got {checks.describe(self.inner)}")
 
     def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Stored:
         return self.inner.encode(x, dtype)

@@ -138,7 +138,7 @@ def test_a_conversation_longer_than_the_cache(talk, terminal, capsys):
 
 def test_what_the_template_refuses_is_not_kept(talk):
     _, one, _, err = talk(["refuse", "a"], ["x"], terminal=True)
-    assert "error: chat template: this is refused" in err
+    assert "/tokenizer_config.json: chat template: this is refused" in err
     assert [message["content"] for message in one.messages] == ["a", "x"]
 
 
@@ -227,7 +227,7 @@ def test_generation_config_and_the_end_of_a_turn(run, checkpoint, tmp_path, monk
     defaults = {"do_sample": True, "temperature": 0.6, "top_k": 40, "eos_token_id": [7, 9]}
     (tmp_path / "generation_config.json").write_text(json.dumps(defaults))
     samplings = []
-    monkeypatch.setattr(chat.Chat, "run", lambda self: samplings.append(self._sampling))
+    monkeypatch.setattr(chat.Chat, "run", lambda self: samplings.append(self._sampling) or 0)
     code, _, err = run("", "--model", tmp_path, "--temperature", 0.2)
     assert code == 0
     assert "generation_config.json: temperature 0.6, top_k 40, end tokens 7 9" in err

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from pallas_attn_models import chat_template
 from pallas_attn_models.chat_template import ChatTemplate
 
 MESSAGES = [
@@ -39,13 +40,16 @@ TEMPLATES = {
 {% endfor %}
 {% if add_generation_prompt %}[ASSISTANT]{% endif %}
 """,
-    "tools, json, namespaces, undefined names": """\
+    "tools, json, namespaces, names that may be undefined": """\
 {% set ns = namespace(count=0) %}
 {% for message in messages %}
 {% set ns.count = ns.count + 1 %}
 {{ message | tojson }},{{ message | tojson(indent=2) }}
 {% endfor %}
-{{ ns.count }}{{ tools is none }}{{ documents is none }}{{ unk_token }}{{ custom is defined }}{{ nothing }}
+{{ ns.count }}{{ tools is none }}{{ documents is none }}{{ unk_token }}
+{{ custom is defined }}{{ nothing | default("-") }}
+{% if enable_thinking %}{{ enable_thinking }}{% endif %}{{ messages[0].name }}
+{% if messages | length > 9 %}{% set late = 1 %}{% endif %}{{ late }}
 """,
     "what the assistant says, marked": """\
 {% for message in messages %}
@@ -53,6 +57,24 @@ TEMPLATES = {
 {% else %}
 {{ message.content }}{% endif %}
 {% endfor %}
+""",
+    "macros, tests, filters": """\
+{%- macro said(message, mark="*") -%}
+{{ mark }}{{ caller() if caller else "" }}{{ message.content.split("?")[0].strip() | replace("e", "E") }}
+{%- endmacro %}
+{%- set users = messages | selectattr("role", "equalto", "user") | list %}
+{%- if not tools is defined %}{% set tools = none %}{% endif %}
+{%- for message in messages if message.role != "system" -%}
+{{ said(message) }}{{ said(message, mark=loop.index) }}{{ message == users[-1] }}{{ message.tool_calls is defined }}
+{%- call said(message) %}<{{ loop.last }}>{% endcall %}
+{%- endfor %}
+{{- messages[1:] | map(attribute="role") | join(",") ~ (tools or "no tools") }}
+{{- dict(a=1) | tojson(separators=(",", ":")) }}
+{{- {"b": "\u00e9<", "a": [1, none]} | tojson(sort_keys=true, ensure_ascii=true) | indent(2) }}{{ range(3) | list }}
+""",
+    "what is set in what the assistant says": """\
+{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{{ messages[0].content }}{% endgeneration %}{{ x }}
+{%- for a in [[1, [2]]] recursive %}{{ a is iterable }}{{ loop(a) if a is iterable and a is not string }}{% endfor %}
 """,
     "the date": "{{ strftime_now('%Y') | length }} {{ strftime_now('%d %b %Y') }}{{ messages[0].content }}",
 }
@@ -101,23 +123,116 @@ def test_a_file_of_its_own_comes_first(tmp_path):
     assert ChatTemplate.read(tmp_path).render(MESSAGES) == "from the file, <s>"
 
 
-def test_of_several_the_default(tmp_path):
-    save(tmp_path, [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ eos_token }}!"}])
-    assert ChatTemplate.read(tmp_path).render(MESSAGES) == "</s>!"
+@pytest.mark.parametrize(
+    ("configured", "files", "expected"),
+    [
+        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ eos_token }}!"}], {}, "</s>!"),
+        ({"tool_use": "t", "default": "d"}, {}, "d"),
+        ("config", {"chat_template.jinja": "file"}, "file"),
+        ("config", {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "t"}, "file"),
+        ("config", {"additional_chat_templates/default.jinja": "more"}, "more"),
+        ("config", {"chat_template.jinja": "f", "additional_chat_templates/default.jinja": "more"}, "more"),
+        ("config", {"additional_chat_templates/tool_use.jinja": "t"}, "expected one called 'default', got 'tool_use'"),
+        ("config", {"chat_template.jinja": "a\r\nb\rc\n"}, "a\nb\nc"),
+    ],
+    ids=str,
+)
+def test_of_several_the_one_that_transformers_takes(tmp_path, configured, files, expected):
+    save(tmp_path, configured)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode())
+    if "expected" in expected:
+        with pytest.raises(ValueError, match=expected):
+            ChatTemplate.read(tmp_path)
+        return
+    assert ChatTemplate.read(tmp_path).render(MESSAGES) == expected
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template(MESSAGES, tokenize=False) == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
+    save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes("\ufeff{{ bos_token }}\u00e9".encode("utf-8-sig")[3:])
+    assert ChatTemplate.read(tmp_path).render(MESSAGES) == "<s>\u00e9"
+
+
+# --- names that nobody defines ---
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "a\n{{ nobody }}",
+        "a\n{{ nobody ~ 'x' }}",
+        "a\n{{ 'x' + nobody }}",
+        "a\n{{ nobody | trim }}",
+        "a\n{{ ['x', nobody] | join }}",
+        "a\n{% for m in messages %}{{ nobody }}{% endfor %}",
+        "a\n{% macro f() %}{{ nobody }}{% endmacro %}{{ f() }}",
+        "a\n{{ 'x' if false else nobody }}",
+        "a\n{% set x = nobody %}{{ x }}",
+    ],
+)
+def test_a_name_that_nobody_defines_is_an_error_with_its_line(tmp_path, template):
+    """On purpose: transformers writes nothing there, and a prompt without its BOS looks like any other."""
+    save(tmp_path, template)
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: chat template, line 2: 'nobody' is undefined"):
+        ChatTemplate.read(tmp_path).render(MESSAGES)
+
+
+# --- hostile ones ---
+
+HOSTILE = {
+    "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+    "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+    "macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+    "loop without end": ("{% for a in [[1]] recursive %}{{ loop([a]) }}{% endfor %}", "calls itself without end"),
+    "brackets": ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}", "nested too deeply"),
+    "long product": ("{{ 'x' * 10**10 }}", "too much memory"),
+    "long product of a message": ("{{ messages[0].content * 10**10 }}", "too much memory"),
+    "long list": ("{{ [0] * 10**10 }}", "too much memory"),
+    "wide method": ("{{ messages[0].content.center(10**10) }}", "too much memory"),
+    "wide format": ("{{ '%10000000000d' % 1 }}", "too much memory"),
+    "wide format method": ("{{ '{:10000000000}'.format(1) }}", "too much memory"),
+    "wide format filter": ("{{ '%10000000000d' | format(1) }}", "too much memory"),
+    "wide join": ("{{ range(99999) | join('x' * 10**6) }}", "too much memory"),
+    "long output": ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "at most 16777216 characters"),
+    "wrong kinds": ("{{ [1, 'a'] | sort }}", "TypeError: "),
+    "unknown filter": ("{{ 1 | nothing }}", "No filter named 'nothing'"),
+    "another file": ("{% include '/etc/passwd' %}", "TypeError: no loader"),
+    "loops in loops": ("{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3, "more than 1 seconds"),
+    "doubling": (
+        "{% set ns = namespace(s='x') %}{% for i in range(64) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "too much memory|more than 1 seconds",
+    ),
+    "power": ("{% set n = messages | length + 9 %}{{ n ** (n ** n) }}", "more than 1 seconds"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_gets_bounded_time_and_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(chat_template, "_CPU_SECONDS", 1)
+    template, message = HOSTILE[name]
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"(?s)chat_template.jinja: chat template.*: .*({message})") as raised:
+        ChatTemplate.read(tmp_path).render(MESSAGES[1:2])
+    assert len(str(raised.value)) < 2000
 
 
 def test_a_template_cannot_leave_its_sandbox(tmp_path):
     save(tmp_path, "{{ messages.__class__.__mro__ }}")
-    with pytest.raises(ValueError, match="chat template: access to attribute '__class__'"):
+    with pytest.raises(ValueError, match="chat template, line 1: access to attribute '__class__'"):
         ChatTemplate.read(tmp_path).render(MESSAGES)
     save(tmp_path, "{{ messages.append(1) }}")
-    with pytest.raises(ValueError, match="chat template: "):
+    with pytest.raises(ValueError, match="chat template, line 1: "):
         ChatTemplate.read(tmp_path).render(MESSAGES)
 
 
 def test_what_a_template_refuses_is_said_in_its_words(tmp_path):
     save(tmp_path, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match=r"^chat template: roles must alternate$"):
+    with pytest.raises(ValueError, match=r"/tokenizer_config\.json: chat template: roles must alternate$"):
         ChatTemplate.read(tmp_path).render(MESSAGES)
 
 

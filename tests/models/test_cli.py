@@ -173,7 +173,10 @@ def test_doctor_reports_what_is_wrong(run, monkeypatch, wrong):
         (["generate", "--prompt", "a", "--prompts-file", "b"], "not allowed with argument"),
         (["generate", "--prompts-file", "nowhere.txt"], "nowhere.txt"),
         (["generate", "--model", "nowhere"], "--model: expected --prompt or --prompts-file with it, got neither"),
-        (["generate", "--model", "nowhere", "--prompt", "a"], "nowhere/config.json: expected a JSON file, found none"),
+        (
+            ["generate", "--model", "nowhere", "--prompt", "a"],
+            "--model: expected the directory of a checkpoint, got nowhere",
+        ),
         (["generate", "--prompt", "a", "--top-p", "2"], "top_p: expected a number in (0, 1], got 2.0"),
         (["generate", "--prompt", "a", "--seed", "-1"], "seed: expected an int in [0, 4294967296), got -1"),
         (["generate", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens: expected an int in [1, "),

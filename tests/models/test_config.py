@@ -1,13 +1,16 @@
 """DecoderConfig: every field of a config.json is used, known to be irrelevant, or refused by name."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from pallas_attn_models.config import IRRELEVANT, SUPPORTED, DecoderConfig, RopeConfig
+from pallas_attn_models.config import IRRELEVANT, SUPPORTED, DecoderConfig, RopeConfig, shown
+from pallas_attn_models.layers import inverse_frequencies
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -25,6 +28,13 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+def id_of(value) -> str:
+    """Short, and there for an int of any length."""
+    return shown(value, 12)
+
+
 LLAMA3_ROPE = RopeConfig(theta=500000.0, type="llama3", **LLAMA3_SCALING)
 
 
@@ -172,6 +182,181 @@ def test_a_known_field_with_another_value_is_refused(field, value):
 def test_wrong_values_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DecoderConfig.from_hf({**SMALL, **fields})
+
+
+FULL = DecoderConfig.from_hf(SMALL)
+WRONG_KINDS = [
+    None,
+    "7",
+    [7],
+    {"a": 7},
+    7j,
+    True,
+    False,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    10**400,
+    -(10**400),
+]
+FLOATS = ("rms_norm_eps",)
+ROPE_FLOATS = ("theta", "factor", "low_freq_factor", "high_freq_factor")
+SIZES = tuple(field.name for field in dataclasses.fields(DecoderConfig) if field.type is int)
+BEYOND_FLOAT32 = [1e-300, 1e-46, 1e-40, 5e-324, 1e39, 1e308, 2**128, 10**400]
+BEYOND_INT32 = [2**31, 2**32 + 1, 2**63, 2**64, 10**400, 10**5000]
+
+
+def test_the_tables_have_all_fields():
+    others = {"rope", "tie_word_embeddings", "eos_token_ids", "sliding_windows"}
+    assert {*FLOATS, *SIZES, *others} == {field.name for field in dataclasses.fields(DecoderConfig)}
+    others = {"type", "original_max_position_embeddings"}
+    assert {*ROPE_FLOATS, *others} == {field.name for field in dataclasses.fields(RopeConfig)}
+
+
+@pytest.mark.parametrize("value", [*WRONG_KINDS, 0, -1, 1.5, *BEYOND_INT32], ids=id_of)
+@pytest.mark.parametrize("field", SIZES)
+def test_a_size_is_a_positive_int_of_32_bits(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected an int of at (least|most) .*, got ") as error:
+        dataclasses.replace(FULL, **{field: value})
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("value", [*WRONG_KINDS, 0, 0.0, -1.0, *BEYOND_FLOAT32], ids=id_of)
+@pytest.mark.parametrize("field", FLOATS)
+def test_a_constant_is_a_positive_number_of_float32(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected a positive number") as error:
+        dataclasses.replace(FULL, **{field: value})
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("value", [*WRONG_KINDS, 0, 0.0, -1.0, *BEYOND_FLOAT32], ids=id_of)
+@pytest.mark.parametrize("field", ROPE_FLOATS)
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_rotary_settings_are_positive_numbers_of_float32(kind, field, value):
+    settings = {"linear": {"factor": 2.0}, "llama3": LLAMA3_SCALING}.get(kind, {})
+    with pytest.raises(ValueError, match=f"^rope {field}: expected a positive number"):
+        RopeConfig(**{**settings, "type": kind, field: value})
+
+
+@pytest.mark.parametrize("value", [*WRONG_KINDS, 0, -1, 1.5, *BEYOND_INT32], ids=id_of)
+def test_the_original_length_is_a_positive_int_of_32_bits(value):
+    with pytest.raises(
+        ValueError, match=r"^rope original_max_position_embeddings: expected an int of at (least|most) "
+    ):
+        dataclasses.replace(LLAMA3_ROPE, original_max_position_embeddings=value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("rope", value) for value in (None, "default", {"theta": 1e4}, RopeConfig)),
+        *(("tie_word_embeddings", value) for value in (None, 0, 1, "true", [])),
+        *(("eos_token_ids", value) for value in (None, 2, [2], (2.0,), (True,), (None,), (-1,), (96,), (2**32 + 2,))),
+        *(("eos_token_ids", value) for value in ((10**400,), ((2,),), "2")),
+        *(("sliding_windows", value) for value in (None, 8, [8, 8], (8,), (0, 8), (8.0, 8), (2**31, 8), ("8", None))),
+    ],
+    ids=id_of,
+)
+def test_other_fields_of_the_wrong_kind(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected "):
+        dataclasses.replace(FULL, **{field: value})
+
+
+@pytest.mark.parametrize("kind", [None, 3, ["linear"], {"type": "linear"}, "yarn", ("default",)])
+def test_a_rope_type_of_the_wrong_kind(kind):
+    with pytest.raises(ValueError, match=r"^rope type: expected one of "):
+        RopeConfig(type=kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "theta", "factor"), [("default", 1e-30, 1.0), ("linear", 1e4, 1e-30), ("linear", 1e-16, 1e-16)]
+)
+def test_angles_that_float32_cannot_hold(kind, theta, factor):
+    with pytest.raises(ValueError, match="rope theta, factor: expected angles that float32 can hold"):
+        RopeConfig(theta, kind, factor)
+
+
+def test_heads_together_are_a_size():
+    with pytest.raises(ValueError, match=r"num_heads \* head_dim: expected an int of at most 2147483647"):
+        dataclasses.replace(FULL, num_heads=2**16, num_kv_heads=1, head_dim=2**16)
+
+
+def test_extreme_numbers_that_fit_are_taken():
+    config = dataclasses.replace(FULL, rms_norm_eps=1.2e-38, vocab_size=2**31 - 1, rope=RopeConfig(theta=3e38))
+    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert np.isfinite(np.float32(inverse_frequencies(config.head_dim, config.rope))).all()
+
+
+# In config.json, every number can be anything that JSON can say; what Python's json reads of 1e999 is infinite.
+FROM_JSON = [
+    "1e-300",
+    "1e308",
+    "1e999",
+    "-1e999",
+    "NaN",
+    "1" + 400 * "0",
+    "true",
+    '"1"',
+    "[]",
+    "{}",
+    "0",
+    "-1",
+    "1e-45",
+]
+NUMBERS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope theta",
+    "eos_token_id": "eos_token_ids",
+}
+
+
+# A token of 0 and a list of tokens are right.
+RIGHT = {("eos_token_id", "0"), ("eos_token_id", "[]")}
+WRONG = [case for case in itertools.product(NUMBERS, FROM_JSON) if case not in RIGHT]
+
+
+@pytest.mark.parametrize(("field", "text"), WRONG, ids=id_of)
+def test_numbers_of_a_file_are_refused_by_the_name_of_their_field(field, text):
+    fields = json.loads(f'{{"{field}": {text}}}')
+    with pytest.raises(ValueError, match=f"^{NUMBERS[field]}: expected "):
+        DecoderConfig.from_hf({**SMALL, **fields})
+
+
+@pytest.mark.parametrize("text", FROM_JSON, ids=id_of)
+@pytest.mark.parametrize("field", LLAMA3_SCALING)
+def test_rotary_numbers_of_a_file_are_refused_by_the_name_of_their_field(field, text):
+    scaling = {**LLAMA3_SCALING, "rope_type": "llama3", field: json.loads(text)}
+    with pytest.raises(ValueError, match=f"^rope {field}: expected "):
+        DecoderConfig.from_hf({**SMALL, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", [[], "", 0, False, [1], "linear", True])
+def test_rotary_settings_are_an_object_or_nothing(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected an object, got {re.escape(repr(value))}"):
+        DecoderConfig.from_hf({**SMALL, field: value})
+
+
+@pytest.mark.parametrize("fields", [None, 3, "config.json", [("vocab_size", 3)], DecoderConfig])
+def test_what_is_no_mapping(fields):
+    with pytest.raises(TypeError, match=f"fields: expected the mapping .*, got {type(fields).__name__}"):
+        DecoderConfig.from_hf(fields)
+
+
+def test_long_values_and_many_fields_are_shown_in_part():
+    deep = json.loads("[" * 900 + "]" * 900)
+    for fields in ({"hidden_act": "x" * 10**6}, {"mlp_bias": deep}, {f"field{n}": n for n in range(10**4)}):
+        with pytest.raises(ValueError, match="expected") as error:
+            DecoderConfig.from_hf({**SMALL, **fields})
+        assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize("field", SMALL)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import sys
 from pathlib import Path
 
 import jax
@@ -324,7 +326,7 @@ def zeros(*shape: int) -> jax.Array:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": [[1.0]]}, r"tokens: expected int32 \[B, T\], .* got float32 \[1, 1\]"),
+        ({"tokens": [[1.0]]}, r"tokens: expected int32 \[B, T\], .* got float64 \[1, 1\]"),
         ({"tokens": zeros(4)}, r"tokens: .* got int32 \[4\]"),
         ({"tokens": zeros(2, 0)}, r"tokens: .* got int32 \[2, 0\]"),
         ({"positions": zeros(2, 3)}, r"positions: .* \[2\|1, 4\], got \[2, 3\]"),
@@ -351,6 +353,69 @@ def test_caches_that_do_not_fit_are_named(model):
 def test_a_dtype_that_activations_cannot_have():
     with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, got int32"):
         Decoder(SMALL, rngs=nnx.Rngs(0), dtype=jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind", "message"),
+    [
+        ("config", None, TypeError, "config: expected a DecoderConfig, got NoneType"),
+        ("config", {"vocab_size": 40}, TypeError, "config: expected a DecoderConfig, got dict"),
+        ("config", DecoderConfig, TypeError, "config: expected a DecoderConfig, got type"),
+        ("rngs", None, TypeError, r"rngs: expected an nnx\.Rngs, got NoneType"),
+        ("rngs", 0, TypeError, r"rngs: expected an nnx\.Rngs, got int"),
+        ("rngs", jax.random.key(0), TypeError, r"rngs: expected an nnx\.Rngs, got PRNGKeyArray"),
+        ("rngs", nnx.Rngs(dropout=0), ValueError, r"rngs: expected a stream 'params' or 'default', got \['dropout'\]"),
+        ("dtype", None, TypeError, "dtype: expected one of float32, bfloat16, float16, got None"),
+        ("dtype", "tf32", ValueError, "dtype: expected one of float32, bfloat16, float16, got 'tf32'"),
+        ("param_dtype", jnp.float64, ValueError, "param_dtype: expected one of .*, got float64"),
+        ("param_dtype", 16, TypeError, "param_dtype: expected one of .*, got 16"),
+        ("implementation", "cuda", ValueError, "implementation: expected one of .*, got 'cuda'"),
+        ("implementation", ["xla"], TypeError, "implementation: expected one of .*, got list"),
+        ("block_sizes", (64, 64), TypeError, "block_sizes: expected a BlockSizes or None, got tuple"),
+    ],
+)
+def test_wrong_kinds_of_objects_are_refused_at_once(option, value, kind, message):
+    arguments = {"config": SMALL, "rngs": nnx.Rngs(0), option: value}
+    with pytest.raises(kind, match=message):
+        Decoder(**arguments)
+
+
+def test_weights_are_drawn_with_the_keys_of_the_stream():
+    rngs, other = nnx.Rngs(7, params=3), nnx.Rngs(7, params=3)
+    models = [Decoder(SMALL, rngs=rngs) for _ in range(2)]
+    for model in models:
+        for kernel in (
+            model.embedding.table,
+            *(
+                linear.kernel
+                for layer in model.layers
+                for part in (layer.attention, layer.mlp)
+                for linear in vars(part).values()
+                if isinstance(linear, nnx.Linear)
+            ),
+            model.head.kernel,
+        ):
+            expected = nnx.initializers.normal(0.02)(other.params(), kernel.shape, kernel.dtype)
+            np.testing.assert_array_equal(kernel[...], expected)
+    assert rngs.params.count[...] == other.params.count[...] == 2 * (2 + 7 * SMALL.num_layers)
+    assert rngs.default.count[...] == 0
+
+
+def test_a_decoder_is_described_in_time_linear_in_its_layers():
+    """By the calls of Python functions, of which a busy machine makes no more."""
+
+    def calls(num_layers: int) -> int:
+        config, count = dataclasses.replace(SMALL, num_layers=num_layers), itertools.count()
+        sys.setprofile(lambda _, event, __: next(count) if event == "call" else None)
+        try:
+            nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        finally:
+            sys.setprofile(None)
+        return next(count)
+
+    calls(1)
+    one, few, many = calls(1), calls(11), calls(41)
+    assert many - one == pytest.approx(4 * (few - one), rel=0.05)
 
 
 def test_llama3_scaling_keeps_short_waves_stretches_long_ones_and_joins_smoothly():

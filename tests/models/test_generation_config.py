@@ -45,6 +45,12 @@ def test_as_an_instruct_model_is_published(read):
         ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.0, "top_k": 20}),
         ({"do_sample": True, "min_p": 0.1, "top_k": 5}, {"temperature": 1.0, "min_p": 0.1, "top_k": 5}),
         ({"repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}),
+        ({"do_sample": True, "top_k": -1}, {"temperature": 1.0, "top_k": 0}),
+        ({"do_sample": True, "top_k": 50.0}, {"temperature": 1.0, "top_k": 50}),
+        ({"do_sample": True, "top_p": 0}, {"temperature": 1.0, "top_p": 2.0**-126}),
+        ({"do_sample": True, "temperature": 0}, {"temperature": 0}),
+        ({"do_sample": None, "min_p": None}, {"temperature": 0.0}),
+        ({"do_sample": False, "top_p": 2, "min_p": -1, "temperature": -3, "top_k": -7}, {"temperature": 0.0}),
     ],
     ids=str,
 )
@@ -59,6 +65,21 @@ def test_one_end_token_and_what_has_no_counterpart(read):
     assert str(found).endswith("end tokens 2, not used: num_beams penalty_alpha")
 
 
+def test_what_asks_for_nothing_is_not_mentioned(read):
+    found = read({"typical_p": 1.0, "num_beams": 1, "early_stopping": False, "length_penalty": 1, "pad_token_id": -1})
+    assert found.unused == ()
+    assert read({"typical_p": 0.9, "early_stopping": True, "top_p": 7}).unused == (
+        "early_stopping",
+        "top_p",
+        "typical_p",
+    )
+
+
+def test_end_tokens_that_are_none(read):
+    assert read({"eos_token_id": [-1, 4]}).eos_token_ids == (4,)
+    assert read({"eos_token_id": None}).eos_token_ids == read({"eos_token_id": []}).eos_token_ids == ()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -67,6 +88,18 @@ def test_one_end_token_and_what_has_no_counterpart(read):
         ({"top_p": "0.9"}, "top_p: expected a number, got '0.9'"),
         ({"top_k": True}, "top_k: expected a number, got True"),
         ({"eos_token_id": ["a"]}, "eos_token_id: expected token ids, got"),
+        ({"eos_token_id": 2**31}, "eos_token_id: expected token ids, got"),
+        ({"eos_token_id": {}}, "eos_token_id: expected token ids, got"),
+        ({"do_sample": "true"}, "do_sample: expected true or false, got 'true'"),
+        ({"top_k": 10**400}, "top_k: expected a finite number that fits float32"),
+        ({"top_k": 2**31, "do_sample": True}, "top_k: expected an int in"),
+        ({"top_k": 50.5, "do_sample": True}, "top_k: expected an int in"),
+        ({"top_k": []}, r"top_k: expected a number, got \[\]"),
+        ('{"temperature": 1e400}', "temperature: expected a finite number that fits float32, got inf"),
+        ('{"temperature": NaN}', "temperature: expected a finite number that fits float32, got nan"),
+        ({"temperature": 1e39}, "temperature: expected a finite number that fits float32"),
+        ({"top_p": 1.5, "do_sample": True}, "generation_config.json: top_p: expected a number in"),
+        ({"repetition_penalty": -1}, "generation_config.json: repetition_penalty: expected a finite number above 0"),
     ],
     ids=str,
 )

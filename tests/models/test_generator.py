@@ -381,6 +381,19 @@ def test_prompts_that_do_not_fit(generator, prompts, error, message):
             ValueError,
             "guidance_scale: expected a finite number of at least 0, got -1",
         ),
+        *(
+            (
+                {"negative_prompts": [[1], [2]], "guidance_scale": scale},
+                ValueError,
+                "guidance_scale: expected a finite number of at least 0, got ",
+            )
+            for scale in (1e39, 10**400, 10**5000, 1e-50, float("nan"), float("inf"))
+        ),
+        (
+            {"num_samples": 10**400},
+            ValueError,
+            "num_samples: expected at most batch_size=3 rows for a prompt, got 1000",
+        ),
         ({"num_samples": 0}, ValueError, "num_samples: expected an int of at least 1, got 0"),
         ({"num_samples": 4}, ValueError, "num_samples: expected at most batch_size=3 rows for a prompt, got 4"),
         (
@@ -401,6 +414,18 @@ def test_sizes_that_do_not_fit(generator, name, size):
     sizes = {"batch_size": 1, "capacity": 8, "prefill_chunk": 4, name: size}
     with pytest.raises(ValueError, match=f"{name}: expected an int of at least 1, got {size}"):
         Generator(generator.model, **sizes)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "capacity", "max_length"])
+@pytest.mark.parametrize("size", [2**31, 10**400])
+def test_sizes_beyond_32_bits(generator, name, size):
+    with pytest.raises(ValueError, match=f"{name}: expected an int of at most 1073741824, got {str(size)[:60]}"):
+        Generator(generator.model, **{"batch_size": 1, "capacity": 8, name: size})
+
+
+def test_no_capacity_for_any_layer(generator):
+    with pytest.raises(ValueError, match="capacity: expected an int of at least 1, or one per layer, got none"):
+        Generator(generator.model, batch_size=1, capacity=[])
 
 
 def test_a_model_of_another_kind():

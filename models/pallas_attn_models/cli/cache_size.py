@@ -13,9 +13,8 @@ from rich.text import Text
 
 import pallas_attn as pa
 from pallas_attn_models import cache_options
-from pallas_attn_models.cli.loading import shipped_checkpoint
-from pallas_attn_models.cli.options import add_cache_options
-from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.cli.loading import read_config, shipped_checkpoint
+from pallas_attn_models.cli.options import add_cache_options, whole_number
 from pallas_attn_models.decoder import FLOAT_DTYPES
 from pallas_attn_models.layer_caches import init_caches
 
@@ -46,10 +45,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.set_defaults(command=run)
     parser.add_argument("--model", type=Path, metavar="DIR", help="with a config.json; default: what ships")
-    parser.add_argument("--capacity", type=int, required=True, metavar="N", help="slots of a row")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="rows; default %(default)s")
+    parser.add_argument("--capacity", type=whole_number, required=True, metavar="N", help="slots of a row")
+    parser.add_argument("--batch-size", type=whole_number, default=1, metavar="N", help="rows; default %(default)s")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help="default %(default)s")
-    parser.add_argument("--chunk", type=int, metavar="N", help="tokens of one call: windows need no more slots")
+    parser.add_argument(
+        "--chunk", type=whole_number, metavar="N", help="tokens of one call: windows need no more slots"
+    )
     add_cache_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -57,8 +58,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Prints the bytes of every kind of layer; the exit code."""
     policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)
-    path = (args.model or shipped_checkpoint()) / "config.json"
-    config = DecoderConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    config = read_config(args.model or shipped_checkpoint())
     sizes = {"batch_size": args.batch_size, "capacity": args.capacity, "dtype": args.dtype, "chunk": args.chunk}
 
     def caches(**kinds: Any) -> tuple[pa.caches.KVCache, ...]:

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from pallas_attn_models.chat_template import ChatTemplate
 from pallas_attn_models.cli import options
 from pallas_attn_models.cli.answer import Answer, follow
-from pallas_attn_models.cli.loading import load_model, load_tokenizer, make_generator, read_defaults
-from pallas_attn_models.cli.output import printable, status
+from pallas_attn_models.cli.loading import encode, end_tokens, load_model, load_tokenizer, make_generator, read_defaults
+from pallas_attn_models.cli.output import one_line, printable, status
 from pallas_attn_models.generator import Generator
 from pallas_attn_models.sampling import Sampling
 
@@ -48,28 +48,27 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     options.add_sampling_options(parser, max_new_tokens=_MAX_NEW_TOKENS, seed="of the first answer; default 0")
     cache = parser.add_argument_group("speed and memory")
     help = f"tokens that the cache holds; default {_CAPACITY}, or the model's context length if that is less"
-    cache.add_argument("--capacity", type=int, metavar="N", help=help)
+    cache.add_argument("--capacity", type=options.whole_number, metavar="N", help=help)
     options.add_cache_options(cache)
     options.add_speculation_option(cache)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers until there is no more to answer; the exit code."""
+    """Answers until there is no more to answer; the exit code: 1 if the logits of the model were no numbers."""
     defaults = read_defaults(args.model)
     sampling = options.sampling(args, defaults, seed=args.seed)
     template = ChatTemplate.read(args.model)
     tokenizer = load_tokenizer(args.model)
     # A model may be trained to end its turn with another token than config.json ends a text with.
     end = tokenizer.token_to_id(template.special_tokens.get("eos_token", ""))
-    if end is not None:
-        sampling = dataclasses.replace(sampling, stop=tuple({*defaults.eos_token_ids, end}))
     model = load_model(args, args.model)
+    stop = end_tokens(model, [*defaults.eos_token_ids, *([] if end is None else [end])])
+    sampling = dataclasses.replace(sampling, stop=stop)
     longest = model.config.max_position_embeddings
     capacity = min(_CAPACITY, longest) if args.capacity is None else args.capacity
     generator = make_generator(args, model, sampling, batch_size=1, capacity=capacity, max_length=longest)
     generator.warmup(lambda name: status(f"compiling {name}"))
-    Chat(generator, tokenizer, template, sampling, stop=args.stop, system=args.system).run()
-    return 0
+    return Chat(generator, tokenizer, template, sampling, stop=args.stop, system=args.system).run()
 
 
 class Chat:
@@ -104,52 +103,65 @@ class Chat:
         """Forgets the conversation, but not the system message."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Reads stdin to its end and answers on stdout.
+
+        Returns:
+          The exit code: 0, or 1 if an answer ended where the model's logits were no numbers.
 
         Raises:
           ValueError: a message that cannot be answered; on a terminal it is said, and the next is read.
         """
         interactive = sys.stdin.isatty()
+        code = 0
         for line in _lines(interactive):
             match line.strip():
                 case "":
                     pass
                 case "/exit":
-                    return
+                    break
                 case "/reset":
                     self.reset()
                     status("a new conversation")
                 case word if word.startswith("/") and " " not in word:
-                    status(f"{printable(word)}: expected a message, /reset or /exit")
+                    status(f"{word}: expected a message, /reset or /exit")
                 case message:
                     try:
-                        self.answer(message)
+                        code = code if self.answer(message) else 1
                     except ValueError as error:
                         if not interactive:
                             raise
-                        status(f"error: {error}")
+                        status(f"error: {one_line(str(error))}")
+        return code
 
-    def answer(self, message: str) -> None:
+    def answer(self, message: str) -> bool:
         """Adds a message to the conversation and the answer to it, which is printed as it comes.
+
+        Returns:
+          Whether there is one: the conversation stays as it was if the model's logits are no numbers.
 
         Raises:
           ValueError: the conversation would be longer than the cache, or the template refuses it; it stays as it was.
         """
         conversation = [*self.messages, {"role": "user", "content": message}]
         # The template has written the special tokens, the first one included.
-        tokens = self._tokenizer.encode(self._template.render(conversation), add_special_tokens=False).ids
+        text = self._template.render(conversation)
+        tokens = encode(self._template.path.parent, self._tokenizer, text, add_special_tokens=False)
         room = self._generator.max_length
         if len(tokens) >= room:
             way_out = "/reset begins a new one, and --capacity makes room"
             raise ValueError(f"the conversation has {len(tokens)} tokens and the cache holds {room}: {way_out}")
         text, reason = self._print_answer(tokens)
+        if reason == "invalid":
+            status("cut, as the model's logits are no numbers")
+            return False
         self.messages = [*conversation, {"role": "assistant", "content": text}]
         self._sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + 1) % 2**32)
         if reason == "length":
             status(f"cut after --max-new-tokens {self._sampling.max_new_tokens}")
         elif reason == "capacity":
             status(f"cut, as the cache holds {room} tokens: /reset begins a new conversation, --capacity makes room")
+        return True
 
     def _print_answer(self, tokens: list[int]) -> tuple[str, str]:
         """The text of the answer and why it ended."""
@@ -163,7 +175,11 @@ class Chat:
 
 def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
-        yield from sys.stdin
+        try:
+            for index, line in enumerate(sys.stdin):
+                yield line if index else line.removeprefix("\ufeff")  # the byte order mark of a file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"stdin: expected text in UTF-8, got: {error}") from error
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() a history and keys to move in it)

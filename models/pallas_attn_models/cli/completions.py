@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,25 @@ def print_table(completions: Sequence[Completion]) -> None:
 
 
 def to_json(model: Path, completions: Sequence[Completion], stats: GenerationStats, *, with_top: bool) -> str:
-    """One object for all; ``with_top``: with the likeliest tokens in the place of each."""
+    """One object for all; ``with_top``: with the likeliest tokens in the place of each. Null is what is no number."""
     rows = [dataclasses.asdict(one) for one in completions]
     if not with_top:
         for row in rows:
             del row["top_logprobs"]
     figures = {**dataclasses.asdict(stats), "tokens_per_second": stats.tokens_per_second}
-    return json.dumps({"model": str(model), "completions": rows, "stats": figures})
+    return json.dumps(_finite({"model": str(model), "completions": rows, "stats": figures}), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what is no number in JSON: NaN and infinities."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: _finite(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_finite(one) for one in value]
+    return value
 
 
 def figures(stats: GenerationStats) -> str:
@@ -72,7 +85,7 @@ def figures(stats: GenerationStats) -> str:
         f"new tokens {stats.new_tokens:,}",
         f"tokens/s {stats.tokens_per_second:,.0f}",
         f"executables compiled {stats.executables}",
-        f"KV blocks visited {visited:,} of {total:,} ({visited / total:.1%})",
+        f"KV blocks visited {visited:,} of {total:,} ({visited / max(total, 1):.1%})",
     ]
     if stats.drafted:
         share = stats.accepted / stats.drafted

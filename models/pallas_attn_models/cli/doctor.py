@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     versions = Table("package", "version")
     versions.add_row("python", platform.python_version())
     for package in ("pallas-attn", "jax", "jaxlib", "flax"):
-        versions.add_row(package, importlib.metadata.version(package))
+        versions.add_row(package, _version(package))
     console.print(versions)
 
     devices = Table("device", "platform")
@@ -61,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(name, "yes", Text(finding))
     console.print(table)
     return 0 if healthy else 1
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _self_check(implementation: str) -> tuple[bool, str]:
@@ -82,9 +89,9 @@ def _small_attention(implementation: str) -> jax.Array:
     positions = jnp.arange(53, dtype=jnp.int32)[None] - jnp.array([[0], [9]], jnp.int32)
     positions = jnp.maximum(positions, -1)
     out = pa.attention(
-        jax.random.normal(key_q, (2, 37, 4, 32)),
-        jax.random.normal(key_k, (2, 53, 2, 32)),
-        jax.random.normal(key_v, (2, 53, 2, 32)),
+        jax.random.normal(key_q, (2, 37, 4, 32), jnp.float32),
+        jax.random.normal(key_k, (2, 53, 2, 32), jnp.float32),
+        jax.random.normal(key_v, (2, 53, 2, 32), jnp.float32),
         pa.masks.causal(),
         q_positions=positions[:, -37:],
         kv_positions=positions,

@@ -20,11 +20,20 @@ from pallas_attn_models.cli.completions import (
     show_growing,
     to_json,
 )
-from pallas_attn_models.cli.loading import load_model, load_tokenizer, make_generator, read_defaults, shipped_checkpoint
+from pallas_attn_models.cli.loading import (
+    encode,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    make_generator,
+    read_defaults,
+    shipped_checkpoint,
+)
 from pallas_attn_models.cli.output import status
 from pallas_attn_models.generator import Generator
 from pallas_attn_models.sampling import Sampling
 from pallas_attn_models.stats import GenerationStats
+from pallas_attn_models.text_files import read_text
 
 _BATCH_SIZE = 8
 _CAPACITY = 1024
@@ -60,7 +69,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     given.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     given.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line; empty lines are skipped")
     help = "completions of each prompt; default %(default)s"
-    prompts.add_argument("--num-samples", type=int, default=1, metavar="N", help=help)
+    prompts.add_argument("--num-samples", type=options.whole_number, default=1, metavar="N", help=help)
     options.add_sampling_options(
         parser, max_new_tokens=_MAX_NEW_TOKENS, seed="of the first completion; the next has N + 1, ..."
     )
@@ -71,9 +80,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     guidance.add_argument("--negative-prompt", metavar="TEXT", help=help)
     shapes = parser.add_argument_group("speed and memory")
     help = f"rows of the cache; default {_BATCH_SIZE}, or more if the samples of a prompt need it"
-    shapes.add_argument("--batch-size", type=int, metavar="N", help=help)
+    shapes.add_argument("--batch-size", type=options.whole_number, metavar="N", help=help)
     help = f"tokens that the cache of a row holds; default {_CAPACITY}, or more if a prompt needs it"
-    shapes.add_argument("--capacity", type=int, metavar="N", help=help)
+    shapes.add_argument("--capacity", type=options.whole_number, metavar="N", help=help)
     options.add_cache_options(shapes)
     options.add_speculation_option(shapes)
     output = parser.add_argument_group("output")
@@ -82,7 +91,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     form.add_argument("--stream", action="store_true", help=help)
     form.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     help = "with --json: the N likeliest tokens in the place of each new one, with their log-probabilities"
-    output.add_argument("--logprobs", type=int, default=0, metavar="N", help=help)
+    output.add_argument("--logprobs", type=options.whole_number, default=0, metavar="N", help=help)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +114,7 @@ class _Requests:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Completes and prints; the exit code."""
+    """Completes and prints; the exit code: 1 if the logits of the model were no numbers."""
     _check(args)
     texts, right_answers = _read_prompts(args)
     directory = args.model or shipped_checkpoint()
@@ -119,8 +128,10 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, directory)
     tokenizer = load_tokenizer(directory)
 
-    prompts = [tokenizer.encode(text).ids for text in texts]
-    negative = None if args.negative_prompt is None else tokenizer.encode(args.negative_prompt).ids
+    stop = end_tokens(model, defaults.eos_token_ids)
+    samplings = [dataclasses.replace(sampling, stop=stop) for sampling in samplings]
+    prompts = [encode(directory, tokenizer, text) for text in texts]
+    negative = None if args.negative_prompt is None else encode(directory, tokenizer, args.negative_prompt)
     max_length = _default_capacity([*prompts, negative or []], args.max_new_tokens)
     capacity = max_length if args.capacity is None else args.capacity
     # All of them before anything is compiled, so that a mistake in the last does not cost the time of the others.
@@ -155,7 +166,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_table(completions)
         print(figures(stats))
-    return 0
+    invalid = sum(one.finish_reason == "invalid" for one in completions)
+    if invalid:
+        status(f"{invalid} of {len(completions)} completions ended where the model's logits were no numbers")
+    return 1 if invalid else 0
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -170,7 +184,7 @@ def _check(args: argparse.Namespace) -> None:
 def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str | None]]:
     """The prompts, and the right answer to each where it is known."""
     if args.prompts_file is not None:
-        prompts = [line for line in args.prompts_file.read_text(encoding="utf-8").split("\n") if line]
+        prompts = [line for line in read_text(args.prompts_file).split("\n") if line]
         if not prompts:
             raise ValueError(f"--prompts-file: expected a prompt per line, got none in {args.prompts_file}")
     elif args.prompt is not None:

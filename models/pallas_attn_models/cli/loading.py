@@ -1,7 +1,9 @@
 """From a directory and options to a Generator and a tokenizer."""
 
 import argparse
+import contextlib
 import importlib.resources
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,12 +12,18 @@ from tokenizers import Tokenizer
 
 from pallas_attn_models import cache_options
 from pallas_attn_models.checkpoint import load_hf
-from pallas_attn_models.cli.output import status
+from pallas_attn_models.checkpoint_files import CONFIG
+from pallas_attn_models.cli.output import quiet_failures, status
+from pallas_attn_models.config import DecoderConfig
 from pallas_attn_models.decoder import Decoder
 from pallas_attn_models.generation_config import GenerationDefaults
 from pallas_attn_models.generator import Generator
 from pallas_attn_models.sampling import Limits, Sampling, stop_sequences
 from pallas_attn_models.speculation import PromptLookup
+from pallas_attn_models.text_files import read_json
+from pallas_attn_models.tokenizer import encode as encode_text
+from pallas_attn_models.tokenizer import load_tokenizer as load_tokenizer
+from pallas_attn_models.tokenizer_config import TOKENIZER
 
 _PREFILL_CHUNK = 128
 _DRAFT_LENGTH = 8
@@ -28,6 +36,7 @@ def shipped_checkpoint() -> Path:
 
 def read_defaults(directory: Path) -> GenerationDefaults:
     """What the checkpoint asks for itself, said on the status line if it asks for anything."""
+    _check_directory(directory)
     defaults = GenerationDefaults.read(directory)
     if defaults.settings:
         status(str(defaults))
@@ -35,26 +44,58 @@ def read_defaults(directory: Path) -> GenerationDefaults:
 
 
 def load_model(args: argparse.Namespace, directory: Path) -> Decoder:
-    """The decoder of a directory, with the options of :func:`~pallas_attn_models.cli.options.add_model_options`."""
-    status(f"loading {directory}")
-    dtype = args.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
-    return load_hf(directory, jnp.dtype(dtype), implementation=args.implementation)
-
-
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a directory.
+    """The decoder of a directory, with the options of :func:`~pallas_attn_models.cli.options.add_model_options`.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: its file is not one of the tokenizers library.
+      NotImplementedError: ``--implementation`` cannot run here.
+      ValueError: the checkpoint cannot be loaded; names its file, or at least the directory.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the tokenizer of the model, found none")
+    status(f"loading {directory}")
+    dtype = args.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+    with _naming(directory):
+        return load_hf(directory, jnp.dtype(dtype), implementation=args.implementation)
+
+
+def read_config(directory: Path) -> DecoderConfig:
+    """The shape of the model of a directory; raises as :func:`load_model` does."""
+    _check_directory(directory)
+    fields = read_json(directory / CONFIG)
+    with _naming(directory / CONFIG):
+        return DecoderConfig.from_hf(fields)
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"--model: expected the directory of a checkpoint, got {directory}")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error that does not say where, says it: files may hold what nobody thought of."""
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more special
-        raise ValueError(f"{path}: expected a file of the tokenizers library, got: {error}") from error
+        yield
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if str(path) in str(error):
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{error}") from error
+
+
+def end_tokens(model: Decoder, tokens: Iterable[int]) -> tuple[int, ...]:
+    """Those that the model can draw; others, which end nothing, are said."""
+    tokens = [*dict.fromkeys(tokens)]
+    if unknown := [token for token in tokens if token >= model.config.vocab_size]:
+        size = model.config.vocab_size
+        status(f"end tokens {' '.join(map(str, unknown))} are not used: the model has {size} tokens")
+    return tuple(token for token in tokens if token < model.config.vocab_size)
+
+
+def encode(directory: Path, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a text; raises a ValueError with the tokenizer's file if it fails."""
+    with quiet_failures():
+        return encode_text(directory / TOKENIZER, tokenizer, text, add_special_tokens=add_special_tokens)
 
 
 def make_generator(

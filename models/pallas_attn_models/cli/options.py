@@ -14,6 +14,21 @@ _SETTINGS = (
 )
 
 
+def whole_number(text: str) -> int:
+    """The type of an option that counts something.
+
+    Raises:
+      argparse.ArgumentTypeError: it is no integer, or one that is no int32.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected an int below 2^31, got {text}")
+    return value
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Which model, and how it computes."""
     model = parser.add_argument_group("model")
@@ -34,10 +49,10 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int
         "sampling", "What is not given is what the model's generation_config.json says, or else the default."
     )
     help = f"default {max_new_tokens}"
-    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=help)
-    group.add_argument("--min-new-tokens", type=int, metavar="N", help="nothing ends a text before; default 0")
+    group.add_argument("--max-new-tokens", type=whole_number, default=max_new_tokens, metavar="N", help=help)
+    group.add_argument("--min-new-tokens", type=whole_number, metavar="N", help="nothing ends a text before; default 0")
     group.add_argument("--temperature", type=float, metavar="X", help="default 0: greedy")
-    group.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens; default 0: off")
+    group.add_argument("--top-k", type=whole_number, metavar="K", help="only the K likeliest tokens; default 0: off")
     group.add_argument("--top-p", type=float, metavar="P", help="only the likeliest, up to this much; default 1: off")
     help = "only tokens P times as likely as the likeliest; default 0: off"
     group.add_argument("--min-p", type=float, metavar="P", help=help)

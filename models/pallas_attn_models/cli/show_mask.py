@@ -9,6 +9,7 @@ import numpy as np
 import pallas_attn as pa
 from pallas_attn import tuning
 from pallas_attn_models import mask_expression
+from pallas_attn_models.cli.options import whole_number
 from pallas_attn_models.cli.output import status
 
 _HELP = f"""\
@@ -38,11 +39,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.set_defaults(command=run)
     parser.add_argument("mask", metavar="MASK", help="an expression, in quotes")
-    parser.add_argument("--q", type=int, required=True, metavar="N", help="queries")
-    parser.add_argument("--kv", type=int, metavar="N", help="keys, the last of which are the queries; default --q")
-    parser.add_argument("--left-pad", type=int, default=0, metavar="N", help="keys that are padding; default 0")
-    parser.add_argument("--block-q", type=int, metavar="N", help="queries per block; default: as the kernels here")
-    parser.add_argument("--block-kv", type=int, metavar="N", help="keys per block; default: as the kernels here")
+    parser.add_argument("--q", type=whole_number, required=True, metavar="N", help="queries")
+    parser.add_argument(
+        "--kv", type=whole_number, metavar="N", help="keys, the last of which are the queries; default --q"
+    )
+    parser.add_argument(
+        "--left-pad", type=whole_number, default=0, metavar="N", help="keys that are padding; default 0"
+    )
+    parser.add_argument(
+        "--block-q", type=whole_number, metavar="N", help="queries per block; default: as the kernels here"
+    )
+    parser.add_argument(
+        "--block-kv", type=whole_number, metavar="N", help="keys per block; default: as the kernels here"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw a .png or .svg instead of printing")
 
 

@@ -27,6 +27,22 @@ def exp2(x: Array) -> Array:
     return y
 
 
+def minus(x: Array, y: Array) -> Array:
+    """``x - y`` of float32 numbers, for kernels that are compiled: x is rounded first, though it be a product.
+
+    A compiler may fuse a product and a difference, and then does not round in between. ``.rn`` forbids that.
+    """
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    (difference,) = plgpu.elementwise_inline_asm(
+        "sub.rn.f32 $0, $1, $2;",
+        args=[jnp.broadcast_to(x, shape), jnp.broadcast_to(y, shape)],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return difference
+
+
 def anew(x: Array) -> Array:
     """The int32 number ``x``, of which the compiler does not know that it has it already; for compiled kernels."""
     (y,) = plgpu.elementwise_inline_asm(
