@@ -6,6 +6,7 @@ queries are the smaller part, the axis joins theirs: the queries of one element 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def _join(x: Array, is_batched: bool, size: int, batch: int) -> Array:
     return jnp.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
 
 
-def _join_shared(tree: BlockMask | tuple, batched, size: int, batch: int):
+def _join_shared(tree: Any, batched: Any, size: int, batch: int) -> Any:
     """The same for arrays ``[B|1, ...]`` of a pytree; what is shared by all stays so."""
 
     def join(x: Array, is_batched: bool) -> Array:

@@ -197,7 +197,7 @@ def _kernel(
     tile = (cut.q_block if queries > 1 else 1, cut.kv_block if keys > 1 else 1)
     acc = tiles.loop(0, visits, visit_block, jnp.zeros(tile if width is None else width, jnp.float32))
     if width is not None:
-        plgpu.store(out_ref.at[third, second, first, pl.Slice(np.int32(0), width)], acc)
+        plgpu.store(out_ref.at[third, second, first, tiles.known_slice(0, width)], acc)
     elif keys == 1:
         exists = first * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
         rows_at = pl.Slice(first * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(first, 1)
@@ -207,7 +207,7 @@ def _kernel(
             second * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len if queries > 1 else None
         )
         key_exists = first * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
-        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(np.int32(0), 1)
+        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else tiles.known_slice(0, 1)
         keys_at = pl.Slice(first * cut.kv_block, cut.kv_block)
         mask = tiles.outer(row_exists, key_exists, tile)
         plgpu.store(out_ref.at[third // heads, third % heads, rows_at, keys_at], acc, mask=mask)

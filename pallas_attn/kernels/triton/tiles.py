@@ -79,13 +79,18 @@ class Columns(NamedTuple):
         return _length(self.at)
 
 
+def known_slice(start: int, size: int) -> pl.Slice:
+    """A slice whose start is known: as int32, since the interpreter stores nothing at int64 under jax_enable_x64."""
+    int32: Any = np.int32(start)
+    return pl.Slice(int32, size)
+
+
 def columns(width: int, parts: int = 1) -> tuple[Columns, ...]:
     """The columns of an array, cut into equal parts."""
     size = width // parts
     tile = tile_width(size)
     exist = None if size == tile else jnp.arange(tile, dtype=jnp.int32) < size
-    # A store takes no plain int beside int32 in the interpreter under jax_enable_x64.
-    return tuple(Columns(pl.Slice(np.int32(part * size), tile), exist) for part in range(parts))
+    return tuple(Columns(known_slice(part * size, tile), exist) for part in range(parts))
 
 
 def outer(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> Array | None:

@@ -122,4 +122,8 @@ def backward(
 
 def _add_scores(program: Program, sums: Scores, tiles: Scores, start: Array) -> Scores:
     """Adds the gradients of one block's tiles to those of whole operands, and those of tables to each other."""
-    return pointwise.map_arrays(lambda x, tile: program.add_to_operand(x, start, tile), jnp.add, sums, tiles)
+
+    def add(x: Array, gradient: Array) -> Array:
+        return x + gradient.astype(jnp.float32)
+
+    return pointwise.map_arrays(lambda x, tile: program.add_to_operand(x, start, tile), add, sums, tiles)
