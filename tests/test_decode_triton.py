@@ -82,7 +82,7 @@ class Call:
             self.mask.build(pa.masks), jnp.asarray(self.q_positions), jnp.asarray(self.kv_positions), sizes
         )
         key, value = self.stored or (self.key, self.value)
-        scores = tuple(score.build(pa.scores) for score in self.scores)
+        scores = pa.scores.traced(tuple(score.build(pa.scores) for score in self.scores))
         options = {"scale": self.scale, "interpret": True, "page_table": self.page_table} | changes
         tensors = jax.tree.map(jnp.asarray, (self.query, key, value))
         results = function(*tensors, block_mask, scores, self.sinks, **options)
