@@ -407,11 +407,15 @@ REFUSED_SCORES = {
         *(lambda s, q, k, h, p: s * TABLE, ValueError),
         r"expected a floating-point logit for a pair, got an array of shape \(4,\)",
     ),
-    "a NumPy array": (lambda s, q, k, h, p: s * NUMPY[h], TypeError, "expected JAX arrays .* got a NumPy array"),
+    "a NumPy array": (lambda s, q, k, h, p: s * NUMPY[h], TypeError, "expected jax.numpy .* got a NumPy array"),
     "sorted rows": (lambda s, q, k, h, p: s + jnp.sort(TABLE + s)[k], NotImplementedError, "elementwise .* got sort"),
     "a loop": (
         *(lambda s, q, k, h, p: jax.lax.while_loop(lambda x: x < 9, lambda x: x * 2, s), NotImplementedError),
         "elementwise operations, .* got while",
+    ),
+    "a long loop": (
+        *(lambda s, q, k, h, p: jax.lax.fori_loop(0, 99, lambda i, x: jnp.sin(x), s), NotImplementedError),
+        "elementwise operations, .* got scan",
     ),
     "a long sum": (
         *(lambda s, q, k, h, p: s + (jnp.arange(200) * q).sum().astype(jnp.float32), NotImplementedError),
