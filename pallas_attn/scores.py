@@ -179,7 +179,8 @@ def custom(function: Callable[..., Any], params: Any = None) -> Score:
     ``lax.fori_loop`` of up to 64 known turns; rows of a table may be compared, multiplied and summed
     (``jnp.dot(a[q_position], b[kv_position])``), up to 128 numbers.
 
-    Where an index is out of bounds, JAX's rules hold. A position of -1 (padding) reaches the function, and its result
+    A few operations (``erf``, ``lgamma``, ``round``; functions with a ``jax.custom_vjp``) have no lowering to Triton:
+    the other implementations serve them. Where an index is out of bounds, JAX's rules hold. A position of -1 (padding) reaches the function, and its result
     does not count.
 
     Args:
