@@ -259,9 +259,12 @@ def attention(
         options["interpret"] = True
     if isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
         attend = without_derivative(paged_forward(functools.partial(module.forward, **options)), _NO_GRADIENT)
-        results = attend(page_table, query, key, value, block_mask, scores, sinks)
+        out, lse, *rest = attend(page_table, query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     elif name == "reference":
-        results = reference.forward(query, key, value, block_mask, scores, sinks, page_table=page_table, **options)
+        forward = functools.partial(reference.forward, page_table=page_table, **options)
+        out, lse, *rest = forward(query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     else:
         results = differentiable(module, name, **options)(page_table, query, key, value, block_mask, scores, sinks)
     out, lse, *rest = results
@@ -381,7 +384,7 @@ def _check_page_table(page_table: Array | None, query: Array, key: Keys) -> Arra
     page_table = checks.array("page_table", page_table, "an int32 array")
     batch, page = query.shape[0], key.shape[1]
     shape = tuple(page_table.shape)
-    if page_table.dtype != jnp.int32 or len(shape) != 2 or shape[0] != batch or shape[1] == 0:
+    if not checks.is_integer(page_table) or len(shape) != 2 or shape[0] != batch or shape[1] == 0:
         wanted = f"int32 [{batch}, S // {page}] (query's B, and the tokens of a page)"
         raise ValueError(f"page_table: expected {wanted}, got {page_table.dtype} {list(shape)}")
     if page % tuning.PAGE_MULTIPLE:
@@ -390,7 +393,7 @@ def _check_page_table(page_table: Array | None, query: Array, key: Keys) -> Arra
         )
     if shape[1] * page > checks.LONGEST_AXIS:
         raise ValueError(f"page_table: expected at most 2^30 keys in a row, got {shape[1]} pages of {page}")
-    return jnp.asarray(page_table)
+    return checks.positions("page_table", page_table, ranks=(2,))
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:

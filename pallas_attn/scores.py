@@ -233,7 +233,8 @@ def as_scores(scores: Score | Sequence[Score] | None) -> Scores:
     if scores is None:
         return ()
     listed = (scores,) if isinstance(scores, Score) else scores
-    strangers = [x for x in listed if not isinstance(x, Score)] if isinstance(listed, Sequence) else [scores]
+    is_listed = isinstance(listed, Sequence) and not isinstance(listed, str)
+    strangers = [x for x in listed if not isinstance(x, Score)] if is_listed else [scores]
     if strangers:
         got = checks.describe(strangers[0])
         raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {got}")

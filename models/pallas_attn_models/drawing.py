@@ -39,17 +39,15 @@ def draw(rows: Rows, logits: Array, live: Array | None = None) -> tuple[Rows, Ar
     )
     stop = matched(_tail(after, request.sampling.stop_tokens.shape[-1]), request.sampling, after.num_new)
     full = after.length >= max_length
-    status = jnp.select(
-        [
-            ~draws,
-            ~valid,
-            stop > 0,
-            after.num_new >= request.sampling.max_new_tokens,
-            (full | full[request.partner])[request.leader],
-        ],
-        [rows.status, jnp.int32(INVALID), jnp.int32(STOP), jnp.int32(LENGTH), jnp.int32(CAPACITY)],
-        jnp.int32(RUNNING),
-    )
+    status = jnp.full_like(rows.status, RUNNING)
+    for ends, why in (  # of several, the last
+        ((full | full[request.partner])[request.leader], CAPACITY),
+        (after.num_new >= request.sampling.max_new_tokens, LENGTH),
+        (stop > 0, STOP),
+        (~valid, INVALID),
+    ):
+        status = jnp.where(ends, why, status)
+    status = jnp.where(draws, status, rows.status)
     after = dataclasses.replace(after, status=status, matched=jnp.where(running, stop, rows.matched))
     return after, token, drawn
 

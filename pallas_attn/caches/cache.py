@@ -212,6 +212,8 @@ class KVCache:
     def observe(self, key_weights: Array, rows: Array | None = None) -> "KVCache":
         """Tells the policy what attention was paid to each slot; a policy that does not ask for it ignores it.
 
+        It is used to choose slots alone, so no gradient goes to it.
+
         Args:
           key_weights: float32 ``[R, K, capacity]``, as ``pa.attention(.., return_key_weights=True)`` gives them.
           rows: int32 ``[R]``, as :meth:`append` takes them; the others stay as they are.
@@ -274,9 +276,10 @@ class KVCache:
             raise NotImplementedError(f"{type(self.policy).__name__} cannot keep a path: its slots are not in order")
         first, count = self._check_integers("first", first), self._check_integers("count", count)
         path = checks.array("path", path)
-        if path.ndim != 2 or path.shape[0] != self.batch_size or path.dtype != jnp.int32:
+        if path.ndim != 2 or path.shape[0] != self.batch_size or not checks.is_integer(path):
             raise ValueError(f"path: expected int32 [{self.batch_size}, n], got {path.dtype} {list(path.shape)}")
-        first, path = jnp.clip(first, 0, self.lengths), jnp.asarray(path)
+        # No node is beyond the capacity; so no sum of 32 bits overflows.
+        first, path = jnp.clip(first, 0, self.lengths), jnp.minimum(checks.clipped(path), self.capacity)
         number = lax.broadcasted_iota(jnp.int32, path.shape, 1)
         sources, targets = first[:, None] + path, first[:, None] + number
         stored = (number < count[:, None]) & (sources < self.lengths[:, None])
@@ -427,9 +430,7 @@ class KVCache:
         expected = self.batch_size if rows is None else rows.shape[0]
         if positions.ndim != 2 or positions.shape[0] != expected:
             raise ValueError(f"positions: expected shape ({expected}, t), got {positions.shape}")
-        if positions.dtype != jnp.int32:
-            raise ValueError(f"positions: expected int32, got {positions.dtype}")
-        return jnp.asarray(positions)
+        return checks.positions("positions", positions, ranks=(2,))
 
     def _check_integers(self, name: str, x: jax.typing.ArrayLike) -> Array:
         """One for each row. What 32 bits do not hold is beyond every length and row, as the nearest is that they do."""

@@ -3,7 +3,7 @@
 ``None`` stands for all B rows in order, of which no copy is made.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ def check(rows: Array | None, batch_size: int) -> Array | None:
     if rows is None:
         return None
     rows = checks.array("rows", rows, "an int32 array")
-    if rows.dtype != jnp.int32 or rows.ndim != 1 or rows.size == 0:
+    if not checks.is_integer(rows) or rows.ndim != 1 or rows.size == 0:
         raise ValueError(f"rows: expected int32 [R], R at least 1, got {rows.dtype} {list(rows.shape)}")
-    rows = jnp.asarray(rows)
+    rows = checks.positions("rows", rows, ranks=(1,))
     return jnp.where(exist(rows, batch_size), rows, batch_size)
 
 
@@ -53,8 +53,8 @@ def copy(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
     In place where the arrays may be: rows that are not concerned are not touched.
     """
 
-    def by_turns(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
-        def copy_row(n: Array, x: Tree) -> Tree:
+    def by_turns(x: Any, sources: Array, targets: Array, count: Array) -> Any:
+        def copy_row(n: Array, x: Any) -> Any:
             source, target = sources[n], targets[n]
             return jax.tree.map(
                 lambda x: lax.dynamic_update_index_in_dim(

@@ -6,6 +6,7 @@ queries are the smaller part, the axis joins theirs: the queries of one element 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +31,18 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
         _check_size(size)
         arguments = (query, key, value, block_mask, scores, sinks)
-        everything = (True,) * (3 if return_key_weights else 2)
         can_fold = _can_fold(scores, batched[3]) and not any(jax.tree.leaves(batched[5]))
         in_a_row = can_fold and _shares_keys(batched, query, key, block_mask, scores)
         if not can_fold or (in_a_row and return_key_weights):  # which are summed over all queries in the row
-            return _one_by_one(call, batched, arguments), everything
+            return _all_batched(_one_by_one(call, batched, arguments))
         if in_a_row:
-            return _in_a_row(call, size, batched, *arguments), everything
+            return _all_batched(_in_a_row(call, size, batched, *arguments))
         batch = query.shape[0 + batched[0]]
         tensors = [_join(x, b, size, batch) for x, b in zip(arguments[:3], batched[:3], strict=True)]
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         scores = _join_shared(scores, batched[4], size, batch)
         results = call(*tensors, block_mask, scores, sinks)
-        return tuple(_split(x, size) for x in results), everything
+        return _all_batched(jax.tree.map(lambda x: _split(x, size), results))
 
     return call
 
@@ -65,21 +65,25 @@ def batched_backward(backward: Callable) -> Callable:
     def rule(size: int, batched, query, key, value, block_mask, scores, lse, delta, d_out):
         _check_size(size)
         arguments = (query, key, value, block_mask, scores, lse, delta, d_out)
-        everything = (True, True, True, jax.tree.map(lambda _: True, pointwise.floating(scores)))
         if not _can_fold(scores, batched[3]):
-            return _one_by_one(call, batched, arguments), everything
+            return _all_batched(_one_by_one(call, batched, arguments))
         batch = query.shape[0 + batched[0]]
         operands = (query, key, value, lse, delta, d_out), (*batched[:3], *batched[5:])
-        tensors = [_join(x, b, size, batch) for x, b in zip(*operands, strict=True)]
+        tensors = jax.tree.map(lambda x, b: _join(x, b, size, batch), *operands)
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
         whole = jax.tree.map(lambda x, b: _join(x, b, size, batch), scores, batched[4])
         *d_tensors, d_scores = call(*tensors[:3], block_mask, whole, *tensors[3:])
         d_scores = jax.tree.map(lambda x, n: _sum_rows(_split(x, size), n), d_scores, rows)
-        return (*(_split(x, size) for x in d_tensors), d_scores), everything
+        return _all_batched((*(_split(x, size) for x in d_tensors), d_scores))
 
     return call
+
+
+def _all_batched(results: tuple) -> tuple:
+    """What a rule returns: results that all have the new axis."""
+    return results, jax.tree.map(lambda _: True, results)
 
 
 def _can_fold(scores: Scores, batched: BlockMask) -> bool:
@@ -99,7 +103,7 @@ def _join(x: Array, is_batched: bool, size: int, batch: int) -> Array:
     return jnp.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
 
 
-def _join_shared(tree: BlockMask | tuple, batched, size: int, batch: int):
+def _join_shared(tree: Any, batched: Any, size: int, batch: int) -> Any:
     """The same for arrays ``[B|1, ...]`` of a pytree; what is shared by all stays so."""
 
     def join(x: Array, is_batched: bool) -> Array:
@@ -165,7 +169,7 @@ def _in_a_row(function: Callable, size: int, batched, query, key, value, block_m
     )
     scores = jax.tree.map(operand, scores, batched[4])
     out, lse = function(join_tokens(query, True, 1, 0), key, value, block_mask, scores, sinks)
-    return split(out, 1), split(lse, 2)
+    return split(out, 1), jax.tree.map(lambda x: split(x, 2), lse)
 
 
 def _one_by_one(function: Callable, batched: tuple, arguments: tuple):

@@ -1,6 +1,7 @@
 """Pallas kernels through the Triton lowering. Nothing outside this package depends on that lowering."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def forward(
     *,
     return_key_weights: bool = False,
     **options,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
     if block_mask.schedule is not None:
         inputs = query, key, value, block_mask, scores, sinks

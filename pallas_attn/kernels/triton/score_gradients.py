@@ -24,7 +24,7 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
 from pallas_attn.kernels.triton.tables import LookedUp, look_up, place_sums, width_of
-from pallas_attn.kernels.triton.tiles import LOG2_E, Columns
+from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.scores import Score, Scores, Traced
 from pallas_attn.tuning import BlockSizes
 
@@ -140,8 +140,9 @@ def _kernel(
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
         kv_at = _shared(refs.kv_positions, b, n, cut)
         kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_exists, -1)
-        lse = tiles.load(residuals.lse.at[b, n, at_q], row_exists, jnp.inf)
-        counts, real = (q_positions >= 0) & (lse != jnp.inf), kv_positions >= 0
+        peak = tiles.load(residuals.lse.peak.at[b, n, at_q], row_exists, jnp.inf)
+        log_total = tiles.load(residuals.lse.log_total.at[b, n, at_q], row_exists)
+        counts, real = (q_positions >= 0) & (peak != jnp.inf), kv_positions >= 0
         delta = tiles.load(residuals.delta.at[b, n, at_q], counts)[:, None]
 
         def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
@@ -159,7 +160,7 @@ def _kernel(
         mask = pointwise.map_operands(operand, refs.mask)
         allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :] & counts[:, None]
         scores = pointwise.map_operands(operand, refs.scores)
-        raw = jnp.where(allowed, cut.dot(q, k, (1, 1)) * cut.scale, 0.0)
+        raw = jnp.where(allowed, cut.logits(cut.dot(q, k, (1, 1))), 0.0)
         where = (q_positions[:, None], kv_positions[None, :], n, b)
 
         ready = look_up(_where_live(scores, allowed), raw, *where)
@@ -186,7 +187,7 @@ def _kernel(
             return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
 
         logits, derivative = jax.vjp(score, inputs)
-        p = jnp.where(allowed, cut.exp2(logits * LOG2_E - lse[:, None]), 0.0)
+        p = jnp.where(allowed, cut.probabilities(logits, peak[:, None], log_total[:, None]), 0.0)
         (gradient,) = derivative(p * (cut.dot(do, v, (1, 1)) - delta))
         if width is None:
             return gradient
@@ -196,7 +197,7 @@ def _kernel(
     tile = (cut.q_block if queries > 1 else 1, cut.kv_block if keys > 1 else 1)
     acc = tiles.loop(0, visits, visit_block, jnp.zeros(tile if width is None else width, jnp.float32))
     if width is not None:
-        plgpu.store(out_ref.at[third, second, first, pl.Slice(np.int32(0), width)], acc)
+        plgpu.store(out_ref.at[third, second, first, tiles.known_slice(0, width)], acc)
     elif keys == 1:
         exists = first * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
         rows_at = pl.Slice(first * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(first, 1)
@@ -206,7 +207,7 @@ def _kernel(
             second * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len if queries > 1 else None
         )
         key_exists = first * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
-        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(np.int32(0), 1)
+        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else tiles.known_slice(0, 1)
         keys_at = pl.Slice(first * cut.kv_block, cut.kv_block)
         mask = tiles.outer(row_exists, key_exists, tile)
         plgpu.store(out_ref.at[third // heads, third % heads, rows_at, keys_at], acc, mask=mask)

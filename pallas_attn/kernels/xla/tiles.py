@@ -20,6 +20,8 @@ from jax import Array, lax
 from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.xla import storage
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.scores import Scores
@@ -87,6 +89,10 @@ class Cut:
             head = tiles[:, :-1].reshape(self.batch, -1, *tiles.shape[3:])
             tiles = jnp.concatenate([head, tiles[:, -1, self.q_block - tail :]], axis=1)
         return tiles.reshape(self.batch, self.q_len, self.q_heads, *rest)
+
+    def join_lse(self, tiles: Lse) -> Lse:
+        """``[programs, heads, group, q_block]`` of all programs to ``[B, N, T]``."""
+        return jax.tree.map(lambda x: self.join_queries(x).swapaxes(1, 2), tiles)
 
 
 def as_it_is(keys: Array) -> Array:
@@ -198,15 +204,23 @@ class Program:
 
     def logits(self, q: Array, key: Stored, keys: "Keys", scale: float) -> Array:
         """``[heads, group, q_block, kv_block]``, scores applied, of float32 queries ``[heads, group * q_block, D]``."""
-        cut = self._cut
-        k = as_it_is(self.keys(key, keys.start, scale))
+        products = self.products(q, self.keys(key, keys.start, scale))
+        if not self._scores:
+            return products
+        return rounded(self.score(products, keys.positions, self.score_operands(keys.start)))
+
+    def products(self, q: Array, k: Array) -> Array:
+        """``[heads, group, q_block, kv_block]`` of ``[heads, group * q_block, D]`` and ``[heads, kv_block, D]``.
+
+        Both passes take their products from here, of the same factors: large ones must round to the same numbers.
+        """
+        cut, k = self._cut, as_it_is(k)
         # XLA on a CPU turns the right-hand side over: better the smaller one.
         if q.shape[1] < k.shape[1]:
             logits = jnp.einsum("hkd,hrd->hkr", k, q, precision=cut.precision).swapaxes(1, 2)
         else:
             logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=cut.precision)
-        logits = logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
-        return self.score(logits, keys.positions, self.score_operands(keys.start)) if self._scores else logits
+        return logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
 
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
         """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""

@@ -1,0 +1,103 @@
+"""The flag ``jax_enable_x64``: what a program computes in 64 bits, and whether it gives what it gives without the flag.
+
+    python -m tests.x64_check
+
+prints a digest of what :func:`everything` gives, in a process whose flags are those of its environment.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxprs_in_params
+
+import pallas_attn as pa
+from tests.attention_check import assert_same_bits
+
+
+def wide_equations(function: Callable, *arguments: Any) -> list[str]:
+    """The equations that give numbers of 64 bits, in what is traced of a function under the flag, and all within.
+
+    A Python number beside an array is a constant of 64 bits until it becomes one of the array's dtype; it is no
+    equation.
+    """
+    with jax.enable_x64(True):
+        # A function of its own: what was traced before is not looked at again.
+        traced = jax.make_jaxpr(lambda *arguments: function(*arguments))(*arguments)
+    return [str(equation) for equation in _equations(traced.jaxpr) if any(map(_is_wide, equation.outvars))]
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        within = [*jaxprs_in_params(equation.params)]
+        if equation.primitive.name == "pallas_call":
+            within += [block.index_map_jaxpr for block in equation.params["grid_mapping"].block_mappings]
+        for inner in within:
+            yield from _equations(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+
+
+def _is_wide(variable: Any) -> bool:
+    dtype = getattr(variable.aval, "dtype", None)
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):  # a key of random numbers
+        return False
+    return jnp.dtype(dtype).itemsize > 4
+
+
+def assert_same_with_the_flag(function: Callable, *arguments: Any) -> None:
+    """The same structure, dtypes and bits with the flag and without."""
+    without = function(*arguments)
+    with jax.enable_x64(True):
+        with_it = function(*arguments)
+    assert jax.tree.structure(with_it) == jax.tree.structure(without)
+    assert_same_bits(with_it, without)
+
+
+def normal(*shape: int) -> np.ndarray:
+    """Seeded by its shape."""
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def everything() -> Any:
+    """A little of everything that runs on a CPU, as users write it: dtypes of integers are those that JAX gives."""
+    query, key, value = normal(2, 21, 4, 16), normal(2, 37, 2, 16), normal(2, 37, 2, 16)
+    late = jnp.arange(16, 37)[None]
+    sizes = pa.BlockSizes(16, 16)
+    results = []
+    for options in ({"implementation": "reference"}, {"implementation": "xla"}, {"interpret": True}):
+        call = {"q_positions": late, "block_sizes": sizes, **options}
+
+        def loss(query, key, value, slopes, call=call):
+            scores = (pa.scores.softcap(5.0), pa.scores.alibi(slopes))
+            return pa.attention(query, key, value, pa.masks.sliding_window(9, 1), scores=scores, **call).sum()
+
+        results.append(jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, normal(4)))
+    block_mask = pa.BlockMask.from_mask(pa.masks.causal(), late[:, -1:], jnp.arange(37)[None], sizes)
+    cache = pa.caches.init(
+        pa.caches.Dense(),
+        pa.caches.Paged(16, 6, pa.caches.Int8()),
+        **{"batch_size": 2, "capacity": 48, "kv_heads": 2, "head_dim": 16, "dtype": jnp.float32},
+    )
+    cache = cache.append(key, value, jnp.broadcast_to(jnp.arange(37)[None], (2, 37)))
+    view = cache.view(jnp.arange(1)[None, 0])
+    one = pa.attention(
+        query[:1, :1], view.key, view.value, pa.masks.causal(),
+        q_positions=late[:, -1:], kv_positions=view.positions, page_table=view.page_table, return_key_weights=True,
+    )  # fmt: skip
+    return results, block_mask, pa.attention(query[:, :1], key, value, block_mask), cache, one
+
+
+def digest(x: Any) -> str:
+    """Of dtypes, shapes and bits."""
+    found = hashlib.sha256()
+    for leaf in map(np.asarray, jax.tree.leaves(x)):
+        found.update(f"{leaf.dtype} {leaf.shape}".encode())
+        found.update(leaf.tobytes())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    print(jnp.arange(1).dtype, digest(everything()))
