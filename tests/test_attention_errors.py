@@ -194,7 +194,6 @@ PAGED = {"query": array(B, T, N, D), "key": POOL, "value": POOL, "page_table": i
 BAD_PAGED_CALLS = {
     "page_table, a list": ({"page_table": [[0], [1]]}, TypeError, "page_table", "list"),
     "page_table, float32": ({"page_table": array(B, 3)}, ValueError, "page_table", "float32"),
-    "page_table, float32": ({"page_table": array(B, 3)}, ValueError, "page_table", "float32"),
     "page_table, rank 1": ({"page_table": int32(B)}, ValueError, "page_table", "int32 [2]"),
     "page_table, rank 3": ({"page_table": int32(B, 3, 1)}, ValueError, "page_table", "int32 [2, 3, 1]"),
     "page_table, one row": ({"page_table": int32(1, 3)}, ValueError, "page_table", "int32 [1, 3]"),
