@@ -11,6 +11,7 @@ import pallas_attn as pa
 from bench.machine_code import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton.decode import MERGE_SIZES
 from pallas_attn.kernels.triton.key_weights import LOGITS_SIZES
 from pallas_attn.kernels.triton.key_weights import sizes_of as key_weights_sizes
@@ -73,7 +74,7 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
         return kernels.backward(*inputs, scale=setting.head_dim**-0.5, block_sizes=sizes)
 
     tensors = _tensors(setting)
-    arguments = *tensors, mask, scores, _per_query(), _per_query(), tensors[0]
+    arguments = *tensors, mask, scores, _lse(), _per_query(), tensors[0]
     return lower_for_cuda(backward, *arguments, capability=setting.capability)
 
 
@@ -83,7 +84,7 @@ def _key_weights(setting: Setting, mask: pa.masks.Mask, scores: Scores):
         return kernels.key_weights(query, key, block_mask, scores, lse, scale=setting.head_dim**-0.5)
 
     query, key, _, *positions = _tensors(setting)
-    arguments = query, key, *positions, mask, scores, _per_query()
+    arguments = query, key, *positions, mask, scores, _lse()
     return lower_for_cuda(key_weights, *arguments, capability=setting.capability)
 
 
@@ -130,6 +131,11 @@ def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
 def _per_query() -> jax.ShapeDtypeStruct:
     """A number for every query and head."""
     return jax.ShapeDtypeStruct((_BATCH, _Q_HEADS, _LENGTH), jnp.float32)
+
+
+def _lse() -> Lse:
+    """What the forward pass left."""
+    return Lse(_per_query(), _per_query())
 
 
 def _default_sizes(kernel: tuning.Kernel) -> Callable[[int, str, int], pa.BlockSizes]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_attn import checks, masks, tuning
+from pallas_attn import checks, masks, pointwise, tuning
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels import reference, triton, xla
@@ -236,7 +236,7 @@ def attention(
     heads = (1, extents.kv_heads)
     q_positions = _check_positions(f"{of}q_positions", q_positions, extents.batch, extents.q_len, heads=())
     kv_positions = _check_positions(f"{of}kv_positions", kv_positions, extents.batch, extents.kv_len, heads=heads)
-    scores = _check_scores(score_algebra.as_scores(scores), extents)
+    scores = _check_scores(score_algebra.traced(score_algebra.as_scores(scores)), extents)
     sinks = _check_sinks(sinks, query)
     page = None if page_table is None else key.shape[1]
     name, block_sizes = _choose(
@@ -259,9 +259,12 @@ def attention(
         options["interpret"] = True
     if isinstance(key, QuantizedArray) or isinstance(value, QuantizedArray):
         attend = without_derivative(paged_forward(functools.partial(module.forward, **options)), _NO_GRADIENT)
-        results = attend(page_table, query, key, value, block_mask, scores, sinks)
+        out, lse, *rest = attend(page_table, query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     elif name == "reference":
-        results = reference.forward(query, key, value, block_mask, scores, sinks, page_table=page_table, **options)
+        forward = functools.partial(reference.forward, page_table=page_table, **options)
+        out, lse, *rest = forward(query, key, value, block_mask, scores, sinks)
+        results = out, lse.value, *rest
     else:
         results = differentiable(module, name, **options)(page_table, query, key, value, block_mask, scores, sinks)
     out, lse, *rest = results
@@ -422,7 +425,7 @@ def _check_mask(mask: masks.Mask, extents: _Extents) -> None:
 def _check_scores(scores: Scores, extents: _Extents) -> Scores:
     sizes = (extents.batch, extents.q_heads, extents.q_len, extents.kv_len)
     for score in scores:
-        for x in jax.tree.leaves(score) if score.aligned else ():
+        for x in pointwise.operands(score):
             if any(size not in (1, extent) for size, extent in zip(x.shape, sizes, strict=True)):
                 wanted = "[" + ", ".join(f"{extent}|1" for extent in sizes) + "]"
                 name = f"scores: {type(score).__name__.lower()}"

@@ -11,7 +11,7 @@ numbers that the integers stand for, and nobody looks at what it holds.
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +75,7 @@ def hold(x: Tree) -> Tree:
 
 def hold_with_derivatives(x: Tree) -> Tree:
     """The same tree with :class:`Bits` and their carriers for every array that :func:`integers` changes."""
-
-    def held(x: Array) -> Array | Bits:
-        return Bits(integers(lax.stop_gradient(x)), _to_carrier(x), x.dtype) if _is_converted(x) else x
-
-    return jax.tree.map(held, x)
+    return jax.tree.map(lambda x: _held(x) if _is_converted(x) else x, x)
 
 
 def floats(x: Tree) -> Tree:
@@ -97,8 +93,8 @@ def floats(x: Tree) -> Tree:
 def like(x: Tree, moved: Tree) -> Tree:
     """``moved``, what became of :func:`hold` of ``x``, in the form of ``x`` and with its carriers."""
 
-    def restored(x: Array | Bits, moved: Array | Bits) -> Array | Bits:
-        return dataclasses.replace(moved, carrier=x.carrier) if isinstance(x, Bits) else floats(moved)
+    def restored(x: Array | Bits, moved: Any) -> Array | Bits:
+        return Bits(moved.integers, x.carrier, x.dtype) if isinstance(x, Bits) else floats(moved)
 
     return jax.tree.map(restored, x, moved, is_leaf=is_held)
 
@@ -115,9 +111,9 @@ def move(function: Callable[..., Array], arrays: tuple[Array | Bits, ...], *indi
       NotImplementedError: a derivative is asked for, and the first array has none.
     """
     first = arrays[0]
-    if not is_held(first) and not _is_converted(first):
-        return function(*arrays, *indices)
     if not isinstance(first, Bits):
+        if not _is_converted(first):
+            return function(*arrays, *indices)
         return floats(move(function, hold_with_derivatives(arrays), *indices))
     if first.carrier is None:
         return Bits(function(*jax.tree.leaves(hold(arrays)), *indices), None, first.dtype)
@@ -131,14 +127,18 @@ def move(function: Callable[..., Array], arrays: tuple[Array | Bits, ...], *indi
     def derivative(primals, tangents):
         return carry(*primals), function(*tangents[0], *primals[1])
 
-    held = [x if isinstance(x, Bits) else hold_with_derivatives(x) for x in arrays]
-    moved = function(*(x.integers for x in held), *indices)
-    return Bits(moved, carry(tuple(x.carrier for x in held), indices), first.dtype)
+    held = [x if isinstance(x, Bits) else _held(x) for x in arrays]
+    carrier = carry(tuple(x.carrier for x in held), indices)
+    return Bits(function(*(x.integers for x in held), *indices), carrier, first.dtype)
 
 
 def is_held(x: object) -> bool:
     """Whether it is :class:`Bits`: a leaf of the trees here."""
     return isinstance(x, Bits)
+
+
+def _held(x: Array) -> Bits:
+    return Bits(integers(lax.stop_gradient(x)), _to_carrier(x), x.dtype)
 
 
 def _is_converted(x: Array) -> bool:

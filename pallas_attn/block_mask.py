@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_attn import checks, masks, tuning
+from pallas_attn import checks, masks, pointwise, tuning
 from pallas_attn.masks import Interval, Mask, operands, repeat_heads
 from pallas_attn.schedule import Schedule
 
@@ -258,9 +258,9 @@ def _classify(mask: Mask, q_positions: Array, kv_positions: Array, heads: int, q
             real = real & _repeat_to(kv_real, x)
         return _interval(x, real, q_block, kv_block)
 
-    intervals, q_tokens, kv_tokens = jax.tree.map(
+    intervals, q_tokens, kv_tokens = pointwise.map_operands(
         lambda x: repeat_heads(x, heads),
-        (jax.tree.map(interval, mask), _tokens(q, 2, q_block), _tokens(kv, 3, kv_block)),
+        (pointwise.map_operands(interval, mask), _tokens(q, 2, q_block), _tokens(kv, 3, kv_block)),
     )
     some, every = intervals.bounds(q_tokens.span, kv_tokens.span)
     # A block with any missing key is never full, so that the loop over full blocks needs no mask at all. Missing

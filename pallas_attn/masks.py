@@ -10,7 +10,8 @@ ever asked about positions >= 0.
 
 An array that a mask needs (its *operand*: prefix lengths, segment ids, a boolean array) is stored with rank 4, aligned
 with ``[B, M, T, S]``, with size 1 along every axis on which it does not depend. A kernel that works on a tile replaces
-each operand by its tile; ``bounds`` sees each operand replaced by its :class:`Interval` per block.
+each operand by its tile; ``bounds`` sees each operand replaced by its :class:`Interval` per block. What the function of
+:func:`custom` closes over has any shape, and kernels see it whole (:mod:`pallas_attn.pointwise`).
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_attn import checks, pytrees
+from pallas_attn import checks, pointwise, pytrees
 
 # An array, or, inside `bounds`, its Interval per block.
 Operand = Any
@@ -67,7 +68,7 @@ class Mask:
         kv = kv_positions[:, None, None, :] if kv_positions.ndim == 2 else kv_positions[:, :, None, :]
         mask = with_keys(self, kv.shape[-1])
         heads = max([kv.shape[1], *(operand.shape[1] for operand in operands(mask))])
-        mask, kv = jax.tree.map(lambda x: repeat_heads(x, heads), (mask, kv))
+        mask, kv = pointwise.map_operands(lambda x: repeat_heads(x, heads), (mask, kv))
         return mask.allowed(q, kv) & (q >= 0) & (kv >= 0)
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -87,17 +88,24 @@ class Mask:
 
 def operands(mask: Mask) -> list[Array]:
     """The arrays that a mask (or a composition of masks) needs, each ``[B|1, M|1, T|1, S|1]``, in a fixed order."""
-    return jax.tree.leaves(mask)
+    return pointwise.operands(mask)
 
 
 def with_keys(mask: Mask, kv_len: int) -> Mask:
-    """The same mask for S = ``kv_len`` keys: a tree, which is about keys and not positions, becomes a dense mask.
+    """The same mask for S = ``kv_len`` keys, ready for kernels.
+
+    A tree, which is about keys and not positions, becomes a dense mask, and a custom mask the program of its function.
 
     Raises:
       ValueError: a tree of more nodes than there are keys.
     """
-    is_tree = lambda x: isinstance(x, Tree)  # noqa: E731
-    return jax.tree.map(lambda x: x.as_dense(kv_len) if is_tree(x) else x, mask, is_leaf=is_tree)
+
+    def ready(x: Any) -> Any:
+        if isinstance(x, Tree):
+            return x.as_dense(kv_len)
+        return x.traced() if isinstance(x, Custom) else x
+
+    return jax.tree.map(ready, mask, is_leaf=lambda x: isinstance(x, Tree | Custom))
 
 
 def repeat_heads(x: Array, heads: int) -> Array:
@@ -258,7 +266,43 @@ class Custom(Mask):
     arrays: tuple[Operand, ...]
 
     def allowed(self, q, kv):
-        return self.function(q, kv, *self.arrays)
+        return self.traced().allowed(q, kv)
+
+    def bounds(self, q, kv):
+        return self.traced().bounds(q, kv)
+
+    def traced(self) -> "Traced":
+        """With what the function closes over now."""
+        program, tables = self._trace()
+        return Traced(self.arrays, tables(), program)
+
+    def check(self) -> None:
+        """Raises what is wrong with the function."""
+        self._trace()
+
+    def _trace(self) -> pointwise.Trace:
+        def relation(*arguments):
+            allowed = self.function(*arguments)
+            dtype = pointwise.check_number("custom: function", allowed, "a boolean")
+            if dtype != jnp.bool_:
+                raise TypeError(f"custom: function: expected a boolean, got {dtype}")
+            return allowed
+
+        dtypes = (jnp.int32, jnp.int32, *(x.dtype for x in self.arrays))
+        return pointwise.trace("custom: function", self.function, relation, dtypes)
+
+
+@_mask(data=("arrays", "tables"), static=("program",))
+class Traced(Mask):
+    """A custom mask as kernels evaluate it."""
+
+    arrays: tuple[Operand, ...]
+    tables: pointwise.Tables
+    program: pointwise.Program
+
+    def allowed(self, q, kv):
+        allowed = self.program.evaluate(self.tables, q, kv, *self.arrays)
+        return allowed if np.ndim(allowed) else jnp.full(jnp.broadcast_shapes(q.shape, kv.shape), allowed)
 
     def bounds(self, q, kv):
         # Nothing is known of the function: every block is partial.
@@ -414,20 +458,33 @@ def tree(ancestors: Array, start: Array | None = None) -> Mask:
     return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None], start)
 
 
-def custom(function: Callable[..., Array], *arrays: Array) -> Mask:
+def custom(function: Callable[..., Any], *arrays: Array) -> Mask:
     """Any elementwise relation: ``function(q_position, kv_position, *arrays) -> bool``.
 
     Nothing is known of its blocks, so alone it skips none: combine it by ``&`` with a mask that bounds it.
 
+    The function is written in JAX for a single query and key, as numbers: int32 positions, and the arrays' elements at
+    the place. It may close over arrays of any shape, as ``document[q_position] == document[kv_position]`` does; what
+    they hold when :func:`attention` is called, or a BlockMask made, counts. See :func:`pallas_attn.scores.custom` for
+    what may be done with them. What differs by head or by row of the batch is given by ``arrays``.
+
     Args:
-      function: written in JAX, traced into the kernels. It gets int32 positions and the arrays' elements at the place,
-        all broadcasting against each other. To compile once, pass the same function object in every call.
+      function: its result is a boolean. To compile once, pass the same function in every call, or one of the same
+        operations.
       *arrays: bool or integers ``[B|1, N|K|1, T|1, S|1]``. Integers become int32: those that it cannot hold are refused
         where their values are known, and stay as they are where they are being traced.
+
+    Raises:
+      TypeError: not a function; a result that is no boolean; a NumPy array in its closure that it indexes by an
+        argument. What the function itself raises passes through.
+      ValueError: a result that is an array; ``arrays`` of another dtype or rank.
+      NotImplementedError: a function that kernels cannot evaluate, on every implementation.
     """
     if not callable(function):
         raise TypeError(f"custom: function: expected a callable, got {type(function).__name__}")
-    return Custom(function, tuple(_bools_or_integers("custom: arrays", x, rank=4) for x in arrays))
+    mask = Custom(function, tuple(_bools_or_integers("custom: arrays", x, rank=4) for x in arrays))
+    mask.check()
+    return mask
 
 
 def _integers(name: str, value: Any, *, rank: int) -> Array:

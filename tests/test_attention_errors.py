@@ -324,7 +324,7 @@ def test_a_quantised_call_has_no_gradient_and_says_so(name, implementation):
         with refused:
             jax.make_jaxpr(jax.grad(wrap(loss)))(floats)
     with refused:
-        jax.make_jaxpr(lambda floats: jax.jvp(loss, (floats,), (floats,)))(floats)
+        jax.jit(jax.jacfwd(loss)).lower(floats)
     for stopped in (
         lambda x: x[0].sum() + jax.lax.stop_gradient(loss(x)),
         lambda x: x[0].sum() + loss(jax.lax.stop_gradient(x)),

@@ -7,6 +7,7 @@ import pytest
 import pallas_attn as pa
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.lse import Lse
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
 
@@ -37,10 +38,20 @@ def _compiled(head_dim, capability, name, scores):
     def tokens(heads):
         return jax.ShapeDtypeStruct((B, LENGTH, heads, head_dim), jnp.bfloat16)
 
-    rows = jax.ShapeDtypeStruct((B, N, LENGTH), jnp.float32)
+    row = jax.ShapeDtypeStruct((B, N, LENGTH), jnp.float32)
     places = jax.ShapeDtypeStruct((B, LENGTH), jnp.int32)
     lowered = lower_for_cuda(
-        backward, tokens(N), tokens(K), tokens(K), places, places, scores, rows, rows, tokens(N), capability=capability
+        backward,
+        tokens(N),
+        tokens(K),
+        tokens(K),
+        places,
+        places,
+        scores,
+        Lse(row, row),
+        row,
+        tokens(N),
+        capability=capability,
     )
     (kernel,) = compile_kernels(lowered, capability, name=name)
     return kernel

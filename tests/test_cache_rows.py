@@ -186,7 +186,7 @@ BAD = {
     "rows, a list": (
         lambda: empty().append(KEY, KEY, NEW, [3, 1]),
         TypeError,
-        "rows: expected an int32 array, got list",
+        r"rows: expected an int32 array \(NumPy or JAX\), got list",
     ),
     "rows, bool": (
         lambda: empty().positions_after(NEW, ROWS == 1),

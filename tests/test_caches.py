@@ -291,7 +291,7 @@ BAD_INPUT = {
     "capacity, bool": (lambda: empty(capacity=True), TypeError, "capacity", "True"),
     "policy, a string": (lambda: empty(policy="dense"), TypeError, "policy", "'dense'"),
     "policy, a class": (lambda: empty(policy=pa.caches.Dense), TypeError, "policy", "Dense"),
-    "policy, a storage": (lambda: empty(policy=pa.caches.Plain()), TypeError, "policy", "Plain()"),
+    "policy, a storage": (lambda: empty(policy=pa.caches.Plain()), TypeError, "policy", "Plain"),
     "storage, a string": (lambda: empty(storage="int8"), TypeError, "storage", "'int8'"),
     "dtype, int32": (lambda: empty(dtype=jnp.int32), ValueError, "dtype", "int32"),
     "key, another batch": (lambda: CACHE.append(KEY[:1], VALUE, NEW), ValueError, "key", "(1, 4, 2, 4)"),

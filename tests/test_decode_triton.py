@@ -12,6 +12,7 @@ import pytest
 
 import pallas_attn as pa
 from pallas_attn.kernels import triton
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton.key_weights import weights_of_logits
 from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.specs import Cut
@@ -83,9 +84,10 @@ class Call:
         key, value = self.stored or (self.key, self.value)
         scores = tuple(score.build(pa.scores) for score in self.scores)
         options = {"scale": self.scale, "interpret": True, "page_table": self.page_table} | changes
+        tensors = jax.tree.map(jnp.asarray, (self.query, key, value))
+        results = function(*tensors, block_mask, scores, self.sinks, **options)
         return jax.tree.map(
-            np.asarray,
-            function(*jax.tree.map(jnp.asarray, (self.query, key, value)), block_mask, scores, self.sinks, **options),
+            lambda x: np.asarray(x.value if isinstance(x, Lse) else x), results, is_leaf=lambda x: isinstance(x, Lse)
         )
 
     @property
@@ -243,10 +245,10 @@ def test_logits_that_nobody_wrote_do_not_matter():
     )
     written = np.repeat(block_mask.bitmap() > 0, 16, axis=-1)  # [B, 1, 1, S]
     assert 0 < written.mean() < 1
-    cut = Cut.of(jnp.asarray(call.query), jnp.asarray(call.value), block_mask, call.scale, True)
+    cut = Cut.of(jnp.asarray(call.query), jnp.asarray(call.value), block_mask, (), call.scale, True)
     packing = Packing.of(cut, block_mask)
     logits = jnp.where(written, jnp.zeros((B, K, packing.queries, S)), jnp.nan).at[0, :, : packing.group].set(jnp.nan)
-    lse = jnp.zeros((B, N, 3)).at[0, :, 0].set(-jnp.inf)
+    lse = Lse(jnp.zeros((B, N, 3)).at[0, :, 0].set(-jnp.inf), jnp.zeros((B, N, 3)), cut.unit)
     weights = weights_of_logits(logits, lse, block_mask.schedule, block_mask.indices, cut, packing)
     queries = np.array([2, 3])[:, None, None]
     np.testing.assert_array_equal(weights, np.broadcast_to(np.where(written[:, 0], queries, 0), (B, K, S)))
@@ -270,7 +272,8 @@ def test_the_second_pass_over_keys():
     lse, expected = call.key_weights()
 
     def weigh(query, key, value, block_mask, scores, sinks, **options):
-        return triton.key_weights(query, key, block_mask, scores, jnp.asarray(lse, jnp.float32), **options)
+        rest = jnp.zeros(lse.shape)
+        return triton.key_weights(query, key, block_mask, scores, Lse(jnp.asarray(lse, jnp.float32), rest), **options)
 
     np.testing.assert_allclose(call.run(weigh), expected, atol=tolerances.KEY_WEIGHTS, rtol=0)
 

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "pallas_attn"
 # A module may import modules of lower layers, and its own neighbours in a package. The first prefix that fits counts.
 LAYERS = {
     "pallas_attn.pytrees": -1,
+    "pallas_attn.pointwise": -1,
     "pallas_attn.checks": -1,
     "pallas_attn.refusal": -1,
     "pallas_attn.bits": 0,

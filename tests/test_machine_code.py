@@ -1,5 +1,7 @@
 """The Triton kernels as machine code, for GPUs that are not there."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -91,6 +93,42 @@ def test_geforce_has_the_entries_of_its_shared_memory():
                 for capability in (8.9, 12.0)
             )
             assert ada == blackwell
+
+
+def definitions(ptx: str) -> dict[str, list[tuple[str, list[str]]]]:
+    """Of every register, the instructions that write it: their names and what they read."""
+    found: dict[str, list[tuple[str, list[str]]]] = {}
+    for line in ptx.splitlines():
+        match = re.match(r"\s*([a-z][\w.:]*)\s+(%\w+), (.*);", line)
+        if match:
+            name, register, read = match.groups()
+            found.setdefault(register, []).append((name, read.split(", ")))
+    return found
+
+
+EXPONENTS = ("forward", "d-key-value-bias", "decode-merge")
+ALL_EXPONENTS = ("d-query", "d-key-value", "key-weights-bias", "d-score-bias", "decode-int8", "decode-weights")
+
+
+@pytest.mark.parametrize("name", [*EXPONENTS, *(pytest.param(x, marks=pytest.mark.slow) for x in ALL_EXPONENTS)])
+def test_every_exponent_begins_with_a_rounded_difference(name):
+    """Which no compiler may fuse with the product that a logit is: that would not be at most 0."""
+    (case,) = [case for case in CASES if case.name == name]
+    setting = Setting(90, 64, "bfloat16", case.default_sizes(64, "bfloat16", 90))
+    (code,) = compile_kernels(case.lower(setting), 90, name=case.kernel)
+    written = definitions(code.ptx)
+
+    def begins(register: str) -> set[str]:
+        """The instructions that an exponent comes from, through factors, sums to these, and comparisons."""
+        found = set()
+        for name, read in written[register]:
+            through = name.startswith(("mul.", "fma.", "min.", "max.", "neg."))
+            found |= begins(read[0]) if through and read[0].startswith("%") else {name}
+        return found
+
+    exponents = [read[0] for x in written.values() for name, read in x if name == "ex2.approx.ftz.f32"]
+    assert exponents
+    assert set().union(*map(begins, exponents)) == {"sub.rn.f32"}
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])

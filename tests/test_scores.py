@@ -232,9 +232,9 @@ BAD_SCORES = {
     "bias, bool": (lambda: pa.scores.bias(np.ones((1, 1, T, S), bool)), ValueError, "bias: array", "bool"),
     "bias, int32": (lambda: pa.scores.bias(np.ones((1, 1, T, S), np.int32)), ValueError, "bias: array", "int32"),
     "custom, a string": (lambda: pa.scores.custom("softcap"), TypeError, "custom: function", "str"),
-    "custom, integers": (
-        lambda: pa.scores.custom(lambda x, *_: x, {"a": np.arange(3)}),
-        *(ValueError, "custom: params", "int64"),
+    "custom, complex numbers": (
+        lambda: pa.scores.custom(lambda x, *_: x, {"a": np.ones(3, complex)}),
+        *(ValueError, "custom: params", "complex128"),
     ),
 }
 FLOAT = np.float32

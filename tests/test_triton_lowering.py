@@ -3,12 +3,17 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 import pallas_attn as pa
 from bench.machine_code import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.triton import tables
+from pallas_attn.pointwise import rules
 from pallas_attn.quantized import Kind
+from pallas_attn.scores import traced
+from tests import idioms
 
 B, T, S, N, K = 2, 100, 333, 8, 2
 
@@ -110,9 +115,9 @@ def test_lowers_with_keys_however_they_are_stored(kind, page, q_len):
 
     def attend(query, key, value, q_positions, kv_positions, page_table, bias):
         block_mask = pa.BlockMask.from_mask(pa.masks.causal(), q_positions, kv_positions, sizes)
-        scores = (pa.scores.bias(bias), pa.scores.custom(lambda x, q, k, head, slope: x * slope[head], jnp.ones(N)))
+        scores = pa.scores.bias(bias), pa.scores.custom(lambda x, q, k, head, slope: x * slope[head], jnp.ones(N))
         options = {"scale": 0.1, "page_table": page_table, "return_key_weights": True}
-        return kernels.forward(query, key, value, block_mask, scores, **options)
+        return kernels.forward(query, key, value, block_mask, traced(scores), **options)
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -127,3 +132,101 @@ def test_lowers_with_keys_however_they_are_stored(kind, page, q_len):
     names = ["forward", "key_weights"] if q_len > 16 else ["decode", "merge", "decode_weights"]
     assert text.count("__gpu$xla.gpu.triton") == len(names)
     assert all(f"pallas_attn_{name}" in text for name in names)
+
+
+def lower_custom(q_len, scores, mask) -> str:
+    """Both passes, or decode, with scores and a mask that close over arrays."""
+    tokens = (idioms.B, q_len, idioms.N, 64), (idioms.B, idioms.S, idioms.K, 64)
+    sizes = pa.BlockSizes(16, 32)
+
+    def attend(query, key):
+        block_mask = pa.BlockMask.from_mask(mask, q_len, idioms.S, sizes)
+        return kernels.forward(query, key, key, block_mask, traced(scores), scale=0.1, return_key_weights=True)
+
+    def backward(query, key, lse):
+        block_mask = pa.BlockMask.from_mask(mask, q_len, idioms.S, sizes)
+        return kernels.backward(query, key, key, block_mask, traced(scores), lse, lse, query, scale=0.1)
+
+    query, key = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in tokens)
+    lowered = lower_for_cuda(attend, query, key).as_text()
+    if q_len <= tuning.DECODE_QUERIES:
+        return lowered
+    lse = jax.ShapeDtypeStruct((idioms.B, idioms.N, q_len), jnp.float32)
+    return lowered + lower_for_cuda(backward, query, key, lse).as_text()
+
+
+@pytest.mark.parametrize("name", idioms.SCORES)
+def test_lowers_with_what_users_write_as_a_score(name):
+    """One by one in decode, which compiles most quickly."""
+    score = pa.scores.custom(idioms.SCORES[name](idioms.closed()))
+    assert "pallas_attn_decode" in lower_custom(3, (score,), pa.masks.causal())
+
+
+@pytest.mark.parametrize("name", idioms.MASKS)
+def test_lowers_with_what_users_write_as_a_mask(name):
+    mask = pa.masks.custom(idioms.MASKS[name](idioms.closed()))
+    assert "pallas_attn_decode" in lower_custom(3, (), ~mask & pa.masks.causal())
+
+
+def test_lowers_in_every_kernel_with_functions_that_close_over_arrays():
+    """Each of their tables has a gradient of its own."""
+    c = idioms.closed()
+    names = "relative positions", "a choice of rows", "relu", "the row of the batch", "get with a fill value", "switch"
+    scores = tuple(pa.scores.custom(idioms.SCORES[name](c)) for name in names)
+    mask = pa.masks.custom(idioms.MASKS["rows compared"](c)) & pa.masks.custom(idioms.MASKS["documents"](c))
+    text = lower_custom(T, scores, mask)
+    gradients = len([x for x in jax.tree.leaves(traced(scores)) if jnp.issubdtype(x.dtype, jnp.floating)])
+    for name, count in {"forward": 1, "key_weights": 1, "d_query": 1, "d_key_value": 1, "d_score": gradients}.items():
+        assert text.count(f'name = "pallas_attn_{name}"') == count, name
+
+
+# Every elementwise operation that a custom function may be made of, of a logit in (-1, 1) or of positions.
+OF_LOGIT = (
+    "abs acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erf_inv erfc exp exp2 expm1 floor is_finite"
+    " lgamma log log1p log2 logistic neg round rsqrt sign sin sinh sqrt square stop_gradient tan tanh"
+)
+OF_TWO_LOGITS = "add atan2 div eq ge gt le lt max min mul ne nextafter pow rem sub"
+OF_POSITIONS = "bitwise_and bitwise_or bitwise_xor shift_left shift_right_arithmetic shift_right_logical"
+OF_POSITION = "bitwise_not clz population_count"
+OTHERS = {
+    "bitcast_convert_type": lambda s, q: lax.bitcast_convert_type(s, jnp.int32),
+    "clamp": lambda s, q: lax.clamp(jnp.float32(0), s, jnp.float32(1)),
+    "integer_pow": lambda s, q: lax.integer_pow(s, 3),
+    "reduce_precision": lambda s, q: lax.reduce_precision(s, 8, 7),
+    "select_n": lambda s, q: jnp.where(q > 3, s, -s),
+}
+
+
+def operations():
+    """By name: functions of (logit, position)."""
+    found = {name: lambda s, q, f=f: f(s) for name in OF_LOGIT.split() if (f := getattr(lax, name, None))}
+    found |= {name: lambda s, q, name=name: getattr(lax, name)(s, s * s) for name in OF_TWO_LOGITS.split()}
+    found |= {name: lambda s, q, name=name: getattr(lax, name)(q, q + q) for name in OF_POSITIONS.split()}
+    return found | {name: lambda s, q, name=name: getattr(lax, name)(q) for name in OF_POSITION.split()} | OTHERS
+
+
+def as_score(function):
+    return pa.scores.custom(lambda s, q, k, h, p: lax.convert_element_type(function(s, q), jnp.float32))
+
+
+NOT_LOWERED = sorted(tables._NOT_LOWERED & operations().keys())
+
+
+def test_elementwise_operations_lower():
+    each = [function for name, function in operations().items() if name not in NOT_LOWERED]
+
+    def together(s, q):
+        return sum((lax.convert_element_type(function(s, q), jnp.float32) for function in each), s)
+
+    score = as_score(together)
+    of_derivatives = {"add_any"}
+    of_newer_versions = {"log2", "one_minus_square"}
+    has = traced((score,))[0].program.primitives | tables._NOT_LOWERED
+    assert rules.ELEMENTWISE - has <= of_derivatives | of_newer_versions
+    assert "pallas_attn_decode" in lower_custom(3, (score,), pa.masks.causal())
+
+
+@pytest.mark.parametrize("name", NOT_LOWERED)
+def test_other_elementwise_operations_are_known_not_to_lower(name):
+    with pytest.raises(Exception, match=f"(?i)unimplemented primitive.*{name}"):
+        lower_custom(3, (as_score(operations()[name]),), pa.masks.causal())

@@ -28,6 +28,15 @@ def recomputed_limit(largest_logit: float) -> float:
     return 2.0**-21 * largest_logit
 
 
+def large_logits_limit(magnitude: float) -> float:
+    """Relative, of what comes from float32 logits of this size, sums of some dozens of products.
+
+    Logits of 1e4 are off by 1e-3, and so are probabilities. From 1e6 on the tests' rows have one largest logit by far,
+    or one number for all: what rounding does to it changes no probability.
+    """
+    return 2.0**-20 * max(1.0, magnitude if magnitude < 1e6 else 1.0)
+
+
 def summed_limit(summed: float, dtype) -> float:
     """For a sum that may cancel, relative to the sum of its terms' magnitudes: plain attention may be exact by luck.
 

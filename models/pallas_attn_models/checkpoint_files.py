@@ -186,7 +186,7 @@ def _open_checkpoint(directory: Path, stack: ExitStack) -> OpenCheckpoint:
     else:
         index = read_json(deciding)
         save = _id_of(deciding, index.get("metadata"))
-        tensors = _open_shards(deciding, index.get("weight_map"), save, stack)
+        tensors = _open_shards(deciding, _weight_map_of(deciding, index), save, stack)
     # The config is in its place, unless the save is between its last two steps or was killed there.
     path = directory / f"{_FOLDER}{save}" / CONFIG
     with suppress(FileNotFoundError):
@@ -195,9 +195,9 @@ def _open_checkpoint(directory: Path, stack: ExitStack) -> OpenCheckpoint:
     return OpenCheckpoint(directory / CONFIG, read_json(directory / CONFIG), tensors)
 
 
-def _open_shards(index: Path, weight_map: Any, save: str | None, stack: ExitStack) -> dict[str, StoredTensor]:
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index}: expected an object weight_map from tensors to files")
+def _open_shards(
+    index: Path, weight_map: dict[str, str], save: str | None, stack: ExitStack
+) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
@@ -262,8 +262,14 @@ def _current(directory: Path) -> tuple[str | None, set[str]]:
         with _opened(deciding) as file:
             return _id_of(deciding, file.metadata()), set()
     index = read_json(deciding)
+    return _id_of(deciding, index.get("metadata")), set(_weight_map_of(deciding, index).values())
+
+
+def _weight_map_of(path: Path, index: dict[str, Any]) -> dict[str, str]:
     weight_map = index.get("weight_map")
-    return _id_of(deciding, index.get("metadata")), set(weight_map.values() if isinstance(weight_map, dict) else ())
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{path}: expected an object weight_map from tensors to files")
+    return weight_map
 
 
 def _id_of(path: Path, metadata: Any) -> str | None:

@@ -212,6 +212,8 @@ class KVCache:
     def observe(self, key_weights: Array, rows: Array | None = None) -> "KVCache":
         """Tells the policy what attention was paid to each slot; a policy that does not ask for it ignores it.
 
+        It is used to choose slots alone, so no gradient goes to it.
+
         Args:
           key_weights: float32 ``[R, K, capacity]``, as ``pa.attention(.., return_key_weights=True)`` gives them.
           rows: int32 ``[R]``, as :meth:`append` takes them; the others stay as they are.

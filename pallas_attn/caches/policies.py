@@ -52,7 +52,8 @@ class Placement(NamedTuple):
     """Where new tokens go.
 
     Attributes:
-      slots: int32 ``[R, M, t]``; a token that is not stored has the slot ``capacity``, which does not exist.
+      slots: int32 ``[R, M, t]``; a token that is not stored has the slot ``capacity``, which does not exist. No
+        other slot of a row comes twice.
       lengths: int32 ``[R]``, tokens that came in, with these.
       lost: bool ``[R]``, rows that had to drop a token which the policy would have kept.
     """

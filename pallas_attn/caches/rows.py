@@ -3,7 +3,7 @@
 ``None`` stands for all B rows in order, of which no copy is made.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,8 @@ def copy(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
     In place where the arrays may be: rows that are not concerned are not touched.
     """
 
-    def by_turns(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
-        def copy_row(n: Array, x: Tree) -> Tree:
+    def by_turns(x: Any, sources: Array, targets: Array, count: Array) -> Any:
+        def copy_row(n: Array, x: Any) -> Any:
             source, target = sources[n], targets[n]
             return jax.tree.map(
                 lambda x: lax.dynamic_update_index_in_dim(

@@ -6,13 +6,15 @@ queries are the smaller part, the axis joins theirs: the queries of one element 
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.scores import Scores
+from pallas_attn.scores import Scores, Traced
 
 
 def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> Callable:
@@ -29,19 +31,18 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
     def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
         _check_size(size)
         arguments = (query, key, value, block_mask, scores, sinks)
-        everything = (True,) * (3 if return_key_weights else 2)
-        in_a_row = _shares_keys(batched, query, key, block_mask, scores)
-        sums_up = in_a_row and return_key_weights  # over all queries in the row, which are those of every element
-        if any(jax.tree.leaves(batched[5])) or not _can_fold(scores) or sums_up:
-            return _one_by_one(call, batched, arguments), everything
+        can_fold = _can_fold(scores, batched[3]) and not any(jax.tree.leaves(batched[5]))
+        in_a_row = can_fold and _shares_keys(batched, query, key, block_mask, scores)
+        if not can_fold or (in_a_row and return_key_weights):  # which are summed over all queries in the row
+            return _all_batched(_one_by_one(call, batched, arguments))
         if in_a_row:
-            return _in_a_row(call, size, batched, *arguments), everything
+            return _all_batched(_in_a_row(call, size, batched, *arguments))
         batch = query.shape[0 + batched[0]]
         tensors = [_join(x, b, size, batch) for x, b in zip(arguments[:3], batched[:3], strict=True)]
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         scores = _join_shared(scores, batched[4], size, batch)
         results = call(*tensors, block_mask, scores, sinks)
-        return tuple(_split(x, size) for x in results), everything
+        return _all_batched(jax.tree.map(lambda x: _split(x, size), results))
 
     return call
 
@@ -64,31 +65,36 @@ def batched_backward(backward: Callable) -> Callable:
     def rule(size: int, batched, query, key, value, block_mask, scores, lse, delta, d_out):
         _check_size(size)
         arguments = (query, key, value, block_mask, scores, lse, delta, d_out)
-        everything = (True, True, True, jax.tree.map(lambda _: True, scores))
-        if not _can_fold(scores):
-            return _one_by_one(call, batched, arguments), everything
+        if not _can_fold(scores, batched[3]):
+            return _all_batched(_one_by_one(call, batched, arguments))
         batch = query.shape[0 + batched[0]]
         operands = (query, key, value, lse, delta, d_out), (*batched[:3], *batched[5:])
-        tensors = [_join(x, b, size, batch) for x, b in zip(*operands, strict=True)]
+        tensors = jax.tree.map(lambda x, b: _join(x, b, size, batch), *operands)
         block_mask = _join_block_mask(block_mask, batched[3], size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
         whole = jax.tree.map(lambda x, b: _join(x, b, size, batch), scores, batched[4])
         *d_tensors, d_scores = call(*tensors[:3], block_mask, whole, *tensors[3:])
         d_scores = jax.tree.map(lambda x, n: _sum_rows(_split(x, size), n), d_scores, rows)
-        return (*(_split(x, size) for x in d_tensors), d_scores), everything
+        return _all_batched((*(_split(x, size) for x in d_tensors), d_scores))
 
     return call
+
+
+def _all_batched(results: tuple) -> tuple:
+    """What a rule returns: results that all have the new axis."""
+    return results, jax.tree.map(lambda _: True, results)
+
+
+def _can_fold(scores: Scores, batched: BlockMask) -> bool:
+    """Operands have an axis for the batch; tables have none. Scores that ask for the row mean that of one element."""
+    asks_for_row = any(isinstance(score, Traced) and score.reads_row for score in scores)
+    return not asks_for_row and not pointwise.table_arrays(scores) and not any(pointwise.table_arrays(batched.mask))
 
 
 def _check_size(size: int) -> None:
     if size == 0:
         raise ValueError("jax.vmap: expected an axis of at least 1, got one of size 0")
-
-
-def _can_fold(scores: Scores) -> bool:
-    """Operands have an axis for the batch; parameters have none."""
-    return not any(jax.tree.leaves(score) for score in scores if not score.aligned)
 
 
 def _join(x: Array, is_batched: bool, size: int, batch: int) -> Array:
@@ -97,13 +103,13 @@ def _join(x: Array, is_batched: bool, size: int, batch: int) -> Array:
     return jnp.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
 
 
-def _join_shared(tree: BlockMask | tuple, batched, size: int, batch: int):
+def _join_shared(tree: Any, batched: Any, size: int, batch: int) -> Any:
     """The same for arrays ``[B|1, ...]`` of a pytree; what is shared by all stays so."""
 
     def join(x: Array, is_batched: bool) -> Array:
         return x if not is_batched and x.shape[0] == 1 else _join(x, is_batched, size, batch)
 
-    return jax.tree.map(join, tree, batched)
+    return pointwise.map_operands(join, tree, batched)
 
 
 def _join_block_mask(block_mask: BlockMask, batched: BlockMask, size: int, batch: int) -> BlockMask:
@@ -125,8 +131,8 @@ def _shares_keys(batched: tuple, query: Array, key: Array, block_mask: BlockMask
     """Only queries, and what has an axis for them, have the new axis; in whole blocks they are no more than keys."""
     if not batched[0] or batched[1] or batched[2] or batched[3].kv_positions:
         return False
-    flags = jax.tree.leaves((batched[3].mask, batched[4]))
-    operands = zip(jax.tree.leaves((block_mask.mask, scores)), flags, strict=True)
+    flags = pointwise.operands((batched[3].mask, batched[4]))
+    operands = zip(pointwise.operands((block_mask.mask, scores)), flags, strict=True)
     per_query = all(x.shape[3] == query.shape[2] for x, is_batched in operands if is_batched)
     return per_query and block_mask.grid[0] * block_mask.q_block * query.shape[3] <= key.shape[1] * key.shape[2]
 
@@ -156,14 +162,14 @@ def _in_a_row(function: Callable, size: int, batched, query, key, value, block_m
     first_block = jnp.arange(size * q_blocks, dtype=jnp.int32) // q_blocks * q_blocks
     block_mask = dataclasses.replace(
         block_mask,
-        mask=jax.tree.map(operand, block_mask.mask, batched[3].mask),
+        mask=pointwise.map_operands(operand, block_mask.mask, batched[3].mask),
         q_positions=join_tokens(block_mask.q_positions, batched[3].q_positions, 1, -1),
         lists=dataclasses.replace(lists, order=lists.order + first_block[None, None]),
         schedule=None,
     )
     scores = jax.tree.map(operand, scores, batched[4])
     out, lse = function(join_tokens(query, True, 1, 0), key, value, block_mask, scores, sinks)
-    return split(out, 1), split(lse, 2)
+    return split(out, 1), jax.tree.map(lambda x: split(x, 2), lse)
 
 
 def _one_by_one(function: Callable, batched: tuple, arguments: tuple):

@@ -10,12 +10,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.batching import batched_backward, batched_forward, paged_forward
+from pallas_attn.kernels.lse import Lse
 
 
 def differentiable(implementation: ModuleType, name: str, *, return_key_weights: bool = False, **options):
     """``implementation.forward`` with ``implementation.backward`` as its derivative, of first order and in reverse.
 
-    It takes a page table before the other arguments, or None. With one, the backward pass copies every row's pages.
+    It takes a page table before the other arguments, or None. With one, the backward pass copies every row's pages. Its
+    second result is the lse rounded to one number.
 
     Args:
       implementation: a module with ``forward`` and ``backward``.
@@ -34,12 +36,13 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
 
     @jax.custom_vjp
     def attend(page_table, query, key, value, block_mask, scores, sinks):
-        return forward(page_table, query, key, value, block_mask, scores, sinks)
+        out, lse, *weights = forward(page_table, query, key, value, block_mask, scores, sinks)
+        return out, lse.value, *weights
 
     def attend_forward(page_table, query, key, value, block_mask, scores, sinks):
         results = forward_once(page_table, query, key, value, block_mask, scores, sinks)
-        results = tuple(checkpoint_name(x, "pallas_attn") for x in results)
-        return results, (page_table, query, key, value, block_mask, scores, sinks, *results[:2])
+        out, lse, *weights = jax.tree.map(lambda x: checkpoint_name(x, "pallas_attn"), results)
+        return (out, lse.value, *weights), (page_table, query, key, value, block_mask, scores, sinks, out, lse)
 
     def attend_backward(residuals, cotangents):
         page_table, query, key, value, block_mask, scores, sinks, out, lse = residuals
@@ -73,10 +76,11 @@ def _in_a_row(x: Array, page_table: Array | None) -> Array:
     return pages.reshape(pages.shape[0], -1, *x.shape[2:])
 
 
-def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Array, delta: Array) -> Array:
+def _sinks_gradient(sinks: Array, block_mask: BlockMask, lse: Lse, delta: Array) -> Array:
     """A sink is a key without a value, so its ``dp`` is 0: ``d_sink = sum(p_sink * (0 - delta))``."""
-    real = (block_mask.q_positions >= 0)[:, None] & (lse != -jnp.inf)  # not >: what is not a number shows
-    probability = jnp.exp(sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse, jnp.inf))
+    real = (block_mask.q_positions >= 0)[:, None] & (lse.peak != -jnp.inf)  # not >: what is not a number shows
+    below_largest = sinks.astype(jnp.float32)[None, :, None] - jnp.where(real, lse.largest, jnp.inf)
+    probability = jnp.exp(below_largest - lse.log_total)
     return -jnp.sum(probability * jnp.where(real, delta, 0.0), axis=(0, 2)).astype(sinks.dtype)
 
 

@@ -6,12 +6,17 @@
 over the keys j that query i may see. It holds the whole T x S matrix, so its memory grows with T times S.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.masks import repeat_heads
 from pallas_attn.quantized import QuantizedArray
@@ -29,7 +34,7 @@ def forward(
     scale: float,
     page_table: Array | None = None,
     return_key_weights: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Plain attention, float32 inside.
 
     Args:
@@ -42,7 +47,7 @@ def forward(
         not have is read as the nearest one.
 
     Returns:
-      out ``[B, T, N, Dv]`` in query's dtype; lse float32 ``[B, N, T]``. A query that sees no key gets 0, and -inf (with
+      out ``[B, T, N, Dv]`` in query's dtype, and lse. A query that sees no key gets 0, and -inf (with
       a sink: the sink); one that is padding gets 0 and -inf. With ``return_key_weights`` those of :func:`key_weights`
       too.
     """
@@ -63,8 +68,8 @@ def forward(
     out = jnp.einsum("bkgts,bskd->btkgd", probabilities, value, precision=jax.lax.Precision.HIGHEST)
     out = out.reshape(batch, q_len, q_heads, -1)
     out = jnp.where(seen.swapaxes(1, 2), out, 0.0)  # for the gradient, where that of the output may be NaN
-    lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
-    out, lse = out.astype(query.dtype), lse[..., 0]
+    lse = Lse(jnp.where(seen, peak, -jnp.inf)[..., 0], jnp.log(total)[..., 0])
+    out = out.astype(query.dtype)
     if not return_key_weights:
         return out, lse
     return out, lse, key_weights(query, key, block_mask, scores, lse, scale=scale, page_table=page_table)
@@ -75,7 +80,7 @@ def key_weights(
     key: Array | QuantizedArray,
     block_mask: BlockMask,
     scores: Scores,
-    lse: Array,
+    lse: Lse,
     *,
     scale: float,
     page_table: Array | None = None,
@@ -84,13 +89,14 @@ def key_weights(
 
     Args:
       query, key, block_mask, scores, scale, page_table: as in :func:`forward`.
-      lse: float32 ``[B, N, T]``, of the forward pass; sinks are in it.
+      lse: of the forward pass; sinks are in it.
 
     Returns:
       float32 ``[B, K, S]``; 0 for a key that nobody sees.
     """
     logits = _logits(query, key, block_mask, scores, scale, page_table)
-    probabilities = jnp.where(logits == -jnp.inf, 0.0, jnp.exp(logits - lse[..., None]))
+    probabilities = jnp.exp(logits - lse.peak[..., None] - lse.log_total[..., None])
+    probabilities = jnp.where(logits == -jnp.inf, 0.0, probabilities)
     batch, q_heads, q_len, kv_len = logits.shape
     kv_heads = key.shape[2]
     return probabilities.reshape(batch, kv_heads, q_heads // kv_heads, q_len, kv_len).mean(2).sum(2)
@@ -101,22 +107,23 @@ def _logits(query, key, block_mask: BlockMask, scores: Scores, scale: float, pag
     (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
     q_positions = block_mask.q_positions[:, None, :, None]  # [B|1, 1, T, 1]
     kv_positions = block_mask.kv_positions[:, :, None, :]  # [B|1, 1|K, 1, S]
-    query_f32 = jnp.where((q_positions >= 0).swapaxes(1, 2), query.astype(jnp.float32), 0.0)
+    query_f32 = jnp.where((q_positions >= 0).swapaxes(1, 2), query.astype(jnp.float32) * scale, 0.0)
     query_f32 = query_f32.reshape(batch, q_len, kv_heads, q_heads // kv_heads, -1)
     key = _real_keys(key, block_mask, page_table)
 
     allowed = block_mask.mask.dense_array(block_mask.q_positions, block_mask.kv_positions)
     allowed = repeat_heads(allowed, q_heads)  # [B|1, N|1, T, S]
 
-    logits = scale * jnp.einsum("btkgd,bskd->bkgts", query_f32, key, precision=jax.lax.Precision.HIGHEST)
+    logits = jnp.einsum("btkgd,bskd->bkgts", query_f32, key, precision=jax.lax.Precision.HIGHEST)
     logits = logits.reshape(batch, q_heads, q_len, -1)
     if scores:
         # Twice, so that derivatives of what is not allowed are those of constants.
-        scores = jax.tree.map(lambda x: x.astype(jnp.float32), scores)
-        operands = score_algebra.map_operands(lambda x: jnp.where(allowed, x, 0.0), scores)
+        operands = pointwise.where_live(scores, allowed)
         heads = jnp.arange(q_heads, dtype=jnp.int32)[None, :, None, None]
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]
         kv_positions = repeat_heads(kv_positions, q_heads)
-        logits = score_algebra.apply(operands, jnp.where(allowed, logits, 0.0), q_positions, kv_positions, heads)
+        logits = jnp.where(allowed, logits, 0.0)
+        logits = rounded(score_algebra.apply(operands, logits, q_positions, kv_positions, heads, rows))
     return jnp.where(allowed, logits, -jnp.inf)
 
 

@@ -397,7 +397,7 @@ class Fake:
 WRONG_PATHS = [None, 3, 1.5, b"bytes", ["a"], Fake(), Path, DecoderConfig]
 
 
-@pytest.mark.parametrize("directory", WRONG_PATHS, ids=repr)
+@pytest.mark.parametrize("directory", WRONG_PATHS, ids=lambda x: type(x).__name__ if isinstance(x, Fake) else repr(x))
 def test_a_directory_of_the_wrong_kind(directory):
     got = f"directory: expected a path, got {type(directory).__name__}"
     with pytest.raises(TypeError, match=got):

@@ -220,6 +220,17 @@ def test_only_files_of_checkpoints_are_removed(tmp_path):
     assert all((tmp_path / name).read_text() == "mine" for name in foreign)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {"a": [1]}}', '{"weight_map": {}, "metadata": 3}'])
+@pytest.mark.parametrize("max_shard_bytes", [SHARDS, ONE_FILE])
+def test_a_broken_checkpoint_can_be_replaced(text, max_shard_bytes, older_old_new, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    (tmp_path / "model-00001-of-00003.safetensors").write_text("half of it")
+    (tmp_path / "config.json").write_text("{")
+    save_hf(NEW, tmp_path, max_shard_bytes=max_shard_bytes)
+    assert contents(tmp_path) == older_old_new[2]
+    assert clean(tmp_path)
+
+
 def test_shards_have_the_usual_names_where_these_are_free(tmp_path):
     usual = {f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)}
     for is_usual in (True, False, True):

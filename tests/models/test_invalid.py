@@ -44,7 +44,7 @@ GENERATORS = {
     "plain": {},
     "several at a time": {"prefill_rows": 3},
     "int8": {"storage": caches.Int8()},
-    "int4": {"storage": caches.Int4(16)},
+    "int4": {"storage": caches.Int4(8)},
     "float8": {"storage": caches.Float8()},
     "paged": {"storage": caches.Paged(16, 7)},
     "paged int8": {"storage": caches.Paged(16, 9, caches.Int8())},
@@ -52,7 +52,7 @@ GENERATORS = {
     "h2o": {"policy": caches.H2O(4, normalize=True, value_norm=True), "capacity": 32, "max_length": CAPACITY},
     "q-hitter, paged int4": {
         "policy": caches.QHitter(4, value_norm=True),
-        "storage": caches.Paged(16, 6, caches.Int4(16)),
+        "storage": caches.Paged(16, 6, caches.Int4(8)),
         "capacity": 32,
         "max_length": CAPACITY,
     },

@@ -1,11 +1,13 @@
 """Pallas kernels through the Triton lowering. Nothing outside this package depends on that lowering."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.kernels.triton.backward import backward as backward
@@ -13,6 +15,7 @@ from pallas_attn.kernels.triton.decode import decode
 from pallas_attn.kernels.triton.forward import forward as prefill
 from pallas_attn.kernels.triton.key_weights import key_weights as key_weights
 from pallas_attn.kernels.triton.specs import Stored
+from pallas_attn.kernels.triton.tables import not_lowered
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import gpu_capability
 
@@ -31,7 +34,7 @@ def forward(
     *,
     return_key_weights: bool = False,
     **options,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
     if block_mask.schedule is not None:
         inputs = query, key, value, block_mask, scores, sinks
@@ -72,13 +75,15 @@ def unsupported(spec: CallSpec) -> str | None:
             return f"needs head sizes of at least {_MIN_INT4_HEAD_DIM} for int4, got {head_dim}"
         if kind == "float8_e4m3fn" and unavailable() is None and gpu_capability() < 8.9:
             return f"needs compute capability 8.9 or newer for float8_e4m3fn, and this GPU has {gpu_capability()}"
+    if missing := not_lowered((spec.mask, spec.scores)):
+        return f"needs custom functions without {', '.join(missing)}"
     # Offsets are signed, and have 32 bits for arrays of up to 2^32 bytes, else 64. That is too few where an element is
-    # one byte. And places in the parameters of a custom score always have 32 bits.
+    # one byte. And places in tables always have 32 bits.
     narrow = [x for x in jax.tree.leaves((spec.mask, spec.scores)) if x.dtype.itemsize == 1]
-    narrow += jax.tree.leaves([score for score in spec.scores if not score.aligned])
+    narrow += pointwise.table_arrays((spec.mask, spec.scores))
     largest = max(spec.largest_quantized, *(x.size for x in narrow), 0)
     if largest >= 2**31:
-        what = "arrays of bytes (bool masks, quantised keys) and parameters of fewer than 2^31 elements"
+        what = "arrays of bytes (bool masks, quantised keys) and tables of custom functions of fewer than 2^31 elements"
         return f"needs {what}, whose offsets have 32 bits, got {largest}"
     return None
 

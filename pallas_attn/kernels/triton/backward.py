@@ -19,16 +19,16 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn import pointwise, tuning
 from pallas_attn import scores as score_algebra
-from pallas_attn import tuning
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.score_gradients import score_gradients
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
 from pallas_attn.kernels.triton.stored import StoredKeys
 from pallas_attn.kernels.triton.tables import look_up
-from pallas_attn.kernels.triton.tiles import LOG2_E
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
@@ -40,7 +40,7 @@ def backward(
     value: Array,
     block_mask: BlockMask,
     scores: Scores,
-    lse: Array,
+    lse: Lse,
     delta: Array,
     d_out: Array,
     *,
@@ -65,7 +65,7 @@ def backward(
     residuals = Residuals.of(lse, delta, d_out.astype(query.dtype))
 
     per_query = cut_anew("d_query")
-    cut = Cut.of(query, value, per_query, scale, interpret)
+    cut = Cut.of(query, value, per_query, scores, scale, interpret)
     part, inputs = specs.PerQueryHead(cut), Inputs.of(query, key, value, per_query, scores)
     d_query = specs.call(
         functools.partial(_d_query_kernel, cut=cut),
@@ -81,13 +81,13 @@ def backward(
     d_scores: Scores = ()
     if scores:
         per_score = cut_anew("d_score")
-        cut = Cut.of(query, value, per_score, scale, interpret)
+        cut = Cut.of(query, value, per_score, scores, scale, interpret)
         inputs = Inputs.of(query, key, value, per_score, scores)
         d_scores = score_gradients(cut, scores, inputs, residuals, per_score)
 
-    has_tiles = any(min(x.shape[2:]) > 1 for score in scores if score.aligned for x in jax.tree.leaves(score))
+    has_tiles = any(min(x.shape[2:]) > 1 for x in pointwise.operands(scores))
     per_key = cut_anew("d_key_value_bias" if has_tiles else "d_key_value")
-    cut = Cut.of(query, value, per_key, scale, interpret)
+    cut = Cut.of(query, value, per_key, scores, scale, interpret)
     part, inputs = specs.PerKVHead(cut), Inputs.of(query, key, value, per_key, scores)
     inputs = inputs._replace(lists=per_key.transposed)
     d_key, d_value = specs.call(
@@ -103,18 +103,20 @@ def backward(
     return d_query, d_key, d_value, d_scores
 
 
-def _probabilities(products: Array, lse: Array, allowed: Array | None, scores: Scores, where: tuple, cut: Cut):
+def _probabilities(
+    products: Array, lse: tuple[Array, Array], allowed: Array | None, scores: Scores, where: tuple, cut: Cut
+):
     """``(p, back)`` of a tile of products ``q . k``: ``back`` takes the gradient of logits to that of scaled products.
 
-    ``lse`` is that of :class:`Residuals` and broadcasts to the tile; where it is inf, p is 0.
+    ``lse`` is the peak and the rest of :class:`Residuals`, which broadcast to the tile; where the peak is inf, p is 0.
     """
+    logits = cut.logits(products)
     if not scores:
-        p = cut.exp2(products * (cut.scale * LOG2_E) - lse)
+        p = cut.probabilities(logits, *lse)
         return p if allowed is None else jnp.where(allowed, p, 0.0), lambda ds: ds
-    logits = products * cut.scale
     scores = look_up(scores, logits, *where)
     logits, derivative = jax.vjp(lambda x: score_algebra.apply(scores, x, *where), logits)
-    p = cut.exp2(logits * LOG2_E - lse)
+    p = cut.probabilities(logits, *lse)
     if allowed is None:
         return p, lambda ds: derivative(ds)[0]
     # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
@@ -123,12 +125,13 @@ def _probabilities(products: Array, lse: Array, allowed: Array | None, scores: S
 
 def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut):
     (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
-    i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
+    i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
-    lse = tiles.load(residuals.lse.at[rows], row_exists, jnp.inf)
-    counts = (q_positions >= 0) & (lse != jnp.inf)
+    peak = tiles.load(residuals.lse.peak.at[rows], row_exists, jnp.inf)
+    counts = (q_positions >= 0) & (peak != jnp.inf)
+    lse = peak[:, None], tiles.load(residuals.lse.log_total.at[rows], row_exists)[:, None]
     delta = tiles.load(residuals.delta.at[rows], counts)[:, None]
     q = tiles.load_rows(refs.query, rows, counts, head_columns)
     do = tiles.load_rows(residuals.d_out, rows, counts, value_columns)
@@ -140,9 +143,9 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
         operands, where = (), ()
         if refs.scores:
             operands = blocks.scores(block.keys, block.exist)
-            where = q_positions[:, None], block.positions[None, :], n
+            where = q_positions[:, None], block.positions[None, :], n, b
         (k,), (v,) = block.k.parts, block.v.parts
-        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse[:, None], block.allowed, operands, where, cut)
+        p, back = _probabilities(cut.dot(q, k, (1, 1)), lse, block.allowed, operands, where, cut)
         ds = back(p * (cut.dot(do, v, (1, 1)) - delta))
         return (acc + cut.dot(ds, k, (1, 0)),)
 
@@ -154,7 +157,7 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
 
 def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_ref, *, cut: Cut):
     (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
-    j, h = refs.lists.order[0, pl.program_id(0)], pl.program_id(1)
+    j, h, b = refs.lists.order[0, pl.program_id(0)], pl.program_id(1), pl.program_id(2)
 
     def places(j: Array) -> tuple[pl.Slice, Array, Array]:
         """The places of a block's keys, which of them exist, and their positions."""
@@ -171,18 +174,22 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
         n = h * cut.group + g
 
         # Tiles are [kv_block, q_block] here, so that both sums have their probabilities on the left.
-        def visit(state, rows, row_exists, counts, q_positions, lse, allowed):
+        def visit(state, rows, row_exists, counts, q_positions, peak, allowed):
             d_key, d_value = state
             q = tiles.load_rows(refs.query, rows, counts, head_columns, g)
             do = tiles.load_rows(residuals.d_out, rows, counts, value_columns, g)
             delta = tiles.load(residuals.delta.at[g, rows], counts)[None, :]
-            operands, where = (), (q_positions[None, :], kv_positions[:, None], n) if refs.scores else ()
+            operands, where = (), ()
             if refs.scores:
-                operands = score_algebra.map_operands(
+                where = q_positions[None, :], kv_positions[:, None], n, b
+                operands = pointwise.map_operands(
                     lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
                     refs.scores,
                 )
-            p, back = _probabilities(cut.dot(k, q, (1, 1)), lse[None, :], allowed, operands, where, cut)
+            products = cut.dot(k, q, (1, 1))
+            # Not before: while the product is computed, registers are short.
+            lse = peak[None, :], tiles.load(residuals.lse.log_total.at[g, rows], row_exists)[None, :]
+            p, back = _probabilities(products, lse, allowed, operands, where, cut)
             d_value = d_value + cut.dot(p, do, (1, 0))
             ds = back(p * (cut.dot(v, do, (1, 1)) - delta))
             return d_key + cut.dot(ds, q, (1, 0)), d_value
@@ -190,21 +197,21 @@ def _d_key_value_kernel(refs: Inputs, residuals: Residuals, d_key_ref, d_value_r
         def full(block, state):
             rows = pl.Slice(block * cut.q_block, cut.q_block)
             q_positions = plgpu.load(refs.q_positions.at[rows]) if refs.scores else None
-            lse = plgpu.load(residuals.lse.at[g, rows])
-            return visit(state, rows, None, None, q_positions, lse, None)
+            peak = plgpu.load(residuals.lse.peak.at[g, rows])
+            return visit(state, rows, None, None, q_positions, peak, None)
 
         def partial(block, state):
             rows = pl.Slice(block * cut.q_block, cut.q_block)
             row_exists = block * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
             q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
-            lse = tiles.load(residuals.lse.at[g, rows], row_exists, jnp.inf)
-            counts = (q_positions >= 0) & (lse != jnp.inf)
-            mask = jax.tree.map(
+            peak = tiles.load(residuals.lse.peak.at[g, rows], row_exists, jnp.inf)
+            counts = (q_positions >= 0) & (peak != jnp.inf)
+            mask = pointwise.map_operands(
                 lambda ref: tiles.load_operand(ref, rows, row_exists, keys, key_exists, tiles.of_head(ref, g)).T,
                 refs.mask,
             )
             allowed = mask.allowed(q_positions[None, :], kv_positions[:, None]) & real[:, None] & counts[None, :]
-            return visit(state, rows, row_exists, counts, q_positions, lse, allowed)
+            return visit(state, rows, row_exists, counts, q_positions, peak, allowed)
 
         return tiles.walk(refs.lists, (tiles.of_head(refs.lists.indices, g), j), full, partial, state)
 

@@ -6,8 +6,8 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html; shares of equal size ov
 arXiv:2501.01005, section 3.3). The queries of a group, T times its heads, are the rows of one tile, so that a key is
 read once for all of them.
 
-What a program leaves is a normalised output and its lse. Merging is the softmax over programs: each is a key whose
-logit is that lse and whose value is that output. Where weights of keys are asked for, it leaves its logits too.
+What a program leaves is its softmax: largest logit, sum of weights, weighted sum of values. Where weights of keys are
+asked for, it leaves its logits too.
 """
 
 import functools
@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlock, KeyBlocks
 from pallas_attn.kernels.triton.key_weights import weights_of_logits
@@ -28,7 +29,7 @@ from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.softmax import Attend, Softmax
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
 from pallas_attn.kernels.triton.stored import Place, StoredKeys
-from pallas_attn.kernels.triton.tiles import LOG2_E, Columns
+from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.schedule import Schedule
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
@@ -51,9 +52,9 @@ def decode(
     interpret: bool = False,
     page_table: Array | None = None,
     return_key_weights: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a BlockMask with a schedule."""
-    cut = Cut.of(query, value, block_mask, scale, interpret)
+    cut = Cut.of(query, value, block_mask, scores, scale, interpret)
     packing, whole = Packing.of(cut, block_mask), specs.Whole(cut)
     inputs, schedule = Inputs.of(query, key, value, block_mask, scores, page_table), block_mask.schedule
     if schedule is None:
@@ -62,8 +63,8 @@ def decode(
     vectors = jax.tree.map(lambda x: whole.all(*x.shape), schedule)
     parts, padded = (programs, copies, packing.heads, packing.queries), packing.tiles * packing.tile
     width = tiles.tile_width(cut.value_dim)
-    out_specs = [whole.all(*parts[:3], padded, width), whole.all(*parts[:3], padded)]
-    out_shape = [jax.ShapeDtypeStruct((*parts, width), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
+    out_specs = [whole.all(*parts[:3], padded)] * 2 + [whole.all(*parts[:3], padded, width)]
+    out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (parts, parts, (*parts, width))]
     if return_key_weights:
         of_keys = cut.batch, packing.owners, packing.queries, cut.kv_len
         out_specs.append(whole.all(*of_keys[:2], padded, cut.kv_rows))
@@ -78,6 +79,9 @@ def decode(
         out_specs=out_specs,
         out_shape=out_shape,
     )(inputs, schedule)
+    softmaxes = Softmax(*found[:3])
+    per_query = jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32)
+    one_query = pl.BlockSpec((None, None, 1), lambda t, n, b: (b, n, t))
     out, lse = specs.call(
         functools.partial(_merge_kernel, cut=cut, packing=packing),
         "pallas_attn_merge",
@@ -85,27 +89,35 @@ def decode(
         cut,
         grid=(cut.q_len, cut.q_heads, cut.batch),
         in_specs=[
-            jax.tree.map(lambda x: whole.all(*x.shape), found[:2]),
+            jax.tree.map(lambda x: whole.all(*x.shape), softmaxes),
             vectors,
             whole.all(*block_mask.q_positions.shape),
             None if sinks is None else whole.all(cut.q_heads),
         ],
-        out_specs=[
+        out_specs=(
             pl.BlockSpec((None, 1, None, width), lambda t, n, b: (b, t, n, 0)),
-            pl.BlockSpec((None, None, 1), lambda t, n, b: (b, n, t)),
-        ],
-        out_shape=[
+            Lse(one_query, one_query, cut.unit),
+        ),
+        out_shape=(
             jax.ShapeDtypeStruct((cut.batch, cut.q_len, cut.q_heads, cut.value_dim), query.dtype),
-            jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32),
-        ],
-    )(found[:2], schedule, block_mask.q_positions, sinks)
+            Lse(per_query, per_query, cut.unit),
+        ),
+    )(softmaxes, schedule, block_mask.q_positions, sinks)
     if not return_key_weights:
         return out, lse
-    return out, lse, weights_of_logits(found[2], lse, schedule, block_mask.indices, cut, packing)
+    return out, lse, weights_of_logits(found[3], lse, schedule, block_mask.indices, cut, packing)
 
 
 def _split_kernel(
-    refs: Inputs, schedule: Schedule, out_ref, lse_ref, logits_ref: Any = None, *, cut: Cut, packing: Packing
+    refs: Inputs,
+    schedule: Schedule,
+    peak_ref,
+    total_ref,
+    acc_ref,
+    logits_ref: Any = None,
+    *,
+    cut: Cut,
+    packing: Packing,
 ):
     program, head_and_tile, copy = (pl.program_id(axis) for axis in range(3))
     row, first, last = schedule.row[program], schedule.first[program], schedule.last[program]
@@ -129,16 +141,26 @@ def _split_kernel(
             mask = tiles.outer(exists, block.exist, logits.shape)
             plgpu.store(logits_ref.at[b, owner, at, block.keys], logits, mask=mask)
 
-        attend = Attend(cut, blocks, q, n[:, None], None if logits_ref is None else keep)
-        state = blocks.walk(list_row, attend, Softmax.empty(packing.tile, columns), (first, last))
-        out, lse = Softmax(*state).finish(None)
-        for part, x in zip(columns, out, strict=True):
+        attend = Attend(cut, blocks, q, n[:, None], b, None if logits_ref is None else keep)
+        softmax = attend.walk(list_row, columns, (first, last))
+        plgpu.store(peak_ref.at[program, copy, head, at], softmax.peak, mask=exists)
+        plgpu.store(total_ref.at[program, copy, head, at], softmax.total, mask=exists)
+        for part, x in zip(columns, softmax.acc, strict=True):
             mask = tiles.outer(exists, part.exist, x.shape)
-            plgpu.store(out_ref.at[program, copy, head, at, part.at], x, mask=mask)
-        plgpu.store(lse_ref.at[program, copy, head, at], lse, mask=exists)
+            plgpu.store(acc_ref.at[program, copy, head, at, part.at], x, mask=mask)
 
 
-def _merge_kernel(found, schedule: Schedule, q_positions, sinks_ref, out_ref, lse_ref, *, cut: Cut, packing: Packing):
+def _merge_kernel(
+    found: Softmax,
+    schedule: Schedule,
+    q_positions,
+    sinks_ref,
+    out_ref,
+    lse_refs: Lse,
+    *,
+    cut: Cut,
+    packing: Packing,
+):
     t, n, b = (pl.program_id(axis) for axis in range(3))
     list_head, copy, zero = n // packing.group, b, np.int32(0)
     m, head = (zero, list_head) if packing.list_heads == 1 else (list_head, zero)
@@ -147,27 +169,29 @@ def _merge_kernel(found, schedule: Schedule, q_positions, sinks_ref, out_ref, ls
         row, copy = b * packing.list_heads + m, zero
     begin, count = schedule.begin[row], schedule.count[row]
     place = t * packing.group + lax.rem(n, np.int32(packing.group))
-    outs_ref, lses_ref = found
+    peaks_ref, totals_ref, accs_ref = found
     (columns,) = tiles.columns(cut.value_dim)
 
     def step(i: Array, state: tuple) -> tuple:
         peak, total, (acc,) = state
         part = i * _MERGED + jnp.arange(_MERGED, dtype=jnp.int32)
         exists = part < count
-        lse = tiles.load(lses_ref.at[begin + part, copy, head, place], exists, -jnp.inf)
-        outs = tiles.at(outs_ref, begin + part, copy, head, place, columns.at)
-        outs = tiles.load(outs, tiles.outer(exists, columns.exist, (_MERGED, columns.tile)))
-        new_peak = jnp.maximum(peak, jnp.max(lse))
-        decay = cut.exp2(peak - new_peak)
-        weights = cut.exp2(lse - new_peak)
-        acc = acc * decay[:, None] + jnp.sum(weights[:, None] * outs, axis=0)[None, :]
-        return new_peak, total * decay + jnp.sum(weights), (acc,)
+        at = begin + part, copy, head, place
+        peaks, totals = tiles.load(peaks_ref.at[at], exists, -jnp.inf), tiles.load(totals_ref.at[at], exists)
+        accs = tiles.load(
+            tiles.at(accs_ref, *at, columns.at), tiles.outer(exists, columns.exist, (_MERGED, columns.tile))
+        )
+        new_peak = jnp.maximum(peak, jnp.max(peaks))
+        decay = cut.exp(cut.minus(peak, new_peak), cut.unit)
+        kept = cut.exp(cut.minus(peaks, new_peak), cut.unit)
+        acc = acc * decay[:, None] + jnp.sum(kept[:, None] * accs, axis=0)[None, :]
+        return new_peak, total * decay + jnp.sum(kept * totals), (acc,)
 
     steps = (count + _MERGED - 1) // _MERGED
     state = Softmax(*lax.fori_loop(0, steps, step, tuple(Softmax.empty(1, (columns,)))))
-    if sinks_ref is not None:
-        state = state.with_sink(cut, sinks_ref[n])
+    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(cut, sinks_ref[n])
     real = q_positions[tiles.of_head(q_positions, b), t] >= 0
-    (out,), lse = state.finish(jnp.broadcast_to(real, (1,)))
+    (out,), peak, log_total = state.finish(jnp.broadcast_to(real, (1,)), above)
     plgpu.store(out_ref.at[:, :], out.astype(out_ref.dtype), mask=tiles.outer(None, columns.exist, out.shape))
-    plgpu.store(lse_ref.at[:], lse / LOG2_E)
+    plgpu.store(lse_refs.peak.at[:], peak)
+    plgpu.store(lse_refs.log_total.at[:], log_total)

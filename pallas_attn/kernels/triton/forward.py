@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
-from pallas_attn.kernels.triton.softmax import Attend, Softmax
+from pallas_attn.kernels.triton.softmax import Attend
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
 from pallas_attn.kernels.triton.stored import StoredKeys
-from pallas_attn.kernels.triton.tiles import LOG2_E
 from pallas_attn.scores import Scores
 
 
@@ -37,14 +37,16 @@ def forward(
     scale: float,
     interpret: bool = False,
     page_table: Array | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Lse]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`.
 
     Blocks are powers of two, at least 16, and D and Dv at most 256. ``interpret`` runs Pallas' interpreter.
     """
-    cut = Cut.of(query, value, block_mask, scale, interpret)
+    cut = Cut.of(query, value, block_mask, scores, scale, interpret)
     part = specs.PerQueryHead(cut)
     inputs = Inputs.of(query, key, value, block_mask, scores, page_table)
+    rows = pl.BlockSpec((None, None, cut.q_rows), lambda i, n, b: (b, n, 0))
+    per_row = jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32)
     return specs.call(
         functools.partial(_kernel, cut=cut),
         "pallas_attn_forward",
@@ -52,16 +54,16 @@ def forward(
         cut,
         grid=(cut.q_blocks, cut.q_heads, cut.batch),
         in_specs=[inputs.specs(cut, part), None if sinks is None else pl.BlockSpec((1,), lambda i, n, b: (n,))],
-        out_specs=[part.queries(cut.value_dim), pl.BlockSpec((None, None, cut.q_rows), lambda i, n, b: (b, n, 0))],
-        out_shape=[
+        out_specs=(part.queries(cut.value_dim), Lse(rows, rows, cut.unit)),
+        out_shape=(
             jax.ShapeDtypeStruct((cut.batch, cut.q_len, cut.q_heads, cut.value_dim), query.dtype),
-            jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32),
-        ],
+            Lse(per_row, per_row, cut.unit),
+        ),
     )(inputs, sinks)
 
 
-def _kernel(refs: Inputs, sinks_ref, out_ref, lse_ref, *, cut: Cut):
-    i, n = refs.lists.order[pl.program_id(0)], pl.program_id(1)
+def _kernel(refs: Inputs, sinks_ref, out_ref, lse_refs: Lse, *, cut: Cut):
+    i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
     rows = pl.Slice(i * cut.q_block, cut.q_block)
     row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
     stored = StoredKeys(refs, cut)
@@ -69,11 +71,11 @@ def _kernel(refs: Inputs, sinks_ref, out_ref, lse_ref, *, cut: Cut):
     q = tuple(tiles.load_rows(refs.query, rows, row_exists, part) for part in stored.columns(refs.key))
     q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
     blocks = KeyBlocks(stored, rows, row_exists, q_positions)
-    state = Softmax(*blocks.walk((i,), Attend(cut, blocks, q, n), Softmax.empty(cut.q_block, value_columns)))
-    if sinks_ref is not None:
-        state = state.with_sink(cut, sinks_ref[0])
-    out, lse = state.finish(q_positions >= 0)
+    state = Attend(cut, blocks, q, n, b).walk((i,), value_columns)
+    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(cut, sinks_ref[0])
+    out, peak, log_total = state.finish(q_positions >= 0, above)
     for part, x in zip(value_columns, out, strict=True):
         mask = tiles.outer(row_exists, part.exist, x.shape)
         plgpu.store(out_ref.at[rows, part.at], x.astype(out_ref.dtype), mask=mask)
-    plgpu.store(lse_ref.at[rows], lse / LOG2_E, mask=row_exists)
+    plgpu.store(lse_refs.peak.at[rows], peak, mask=row_exists)
+    plgpu.store(lse_refs.log_total.at[rows], log_total, mask=row_exists)

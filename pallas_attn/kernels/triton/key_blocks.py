@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_attn import scores as score_algebra
+from pallas_attn import pointwise
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.stored import Located, StoredKeys, Tile
 from pallas_attn.scores import Scores
@@ -55,11 +54,11 @@ class KeyBlocks:
 
     def scores(self, keys: pl.Slice, exist: Array | None) -> Scores:
         """The scores, with their tiles of a block."""
-        return score_algebra.map_operands(lambda ref: self._operand(ref, keys, exist), self.stored.refs.scores)
+        return pointwise.map_operands(lambda ref: self._operand(ref, keys, exist), self.stored.refs.scores)
 
     def allowed(self, keys: pl.Slice, exist: Array, positions: Array) -> Array:
         """Who sees which keys of a block, bool ``[rows, kv_block]``."""
-        mask = jax.tree.map(lambda ref: self._operand(ref, keys, exist), self.stored.refs.mask)
+        mask = pointwise.map_operands(lambda ref: self._operand(ref, keys, exist), self.stored.refs.mask)
         allowed = mask.allowed(self.q_positions[:, None], positions[None, :]) & (positions >= 0)[None, :]
         return jnp.broadcast_to(allowed, (self.q_positions.size, positions.size))
 

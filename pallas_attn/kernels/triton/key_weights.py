@@ -18,12 +18,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
 from pallas_attn.kernels.triton.stored import Place, StoredKeys
-from pallas_attn.kernels.triton.tiles import LOG2_E
 from pallas_attn.schedule import Schedule
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
@@ -43,16 +43,14 @@ def key_weights(
     key: Stored,
     block_mask: BlockMask,
     scores: Scores,
-    lse: Array,
+    lse: Lse,
     *,
     scale: float,
     interpret: bool = False,
     page_table: Array | None = None,
 ) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
-    cut = Cut.of(query, key, block_mask, scale, interpret)
-    # In base 2; inf for a query that saw nothing, so that its probabilities are 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
+    cut = Cut.of(query, key, block_mask, scores, scale, interpret)
     whole = specs.Whole(cut)
     inputs = Inputs.of(query, key, key, block_mask, scores, page_table)  # no values are read
     inputs = inputs._replace(lists=block_mask.transposed)
@@ -62,20 +60,18 @@ def key_weights(
         sizes_of(block_mask.block_sizes),
         cut,
         grid=(cut.kv_blocks, cut.kv_heads, cut.batch),
-        in_specs=[inputs.specs(cut, whole), whole.all(cut.batch, cut.q_heads, cut.q_rows)],
+        in_specs=[inputs.specs(cut, whole), jax.tree.map(lambda _: whole.all(cut.batch, cut.q_heads, cut.q_rows), lse)],
         out_specs=whole.all(cut.batch, cut.kv_heads, cut.kv_rows),
         out_shape=jax.ShapeDtypeStruct((cut.batch, cut.kv_heads, cut.kv_len), jnp.float32),
-    )(inputs, lse)
+    )(inputs, specs.in_kernels(lse))
 
 
-def weights_of_logits(
-    logits: Array, lse: Array, schedule: Schedule, indices: Array, cut: Cut, packing: Packing
-) -> Array:
+def weights_of_logits(logits: Array, lse: Lse, schedule: Schedule, indices: Array, cut: Cut, packing: Packing) -> Array:
     """The same from logits of decode, whose schedule shares out this work too.
 
     Args:
-      logits: float32 ``[B, owners, queries, S]`` in base 2, -inf where a key is not seen. Blocks that are not in their
-        owner's list may hold anything.
+      logits: float32 ``[B, owners, queries, S]`` in units of ``lse.unit``, -inf where a key is not seen. Blocks
+        that are not in their owner's list may hold anything.
       indices: of the lists, int32 ``[B|1, M, 1, width]``.
     """
     whole = specs.Whole(cut)
@@ -90,29 +86,32 @@ def weights_of_logits(
         in_specs=[
             blocks,
             whole.all(*shape[:2], packing.tiles * packing.tile, cut.kv_rows),
-            whole.all(*lse.shape),
+            jax.tree.map(lambda x: whole.all(*x.shape), lse),
             jax.tree.map(lambda x: whole.all(*x.shape), schedule),
             whole.all(*indices.shape),
         ],
         out_specs=blocks,
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
         input_output_aliases={0: 0},
-    )(jnp.zeros(shape, jnp.float32), logits, lse, schedule, indices)
+    )(jnp.zeros(shape, jnp.float32), logits, specs.in_kernels(lse), schedule, indices)
     return weights.reshape(cut.batch, cut.kv_heads, -1, cut.kv_len).mean(2)
 
 
-def _logits_kernel(zeros_ref, logits_ref, lse_ref, schedule: Schedule, indices, out_ref, *, packing: Packing, cut: Cut):
+def _logits_kernel(
+    zeros_ref, logits_ref, lse_refs: Lse, schedule: Schedule, indices, out_ref, *, packing: Packing, cut: Cut
+):
     program, head, copy = (pl.program_id(axis) for axis in range(3))
     b, owner, list_row = packing.locate(schedule.row[program], head, copy)
 
     def add(tile: Any, keys: pl.Slice, exist: Array) -> Array:
         """What the queries of a tile give."""
         rows = packing.rows(owner, tile)
-        lse = tiles.load(lse_ref.at[b, rows.n, rows.t], rows.exist, -jnp.inf)
-        counts = rows.exist & (lse != -jnp.inf)  # not >: what is not a number shows
-        mask = tiles.outer(counts, exist, (packing.tile, cut.kv_block))
+        at = b, rows.n, rows.t
+        peak = tiles.load(lse_refs.peak.at[at], rows.exist, jnp.inf)
+        log_total = tiles.load(lse_refs.log_total.at[at], rows.exist)
+        mask = tiles.outer(peak != jnp.inf, exist, (packing.tile, cut.kv_block))
         logits = tiles.load(logits_ref.at[b, owner, rows.at, keys], mask, -jnp.inf)
-        return jnp.sum(cut.exp2(logits - jnp.where(counts, lse, 0.0)[:, None] * LOG2_E), axis=0)
+        return jnp.sum(cut.probabilities(logits, peak[:, None], log_total[:, None]), axis=0)
 
     def visit(slot: Array, _):
         block = indices[(*list_row, slot)]
@@ -126,7 +125,7 @@ def _logits_kernel(zeros_ref, logits_ref, lse_ref, schedule: Schedule, indices, 
     lax.fori_loop(schedule.first[program], schedule.last[program], visit, None)
 
 
-def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
+def _kernel(refs: Inputs, lse_refs: Lse, out_ref, *, cut: Cut):
     j, h, b = (pl.program_id(axis) for axis in range(3))
     stored = StoredKeys(refs, cut, Place(b, h, h * cut.group))
     columns = stored.columns(refs.key)
@@ -138,32 +137,35 @@ def _kernel(refs: Inputs, lse_ref, out_ref, *, cut: Cut):
         n = h * cut.group + g
         of_head = StoredKeys(refs, cut, Place(b, h, n))
 
-        def load_rows(block: Array, exist: Array | None) -> tuple[KeyBlocks, Array]:
-            """A block of queries as what is known of its rows, and their lse."""
+        def load_rows(block: Array, exist: Array | None) -> tuple[KeyBlocks, Array, Array]:
+            """A block of queries as what is known of its rows, and the parts of their lse."""
             rows = pl.Slice(block * cut.q_block, cut.q_block)
             q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], exist, -1)
-            return KeyBlocks(of_head, rows, exist, q_positions), tiles.load(lse_ref.at[b, n, rows], exist, jnp.inf)
+            peak = tiles.load(lse_refs.peak.at[b, n, rows], exist, jnp.inf)
+            log_total = tiles.load(lse_refs.log_total.at[b, n, rows], exist)
+            return KeyBlocks(of_head, rows, exist, q_positions), peak, log_total
 
-        def weights(blocks: KeyBlocks, lse: Array, exist: Array | None, counts: Array | None) -> Array:
+        def weights(blocks: KeyBlocks, lse: list[Array], exist: Array | None, counts: Array | None) -> Array:
             """The probabilities ``[q_block, kv_block]`` of a block of queries; anything where nobody sees."""
 
             def load_queries(part: tiles.Columns) -> Array:
                 mask = tiles.outer(counts, part.exist, (cut.q_block, part.tile))
                 return tiles.load(refs.query.at[b, blocks.rows, n, part.at], mask)
 
-            logits = k.products(cut, tuple(load_queries(part) for part in columns)) * cut.scale
+            logits = cut.logits(k.products(cut, tuple(load_queries(part) for part in columns)))
             if refs.scores:
-                where = blocks.q_positions[:, None], positions[None, :], n
+                where = blocks.q_positions[:, None], positions[None, :], n, b
                 logits = score_algebra.apply(blocks.scores(keys, exist), logits, *where)
-            return cut.exp2(logits * LOG2_E - lse[:, None])
+            return cut.probabilities(logits, *(x[:, None] for x in lse))
 
         def full(block: Array, state: tuple[Array]) -> tuple[Array]:
-            blocks, lse = load_rows(block, None)
+            blocks, *lse = load_rows(block, None)
             return (state[0] + weights(blocks, lse, None, None),)
 
         def partial(block: Array, state: tuple[Array]) -> tuple[Array]:
-            blocks, lse = load_rows(block, block * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len)
-            counts = (blocks.q_positions >= 0) & (lse != jnp.inf)
+            row_exists = block * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
+            blocks, *lse = load_rows(block, row_exists)
+            counts = (blocks.q_positions >= 0) & (lse[0] != jnp.inf)
             allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
             # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
             return (state[0] + jnp.where(allowed, weights(blocks, lse, exist, counts), 0.0),)

@@ -6,6 +6,7 @@ An operand that does not depend on the key has few tiles, and parameters have no
 query block) owns a partial sum, and these are added up afterwards.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,22 +18,25 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
-from pallas_attn.kernels.triton.tables import CustomInKernel, LookedUp, look_up, place_sums, width_of
-from pallas_attn.kernels.triton.tiles import LOG2_E, Columns
-from pallas_attn.scores import Score, Scores
+from pallas_attn.kernels.triton.tables import LookedUp, look_up, place_sums, width_of
+from pallas_attn.kernels.triton.tiles import Columns
+from pallas_attn.scores import Score, Scores, Traced
 from pallas_attn.tuning import BlockSizes
 
 
 def score_gradients(cut: Cut, scores: Scores, inputs: Inputs, residuals: Residuals, block_mask: BlockMask) -> Scores:
-    """The gradient of every array of the scores, in its shape and dtype."""
+    """The gradient of every array of the scores, in its shape and dtype; None for tables of integers."""
     bitmap = block_mask.bitmap().astype(jnp.int32)  # offsets into bytes have 32 bits
 
-    def gradient(at: int, which: int, x: Array) -> Array:
-        call = _table_gradient if isinstance(inputs.scores[at], CustomInKernel) else _operand_gradient
+    def gradient(at: int, which: int, x: Array) -> Array | None:
+        if not pointwise.is_floating(x):
+            return None
+        call = _table_gradient if isinstance(scores[at], Traced) else _operand_gradient
         kernel = functools.partial(_kernel, cut=cut, at=at, which=which)
         return call(kernel, cut, x, inputs, residuals, bitmap, block_mask.block_sizes).astype(x.dtype)
 
@@ -136,8 +140,9 @@ def _kernel(
         q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
         kv_at = _shared(refs.kv_positions, b, n, cut)
         kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_exists, -1)
-        lse = tiles.load(residuals.lse.at[b, n, at_q], row_exists, jnp.inf)
-        counts, real = (q_positions >= 0) & (lse != jnp.inf), kv_positions >= 0
+        peak = tiles.load(residuals.lse.peak.at[b, n, at_q], row_exists, jnp.inf)
+        log_total = tiles.load(residuals.lse.log_total.at[b, n, at_q], row_exists)
+        counts, real = (q_positions >= 0) & (peak != jnp.inf), kv_positions >= 0
         delta = tiles.load(residuals.delta.at[b, n, at_q], counts)[:, None]
 
         def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
@@ -152,20 +157,23 @@ def _kernel(
             at = _shared(ref, b, n, cut)
             return tiles.load_operand(ref, at_q, row_exists, at_k, key_exists, *at)
 
-        mask = jax.tree.map(operand, refs.mask)
+        mask = pointwise.map_operands(operand, refs.mask)
         allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :] & counts[:, None]
-        scores = score_algebra.map_operands(operand, refs.scores)
-        raw = jnp.where(allowed, cut.dot(q, k, (1, 1)) * cut.scale, 0.0)
-        where = (q_positions[:, None], kv_positions[None, :], n)
+        scores = pointwise.map_operands(operand, refs.scores)
+        raw = jnp.where(allowed, cut.logits(cut.dot(q, k, (1, 1))), 0.0)
+        where = (q_positions[:, None], kv_positions[None, :], n, b)
 
         ready = look_up(_where_live(scores, allowed), raw, *where)
         changed = ready[at]
-        if isinstance(changed, LookedUp):
-            lookups = changed.lookups[which]
+        if isinstance(changed, Traced) and isinstance(changed.tables, LookedUp):
+            tables = changed.tables
+            lookups = tables.lookups[which]
             inputs = [lookup.entries for lookup in lookups]
 
             def with_inputs(x: Any) -> Score:
-                return changed.with_entries(which, x)
+                # Chosen, not multiplied by 0: where nobody looks, the derivative may be no number.
+                entries = [jnp.where(allowed, new, old) for new, old in zip(x, inputs, strict=True)]
+                return dataclasses.replace(changed, tables=tables.with_entries(which, entries))
 
         else:
             leaves, structure = jax.tree.flatten(scores[at])
@@ -179,17 +187,17 @@ def _kernel(
             return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
 
         logits, derivative = jax.vjp(score, inputs)
-        p = jnp.where(allowed, cut.exp2(logits * LOG2_E - lse[:, None]), 0.0)
+        p = jnp.where(allowed, cut.probabilities(logits, peak[:, None], log_total[:, None]), 0.0)
         (gradient,) = derivative(p * (cut.dot(do, v, (1, 1)) - delta))
         if width is None:
             return gradient
         pairs = zip(lookups, gradient, strict=True)
-        return sum((place_sums(lookup, x, width) for lookup, x in pairs), jnp.zeros(width, jnp.float32))
+        return sum((place_sums(lookup, x, allowed, width) for lookup, x in pairs), jnp.zeros(width, jnp.float32))
 
     tile = (cut.q_block if queries > 1 else 1, cut.kv_block if keys > 1 else 1)
     acc = tiles.loop(0, visits, visit_block, jnp.zeros(tile if width is None else width, jnp.float32))
     if width is not None:
-        plgpu.store(out_ref.at[third, second, first, pl.Slice(np.int32(0), width)], acc)
+        plgpu.store(out_ref.at[third, second, first, tiles.known_slice(0, width)], acc)
     elif keys == 1:
         exists = first * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
         rows_at = pl.Slice(first * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(first, 1)
@@ -199,7 +207,7 @@ def _kernel(
             second * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len if queries > 1 else None
         )
         key_exists = first * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
-        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(np.int32(0), 1)
+        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else tiles.known_slice(0, 1)
         keys_at = pl.Slice(first * cut.kv_block, cut.kv_block)
         mask = tiles.outer(row_exists, key_exists, tile)
         plgpu.store(out_ref.at[third // heads, third % heads, rows_at, keys_at], acc, mask=mask)
@@ -207,7 +215,7 @@ def _kernel(
 
 def _where_live(operands: Scores, live: Array) -> Scores:
     """Float32 tiles. Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN."""
-    return score_algebra.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
+    return pointwise.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
 
 
 def _shared(ref, b: Array, n: Array, cut: Cut) -> tuple[Any, Any]:

@@ -10,7 +10,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.tables import with_tables
 from pallas_attn.quantized import QuantizedArray
@@ -19,10 +22,12 @@ from pallas_attn.tuning import BlockSizes
 
 Stored = Array | QuantizedArray
 
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """The static facts of a call: its shape, its blocks, and what is folded into its logits."""
+    """The static facts of a call: its shape, its blocks, and what its products become."""
 
     batch: int
     q_len: int
@@ -37,15 +42,18 @@ class Cut:
     q_blocks: int
     kv_blocks: int
     scale: float
+    has_scores: bool
     interpret: bool
 
     @classmethod
-    def of(cls, query: Array, value: Stored, block_mask: BlockMask, scale: float, interpret: bool) -> "Cut":
+    def of(
+        cls, query: Array, value: Stored, block_mask: BlockMask, scores: Scores, scale: float, interpret: bool
+    ) -> "Cut":
         (batch, q_len, q_heads, head_dim), (*_, kv_heads, value_dim) = query.shape, value.shape
         kv_len = block_mask.kv_positions.shape[-1]
         blocks = (block_mask.q_block, block_mask.kv_block, *block_mask.grid)
         shape = (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim)
-        return cls(*shape, query.dtype, *blocks, scale, interpret)
+        return cls(*shape, query.dtype, *blocks, scale, bool(scores), interpret)
 
     @property
     def group(self) -> int:
@@ -66,8 +74,36 @@ class Cut:
         """The float32 product of two tiles, over axis ``contract[0]`` of a and ``contract[1]`` of b."""
         return tiles.dot(a.astype(self.dtype), b, contract)
 
-    def exp2(self, x: Array) -> Array:
-        """2 to the power of x."""
+    @property
+    def unit(self) -> float:
+        """That of logits: ``|scale|`` where products are all there is, so that these need no factor of their own."""
+        return 1.0 if self.has_scores else abs(self.scale) or 1.0
+
+    def logits(self, products: Array) -> Array:
+        """From products ``q k'``: in units of :attr:`unit`, or what scores are given."""
+        if self.has_scores:
+            return self.rounded(products) * self.scale
+        return products if self.scale > 0 else products * (-1.0 if self.scale < 0 else 0.0)
+
+    def rounded(self, x: Array) -> Array:
+        """x, which is rounded whatever follows; compiled, :meth:`minus` sees to that."""
+        return rounded(x) if self.interpret else x
+
+    def minus(self, x: Array, y: Array) -> Array:
+        """``x - y``, of which x is rounded; so it is at most 0 where y is the largest of several x."""
+        return x - y if self.interpret else tiles.minus(x, y)
+
+    def exp(self, x: Array, unit: float = 1.0) -> Array:
+        """``exp(unit * x)``."""
+        return self._exp2(_in_base_2(x, unit))
+
+    def probabilities(self, logits: Array, peak: Array, log_total: Array) -> Array:
+        """Of logits in units of :attr:`unit`, against which the arrays of :func:`in_kernels` broadcast."""
+        # What other tiles than those of the forward pass multiply may round to more than the largest logit did.
+        below_peak = jnp.minimum(self.minus(self.rounded(logits), peak), 0.0)
+        return self._exp2(_in_base_2(below_peak, self.unit) - log_total)
+
+    def _exp2(self, x: Array) -> Array:
         return jnp.exp2(x) if self.interpret else tiles.exp2(x)
 
     def anew(self, x: Array) -> Array:
@@ -182,6 +218,11 @@ class Whole:
         return self.all(x.shape[0], *block)
 
 
+def _in_base_2(x: Array, unit: float) -> Array:
+    factor = unit * tiles.LOG2_E
+    return x * factor if factor <= _LARGEST else x * unit * tiles.LOG2_E
+
+
 Part = PerQueryHead | PerKVHead | Whole
 
 
@@ -216,7 +257,8 @@ class Inputs(NamedTuple):
 
         positions = block_mask.q_positions, block_mask.kv_positions
         arrays = query, stored(key), stored(value)
-        return cls(*arrays, *positions, block_mask.lists, block_mask.mask, with_tables(scores), page_table)
+        mask, scores = with_tables((block_mask.mask, scores))
+        return cls(*arrays, *positions, block_mask.lists, mask, scores, page_table)
 
     def specs(self, cut: Cut, part: Part) -> "Inputs":
         """The same structure, of BlockSpecs."""
@@ -241,8 +283,8 @@ class Inputs(NamedTuple):
             part.per_row(self.q_positions, cut.q_rows),
             part.per_head(self.kv_positions, cut.kv_rows),
             jax.tree.map(lambda x: part.per_head(x, *x.shape[2:]), self.lists),
-            jax.tree.map(operand, self.mask),
-            tuple(jax.tree.map(operand if score.aligned else flat, score) for score in self.scores),
+            pointwise.map_arrays(operand, flat, self.mask),
+            pointwise.map_arrays(operand, flat, self.scores),
             None if self.page_table is None else part.per_row(self.page_table, self.page_table.shape[1]),
         )
 
@@ -250,20 +292,30 @@ class Inputs(NamedTuple):
 class Residuals(NamedTuple):
     """What the backward kernels read besides: what the forward pass left, and the gradient of its output."""
 
-    lse: Any  # [B, N, T], in base 2; inf for a query that saw nothing, so that its probabilities are 0
+    lse: Lse  # of rows; see in_kernels
     delta: Any  # [B, N, T]
     d_out: Any  # [B, T, N, Dv]
 
     @classmethod
-    def of(cls, lse: Array, delta: Array, d_out: Array) -> "Residuals":
-        """From the ``lse`` of the forward pass, which is -inf for a query that saw nothing; inf is an overflow."""
-        overflow_shows = jnp.where(lse == jnp.inf, jnp.nan, lse * tiles.LOG2_E)
-        return cls(jnp.where(lse == -jnp.inf, jnp.inf, overflow_shows), delta, d_out)
+    def of(cls, lse: Lse, delta: Array, d_out: Array) -> "Residuals":
+        """From the ``lse`` of the forward pass."""
+        return cls(in_kernels(lse), delta, d_out)
 
     def specs(self, cut: Cut, part: Part) -> "Residuals":
         """The same structure, of BlockSpecs."""
-        rows = part.per_head(self.lse, cut.q_rows)
-        return Residuals(rows, rows, part.queries(cut.value_dim))
+        rows = part.per_head(self.delta, cut.q_rows)
+        return Residuals(jax.tree.map(lambda _: rows, self.lse), rows, part.queries(cut.value_dim))
+
+
+def in_kernels(lse: Lse) -> Lse:
+    """The ``lse`` of a forward pass as other kernels read it, ready for :meth:`Cut.probabilities`.
+
+    Its ``log_total`` is in base 2. The peak of a query that saw nothing is inf, so that its probabilities are 0; where
+    the largest logit overflowed to inf it is NaN, which shows.
+    """
+    overflow_shows = jnp.where(lse.peak == jnp.inf, jnp.nan, lse.peak)
+    peak = jnp.where(lse.peak == -jnp.inf, jnp.inf, overflow_shows)
+    return dataclasses.replace(lse, peak=peak, log_total=lse.log_total * tiles.LOG2_E)
 
 
 def call(kernel: Callable, name: str, sizes: BlockSizes, cut: Cut, **options):

@@ -27,6 +27,22 @@ def exp2(x: Array) -> Array:
     return y
 
 
+def minus(x: Array, y: Array) -> Array:
+    """``x - y`` of float32 numbers, for kernels that are compiled: x is rounded first, though it be a product.
+
+    A compiler may fuse a product and a difference, and then does not round in between. ``.rn`` forbids that.
+    """
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    (difference,) = plgpu.elementwise_inline_asm(
+        "sub.rn.f32 $0, $1, $2;",
+        args=[jnp.broadcast_to(x, shape), jnp.broadcast_to(y, shape)],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+    )
+    return difference
+
+
 def anew(x: Array) -> Array:
     """The int32 number ``x``, of which the compiler does not know that it has it already; for compiled kernels."""
     (y,) = plgpu.elementwise_inline_asm(
@@ -63,13 +79,18 @@ class Columns(NamedTuple):
         return _length(self.at)
 
 
+def known_slice(start: int, size: int) -> pl.Slice:
+    """A slice whose start is known: as int32, since the interpreter stores nothing at int64 under jax_enable_x64."""
+    int32: Any = np.int32(start)
+    return pl.Slice(int32, size)
+
+
 def columns(width: int, parts: int = 1) -> tuple[Columns, ...]:
     """The columns of an array, cut into equal parts."""
     size = width // parts
     tile = tile_width(size)
     exist = None if size == tile else jnp.arange(tile, dtype=jnp.int32) < size
-    # A store takes no plain int beside int32 in the interpreter under jax_enable_x64.
-    return tuple(Columns(pl.Slice(np.int32(part * size), tile), exist) for part in range(parts))
+    return tuple(Columns(known_slice(part * size, tile), exist) for part in range(parts))
 
 
 def outer(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> Array | None:

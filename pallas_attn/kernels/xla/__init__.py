@@ -1,5 +1,7 @@
 """Block-skipping attention in plain XLA: what runs without a GPU."""
 
+from typing import Any
+
 from jax import Array
 
 from pallas_attn.block_mask import BlockMask
@@ -26,7 +28,7 @@ def forward(
     scale: float,
     page_table: Array | None = None,
     return_key_weights: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
     stored = (key, value) if page_table is None else (Paged(key, page_table), Paged(value, page_table))
     if block_mask.schedule is not None:

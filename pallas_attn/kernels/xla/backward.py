@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn import scores as score_algebra
+from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.rounding import rounded
+from pallas_attn.kernels.xla.softmax import probabilities
 from pallas_attn.kernels.xla.tiles import Cut, Keys, Program, as_it_is
 from pallas_attn.scores import Scores
 
@@ -34,7 +37,7 @@ def backward(
     value: Array,
     block_mask: BlockMask,
     scores: Scores,
-    lse: Array,
+    lse: Lse,
     delta: Array,
     d_out: Array,
     *,
@@ -44,51 +47,53 @@ def backward(
 
     Args:
       query, key, value, block_mask, scores, scale: as in the forward pass.
-      lse: float32 ``[B, N, T]``, of the forward pass.
+      lse: of the forward pass.
       delta: float32 ``[B, N, T]``: ``rowsum(d_out * out) - d_lse``.
       d_out: ``[B, T, N, Dv]``.
 
     Returns:
-      gradients of the shapes and dtypes of query, key, value and scores.
+      gradients of the shapes and dtypes of query, key, value and scores, with None for tables of integers.
     """
     cut = Cut.of(query, key, block_mask)
     dot = functools.partial(jnp.einsum, precision=cut.precision)
-    lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)  # [B, T, N], as the queries
+    peak, log_total, delta = (x.swapaxes(1, 2) for x in (lse.peak, lse.log_total, delta))  # [B, T, N], as the queries
 
     def run(sums: _Gradients, at: tuple[Array, ...]) -> tuple[_Gradients, Array]:
         program = Program(cut, block_mask, scores, at)
-        row_lse = program.queries(lse)
+        row_peak = program.queries(peak)
         # A query that saw nothing, or that is another program's too, has no part in any sum, whatever it holds.
-        counts = program.is_own & (row_lse != -jnp.inf)  # not >: what is not a number shows
-        row_lse = jnp.where(counts, row_lse, jnp.inf)
+        counts = program.is_own & (row_peak != -jnp.inf)  # not >: what is not a number shows
+        row_lse = Lse(jnp.where(counts, row_peak, jnp.inf)[..., None], program.queries(log_total)[..., None])
         row_delta = jnp.where(counts, program.queries(delta), 0.0)
 
         def rows(x: Array) -> Array:
             tile = jnp.where(counts[..., None], program.queries(x).astype(jnp.float32), 0.0)
             return tile.reshape(cut.heads, cut.group * cut.q_block, -1)
 
-        q, do = rows(query) * scale, rows(d_out)
+        q, do = rows(query), rows(d_out)
 
         def attend(carry, keys: Keys):
             dq, sums = carry
             start, kv_positions, real, allowed = keys
-            k, v = program.keys(key, start), program.keys(value, start)
+            k, v = program.keys(key, start, scale), program.keys(value, start)
             if real is not None:
                 k, v = (jnp.where(real[:, None], x, 0.0) for x in (k, v))
-            logits = dot("hrd,hkd->hrk", q, as_it_is(k)).reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
+            logits = program.products(q, k)
             live = counts[..., None] if allowed is None else counts[..., None] & allowed
 
-            def scored(logits: Array, operands: Scores) -> Array:
+            score_tiles = program.score_operands(start)
+
+            def scored(logits: Array, floats: Scores) -> Array:
                 # Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN.
-                operands = score_algebra.map_operands(lambda x: jnp.where(live, x, 0.0), operands)
-                return program.score(logits, kv_positions, operands)
+                operands = pointwise.where_live(pointwise.with_floating(score_tiles, floats), live)
+                return rounded(program.score(logits, kv_positions, operands))
 
             if allowed is not None:
                 logits = jnp.where(allowed, logits, 0.0)
             derivative = None
             if scores:
-                logits, derivative = jax.vjp(scored, logits, program.score_operands(start))
-            p = jnp.exp(logits - row_lse[..., None])
+                logits, derivative = jax.vjp(scored, logits, pointwise.floating(score_tiles))
+            p = probabilities(logits, row_lse)
             if allowed is not None:
                 p = jnp.where(allowed, p, 0.0)
             dp = dot("hrd,hkd->hrk", do, as_it_is(v)).reshape(p.shape)
@@ -96,6 +101,8 @@ def backward(
             d_scores = sums.scores
             if derivative is not None:
                 ds, d_tiles = derivative(ds)
+                if allowed is not None:
+                    ds = jnp.where(allowed, ds, 0.0)
                 d_scores = _add_scores(program, d_scores, d_tiles, start)
             p, ds = (x.reshape(cut.heads, -1, cut.kv_block) for x in (p, ds))
             d_value = program.add_to_keys(sums.value, start, dot("hrk,hrd->hkd", p, do))
@@ -103,18 +110,20 @@ def backward(
             return dq + dot("hrk,hkd->hrd", ds, k), _Gradients(d_key, d_value, d_scores)
 
         dq, sums = program.walk(attend, (jnp.zeros_like(q), sums))
-        return sums, (dq * scale).reshape(cut.heads, cut.group, cut.q_block, -1).astype(query.dtype)
+        return sums, dq.reshape(cut.heads, cut.group, cut.q_block, -1).astype(query.dtype)
 
-    zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (key, value, scores)))
+    summed = key, value, pointwise.floating(scores)
+    zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), summed))
     sums, d_query = lax.scan(run, zeros, cut.programs())
-    d_key, d_value, d_scores = jax.tree.map(lambda x, like: x.astype(like.dtype), tuple(sums), (key, value, scores))
+    sums = sums._replace(key=sums.key * scale)
+    d_key, d_value, d_scores = jax.tree.map(lambda x, like: x.astype(like.dtype), tuple(sums), summed)
     return cut.join_queries(d_query), d_key, d_value, d_scores
 
 
 def _add_scores(program: Program, sums: Scores, tiles: Scores, start: Array) -> Scores:
-    """Adds the gradients of one block's tiles to those of whole operands, and those of parameters to each other."""
+    """Adds the gradients of one block's tiles to those of whole operands, and those of tables to each other."""
 
-    def add(aligned: bool):
-        return (lambda x, tile: program.add_to_operand(x, start, tile)) if aligned else jnp.add
+    def add(x: Array, gradient: Array) -> Array:
+        return x + gradient.astype(jnp.float32)
 
-    return tuple(jax.tree.map(add(x.aligned), x, tile) for x, tile in zip(sums, tiles, strict=True))
+    return pointwise.map_arrays(lambda x, tile: program.add_to_operand(x, start, tile), add, sums, tiles)

@@ -8,14 +8,14 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.xla.softmax import Softmax
+from pallas_attn.kernels.xla.softmax import Softmax, probabilities
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Program
 from pallas_attn.scores import Scores
@@ -105,7 +105,7 @@ def decode(
     *,
     scale: float,
     return_key_weights: bool = False,
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a single block of queries.
 
     With ``block_sizes.chunk`` a row's bits do not depend on the other rows. Key weights come from the same pass, whose
@@ -162,15 +162,15 @@ def decode(
         sink = sinks.astype(jnp.float32).reshape(cut.list_heads, cut.heads, cut.group, 1)
         sink = jnp.tile(sink, (cut.batch, 1, 1, 1))
     out, lse = state.finish(jnp.tile(is_token, (rows // is_token.shape[0], 1, 1, 1)), sink)
-    results = cut.join_queries(out.astype(query.dtype)), cut.join_queries(lse).swapaxes(1, 2)
+    results = cut.join_queries(out.astype(query.dtype)), cut.join_lse(lse)
     if kept is None:
         return results
 
     def weigh(logits: Array, visit: _Visit) -> Array:
         """The part ``[heads, kv_block]`` that a block's keys have, all queries together."""
-        row_lse = lse[visit.row][..., None]
-        seen = visit.live & (row_lse != -jnp.inf) & (logits != -jnp.inf)  # not >: what is not a number shows
-        return jnp.where(seen, jnp.exp(logits - row_lse), 0.0).sum((1, 2))
+        row = jax.tree.map(lambda x: x[visit.row][..., None], lse)
+        seen = visit.live & (row.peak != -jnp.inf) & (logits != -jnp.inf)  # not >: what is not a number shows
+        return jnp.where(seen, probabilities(logits, row), 0.0).sum((1, 2))
 
     def add(n: Array, sums: Array) -> Array:
         visit = pieces.visit(n, spare)

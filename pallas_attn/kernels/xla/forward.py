@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.xla.softmax import Softmax
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
@@ -28,11 +29,11 @@ def forward(
     sinks: Array | None = None,
     *,
     scale: float,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Lse]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
     cut = Cut.of(query, key, block_mask)
 
-    def run(at: tuple[Array, ...]) -> tuple[Array, Array]:
+    def run(at: tuple[Array, ...]) -> tuple[Array, Lse]:
         program = Program(cut, block_mask, scores, at)
         q = program.queries(query).astype(jnp.float32).reshape(cut.heads, cut.group * cut.q_block, -1)
 
@@ -46,4 +47,4 @@ def forward(
         return state.finish(program.is_token, sink)
 
     out, lse = lax.map(run, cut.programs())
-    return cut.join_queries(out.astype(query.dtype)), cut.join_queries(lse).swapaxes(1, 2)
+    return cut.join_queries(out.astype(query.dtype)), cut.join_lse(lse)

@@ -7,27 +7,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.xla.softmax import probabilities
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
 from pallas_attn.scores import Scores
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
-def key_weights(query: Array, key: Stored, block_mask: BlockMask, scores: Scores, lse: Array, *, scale: float) -> Array:
+def key_weights(query: Array, key: Stored, block_mask: BlockMask, scores: Scores, lse: Lse, *, scale: float) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     cut = Cut.of(query, key, block_mask)
-    lse = lse.swapaxes(1, 2)  # [B, T, N], as the queries
+    lse = jax.tree.map(lambda x: x.swapaxes(1, 2), lse)  # [B, T, N], as the queries
 
     def run(sums: Array, at: tuple[Array, ...]) -> tuple[Array, None]:
         program = Program(cut, block_mask, scores, at)
         q = program.queries(query).astype(jnp.float32).reshape(cut.heads, cut.group * cut.q_block, -1)
-        row_lse = program.queries(lse)
-        counts = (program.is_own & (row_lse != -jnp.inf))[..., None]  # not >: what is not a number shows
+        row_lse = jax.tree.map(lambda x: program.queries(x)[..., None], lse)
+        counts = program.is_own[..., None] & (row_lse.peak != -jnp.inf)  # not >: what is not a number shows
 
         def add(sums: Array, keys: Keys) -> Array:
             logits = program.logits(q, key, keys, scale)
             seen = counts if keys.allowed is None else counts & keys.allowed
-            weights = jnp.where(seen, jnp.exp(logits - row_lse[..., None]), 0.0)
+            weights = jnp.where(seen, probabilities(logits, row_lse), 0.0)
             return program.add_to_keys(sums, keys.start, weights.sum((1, 2))[..., None])
 
         return program.walk(add, sums), None

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_attn.kernels.lse import Lse
+
 _LOWEST = jnp.finfo(jnp.float32).min
+
+
+def probabilities(logits: Array, lse: Lse) -> Array:
+    """Of logits in the rows of ``lse``."""
+    # Logits that are computed again may round to more than the largest one did.
+    return jnp.exp(jnp.minimum(logits - lse.peak, 0.0) - lse.log_total)
 
 
 class Softmax(NamedTuple):
@@ -55,7 +63,7 @@ class Softmax(NamedTuple):
         total = self.total * mine + other.total * theirs
         return Softmax(peak, total, self.acc * mine[..., None] + other.acc * theirs[..., None])
 
-    def finish(self, is_token: Array, sink: Array | None) -> tuple[Array, Array]:
+    def finish(self, is_token: Array, sink: Array | None) -> tuple[Array, Lse]:
         """``(out, lse)``, normalised. A query that is padding, or that sees nothing, gets 0 and -inf.
 
         Args:
@@ -70,4 +78,4 @@ class Softmax(NamedTuple):
         seen = (total != 0) & is_token  # not > 0: what is not a number shows
         total = jnp.where(seen, total, 1.0)
         out = jnp.where(seen[..., None], 2.0 * acc / total[..., None], 0.0)
-        return out, jnp.where(seen, peak + jnp.log(total), -jnp.inf)
+        return out, Lse(jnp.where(seen, peak, -jnp.inf), jnp.log(total))

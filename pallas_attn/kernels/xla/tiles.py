@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.xla import storage
 from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.scores import Scores
@@ -86,6 +89,10 @@ class Cut:
             head = tiles[:, :-1].reshape(self.batch, -1, *tiles.shape[3:])
             tiles = jnp.concatenate([head, tiles[:, -1, self.q_block - tail :]], axis=1)
         return tiles.reshape(self.batch, self.q_len, self.q_heads, *rest)
+
+    def join_lse(self, tiles: Lse) -> Lse:
+        """``[programs, heads, group, q_block]`` of all programs to ``[B, N, T]``."""
+        return jax.tree.map(lambda x: self.join_queries(x).swapaxes(1, 2), tiles)
 
 
 def as_it_is(keys: Array) -> Array:
@@ -197,15 +204,23 @@ class Program:
 
     def logits(self, q: Array, key: Stored, keys: "Keys", scale: float) -> Array:
         """``[heads, group, q_block, kv_block]``, scores applied, of float32 queries ``[heads, group * q_block, D]``."""
-        cut = self._cut
-        k = as_it_is(self.keys(key, keys.start, scale))
+        products = self.products(q, self.keys(key, keys.start, scale))
+        if not self._scores:
+            return products
+        return rounded(self.score(products, keys.positions, self.score_operands(keys.start)))
+
+    def products(self, q: Array, k: Array) -> Array:
+        """``[heads, group, q_block, kv_block]`` of ``[heads, group * q_block, D]`` and ``[heads, kv_block, D]``.
+
+        Both passes take their products from here, of the same factors: large ones must round to the same numbers.
+        """
+        cut, k = self._cut, as_it_is(k)
         # XLA on a CPU turns the right-hand side over: better the smaller one.
         if q.shape[1] < k.shape[1]:
             logits = jnp.einsum("hkd,hrd->hkr", k, q, precision=cut.precision).swapaxes(1, 2)
         else:
             logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=cut.precision)
-        logits = logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
-        return self.score(logits, keys.positions, self.score_operands(keys.start)) if self._scores else logits
+        return logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
 
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
         """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""
@@ -213,22 +228,22 @@ class Program:
         return lax.dynamic_update_slice(x, tile, (self._b, start, self._kv_head, ZERO))
 
     def _allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
-        mask = jax.tree.map(lambda x: self._tile(x, start), self._block_mask.mask)
+        mask = pointwise.map_operands(lambda x: self._tile(x, start), self._block_mask.mask)
         allowed = mask.allowed(self._q_positions, kv_positions) & real[None]
         return jnp.broadcast_to(allowed, (1, 1, self._cut.q_block, self._cut.kv_block))
 
     def score(self, logits: Array, kv_positions: Array, operands: Scores) -> Array:
         """Applies the scores to logits ``[heads, group, q_block, kv_block]``, given their tiles of this block."""
         heads = self.heads(jnp.arange(self._cut.q_heads, dtype=jnp.int32))[..., None, None]
-        return score_algebra.apply(operands, logits, self._q_positions[None, None], kv_positions[None, None], heads)
+        positions = self._q_positions[None, None], kv_positions[None, None]
+        return score_algebra.apply(operands, logits, *positions, heads, self._b)
 
     def score_operands(self, start: Array) -> Scores:
         """The scores with every operand ``[B|1, N|1, T|1, S|1]`` replaced by its tile ``[heads|1, group|1, .., ..]``.
 
-        Float32, as are parameters.
+        Tiles are float32.
         """
-        tiles = score_algebra.map_operands(lambda x: self._score_tile(x, start), self._scores)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tiles)
+        return pointwise.map_operands(lambda x: self._score_tile(x, start).astype(jnp.float32), self._scores)
 
     def _score_place(self, x: Array, start: Array) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
         """Of an operand: where its tile begins, the shape of the split operand, and that of the tile."""
