@@ -175,10 +175,12 @@ def custom(function: Callable[..., Any], params: Any = None) -> Score:
     counts; gradients reach both. They have any shape, and are indexed down to a number (``slope[head]``,
     ``params["table"][head, bucket[kv_position]]``, also by ``jnp.take``, slices and ``.at[...].get``). What depends on
     arrays alone may be computed in any way, and is computed once (``jax.nn.softmax(table)[head]``). What depends on the
-    query, the key, the head or the row is a number, of elementwise operations and ``jnp.where`` or ``lax.cond``; rows
-    of a table may be compared, multiplied and summed (``jnp.dot(a[q_position], b[kv_position])``), up to 128 numbers.
+    query, the key, the head or the row is a number, of elementwise operations, ``jnp.where``, ``lax.cond``, and
+    ``lax.fori_loop`` of up to 64 known turns; rows of a table may be compared, multiplied and summed
+    (``jnp.dot(a[q_position], b[kv_position])``), up to 128 numbers.
 
-    Where an index is out of bounds, JAX's rules hold. A position of -1 (padding) reaches the function, and its result
+    A few operations (``erf``, ``lgamma``, ``round``; functions with a ``jax.custom_vjp``) have no lowering to Triton:
+    the other implementations serve them. Where an index is out of bounds, JAX's rules hold. A position of -1 (padding) reaches the function, and its result
     does not count.
 
     Args:

@@ -119,6 +119,9 @@ SCORES = {
     "switch": lambda c: (
         lambda s, q, k, h, p: lax.switch(h, [lambda x: x, lambda x: x * c.number, lambda x: x + c.of_keys[k]], s)
     ),
+    "a short loop": lambda c: (
+        lambda s, q, k, h, p: lax.fori_loop(0, 3, lambda i, x: x * f32(0.5) + c.table[h, (i + k) % BUCKETS], s)
+    ),
     "a dot product of rows": lambda c: lambda s, q, k, h, p: s + jnp.dot(c.table[h], c.table[(q + k) % N]),
     "a sum of a row": lambda c: lambda s, q, k, h, p: s + c.table[h].sum(),
     "the largest of a row": lambda c: lambda s, q, k, h, p: s + c.table[h, :5].max(),
@@ -149,6 +152,9 @@ MASKS = {
     "flags": lambda c: lambda q, k: c.flags[k] | (q == k),
     "rows compared": lambda c: lambda q, k: (c.pages[q] == c.pages[k]).any(),
     "a threshold": lambda c: lambda q, k: c.of_keys[k] > c.number,
+    "searchsorted": lambda c: (
+        lambda q, k: jnp.searchsorted(c.documents, q // 9) == jnp.searchsorted(c.documents, k // 9)
+    ),
     "ends counted": lambda c: lambda q, k: (jnp.sort(c.buckets)[::5] < q).sum() == (jnp.sort(c.buckets)[::5] < k).sum(),
     "True": lambda c: lambda q, k: True,
 }

@@ -185,6 +185,19 @@ def test_parameters_and_what_is_closed_over_are_alike(implementation):
     assert all(np.abs(np.float32(x)).max() > 0 for x in jax.tree.leaves(given))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_parameters_of_integers_have_no_gradient(implementation):
+    arrays, c = tokens(), idioms.closed()
+
+    def loss(params):
+        score = pa.scores.custom(lambda s, q, k, h, p: s + p["table"][h, p["buckets"][k]], params)
+        return attend(arrays, score, pa.masks.causal(), implementation).sum()
+
+    gradient = jax.grad(loss, allow_int=True)({"table": c.table, "buckets": c.buckets})
+    assert gradient["buckets"].dtype == jax.dtypes.float0
+    assert np.abs(gradient["table"]).max() > 0
+
+
 def test_numbers_as_parameters():
     def change(s, q, k, h, p):
         assert (p["a"].dtype, p["b"].dtype, p["c"].dtype) == (jnp.float32, jnp.int32, jnp.bool_)
@@ -407,11 +420,15 @@ REFUSED_SCORES = {
         *(lambda s, q, k, h, p: s * TABLE, ValueError),
         r"expected a floating-point logit for a pair, got an array of shape \(4,\)",
     ),
-    "a NumPy array": (lambda s, q, k, h, p: s * NUMPY[h], TypeError, "expected JAX arrays .* got a NumPy array"),
+    "a NumPy array": (lambda s, q, k, h, p: s * NUMPY[h], TypeError, "expected jax.numpy .* got a NumPy array"),
     "sorted rows": (lambda s, q, k, h, p: s + jnp.sort(TABLE + s)[k], NotImplementedError, "elementwise .* got sort"),
     "a loop": (
         *(lambda s, q, k, h, p: jax.lax.while_loop(lambda x: x < 9, lambda x: x * 2, s), NotImplementedError),
         "elementwise operations, .* got while",
+    ),
+    "a long loop": (
+        *(lambda s, q, k, h, p: jax.lax.fori_loop(0, 99, lambda i, x: jnp.sin(x), s), NotImplementedError),
+        "elementwise operations, .* got scan",
     ),
     "a long sum": (
         *(lambda s, q, k, h, p: s + (jnp.arange(200) * q).sum().astype(jnp.float32), NotImplementedError),

@@ -61,33 +61,36 @@ def normal(*shape: int) -> np.ndarray:
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
 
 
+@jax.jit
 def everything() -> Any:
-    """A little of everything that runs on a CPU, as users write it: dtypes of integers are those that JAX gives."""
+    """A little of everything that runs on a CPU, as users write it: integers are of the dtype that JAX gives them."""
     query, key, value = normal(2, 21, 4, 16), normal(2, 37, 2, 16), normal(2, 37, 2, 16)
-    late = jnp.arange(16, 37)[None]
-    sizes = pa.BlockSizes(16, 16)
-    results = []
-    for options in ({"implementation": "reference"}, {"implementation": "xla"}, {"interpret": True}):
-        call = {"q_positions": late, "block_sizes": sizes, **options}
+    late, sizes = jnp.arange(16, 37)[None], pa.BlockSizes(16, 16)
 
-        def loss(query, key, value, slopes, call=call):
-            scores = (pa.scores.softcap(5.0), pa.scores.alibi(slopes))
-            return pa.attention(query, key, value, pa.masks.sliding_window(9, 1), scores=scores, **call).sum()
+    def loss(query, key, value, slopes):
+        scores = (pa.scores.softcap(5.0), pa.scores.alibi(slopes))
+        options = {"scores": scores, "q_positions": late, "block_sizes": sizes, "implementation": "xla"}
+        return pa.attention(query, key, value, pa.masks.sliding_window(9, 1), **options).sum()
 
-        results.append(jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, normal(4)))
+    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, normal(4))
     block_mask = pa.BlockMask.from_mask(pa.masks.causal(), late[:, -1:], jnp.arange(37)[None], sizes)
+    one = pa.attention(query[:, :1], key, value, block_mask, interpret=True)
     cache = pa.caches.init(
-        pa.caches.Dense(),
-        pa.caches.Paged(16, 6, pa.caches.Int8()),
-        **{"batch_size": 2, "capacity": 48, "kv_heads": 2, "head_dim": 16, "dtype": jnp.float32},
+        storage=pa.caches.Paged(16, 6, pa.caches.Int8()), batch_size=2, capacity=48, kv_heads=2, head_dim=16
     )
-    cache = cache.append(key, value, jnp.broadcast_to(jnp.arange(37)[None], (2, 37)))
-    view = cache.view(jnp.arange(1)[None, 0])
-    one = pa.attention(
-        query[:1, :1], view.key, view.value, pa.masks.causal(),
-        q_positions=late[:, -1:], kv_positions=view.positions, page_table=view.page_table, return_key_weights=True,
-    )  # fmt: skip
-    return results, block_mask, pa.attention(query[:, :1], key, value, block_mask), cache, one
+    cache = cache.append(key, value, jnp.tile(jnp.arange(37), (2, 1)))
+    view = cache.view(jnp.arange(1))
+    held = pa.attention(
+        query[:1, :2],
+        view.key,
+        view.value,
+        pa.masks.causal(),
+        q_positions=late[:, -2:],
+        kv_positions=view.positions,
+        page_table=view.page_table,
+        return_key_weights=True,
+    )
+    return gradients, block_mask, one, cache, held
 
 
 def digest(x: Any) -> str:

@@ -67,6 +67,13 @@ def _elementwise(op: Any, operand: Operand, index: Index) -> Any:
     return op.bind(*broadcast(values))[0]
 
 
+def _in_total_order(compare: Callable, op: Any, operand: Operand, index: Index) -> Any:
+    # Of integers there is but one order.
+    if jnp.issubdtype(op.in_avals[0].dtype, jnp.floating):
+        return _elementwise(op, operand, index)
+    return compare(*broadcast([operand(0, index), operand(1, index)]))
+
+
 def _same(op: Any, operand: Operand, index: Index) -> Any:
     return operand(0, index)
 
@@ -301,7 +308,7 @@ _REDUCTIONS = {
 }
 RULES: dict[str, Callable[[Any, Operand, Index], Array]] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(("copy", "copy_p", "pvary", "pcast"), _same),
+    **dict.fromkeys(("copy", "copy_p", "name", "pvary", "pcast"), _same),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
     **{name: functools.partial(_reduce, combine) for name, combine in _REDUCTIONS.items()},
     "broadcast_in_dim": _broadcast_in_dim,
@@ -311,6 +318,8 @@ RULES: dict[str, Callable[[Any, Operand, Index], Array]] = {
     "dynamic_update_slice": _dynamic_update_slice,
     "gather": _gather,
     "iota": _iota,
+    "le_to": functools.partial(_in_total_order, lax.le),
+    "lt_to": functools.partial(_in_total_order, lax.lt),
     "rev": _rev,
     "slice": _slice,
     "split": _split,

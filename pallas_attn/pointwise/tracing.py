@@ -18,9 +18,11 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from pallas_attn.pointwise import rules
 from pallas_attn.pointwise.program import Atom, Number, Op, Program
-from pallas_attn.pointwise.tables import Tables
+from pallas_attn.pointwise.tables import Tables, is_floating
 
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
+# Loops of up to so many turns are written out.
+_MOST_TURNS = 64
 
 
 class Trace(NamedTuple):
@@ -41,14 +43,14 @@ def trace(name: str, function: Callable[..., Any], wrapped: Callable[..., Array]
 
     Raises:
       NotImplementedError: a function that kernels cannot evaluate.
-      TypeError: one that indexes a NumPy array by what is traced.
+      TypeError: one that indexes a NumPy array by what is traced, or gives it to NumPy.
     """
     try:
         jaxpr = jax.make_jaxpr(wrapped)(*(jax.ShapeDtypeStruct((), dtype) for dtype in dtypes))
     except jax.errors.TracerArrayConversionError as error:
         raise TypeError(
-            f"{name}: expected JAX arrays where it indexes by a position or a head, got a NumPy array (pass it through"
-            " jax.numpy.asarray)"
+            f"{name}: expected jax.numpy for all that depends on its arguments, got a NumPy array that is indexed by one"
+            " (pass it through jax.numpy.asarray), or a NumPy function"
         ) from error
     if jaxpr.effects:
         raise NotImplementedError(f"{name}: expected a function without side effects, got {set(jaxpr.effects)}")
@@ -71,6 +73,21 @@ def check_number(name: str, result: Any, wanted: str) -> np.dtype:
     if result.shape:
         raise ValueError(f"{name}: expected {wanted} for a pair, got an array of shape {tuple(result.shape)}")
     return result.dtype
+
+
+def _unsupported(name: str, op: Op) -> str:
+    got = f"{op.params.get('_prim', op.name)} of shapes {[x.shape for x in op.in_avals]}"
+    return (
+        f"{name}: expected elementwise operations, and arrays that are indexed down to numbers, got {got} (what does"
+        " not depend on the pair may be computed in any way)"
+    )
+
+
+def _is_short_loop(eqn: Any) -> bool:
+    """Whether a scan is a loop of a few turns, which neither takes arrays apart nor puts them together."""
+    body = eqn.params["jaxpr"]
+    pairs = zip((*eqn.invars, *eqn.outvars), (*body.in_avals, *body.out_avals), strict=True)
+    return eqn.params["length"] <= _MOST_TURNS and all(x.aval.shape == inner.shape for x, inner in pairs)
 
 
 class _Flat:
@@ -108,11 +125,7 @@ class _Flat:
         for op in reversed(self._ops):
             if live.intersection(op.outputs) and (self._varies | self._is_plain).intersection(op.outputs):
                 if not rules.is_supported(op):
-                    raise NotImplementedError(
-                        f"{name}: expected elementwise operations, and arrays that are indexed down to numbers, got"
-                        f" {op.name} of shapes {[x.shape for x in op.in_avals]}; arrays that do not depend on the pair"
-                        " may be computed in any way"
-                    )
+                    raise NotImplementedError(_unsupported(name, op))
                 ops.append(op)
                 live.update(op.inputs)
         known = [x for x in self._avals if x in live and x not in self._varies and x not in self._is_plain]
@@ -172,6 +185,13 @@ class _Flat:
             return self.inline(inner, (), inputs)
         if eqn.primitive.name == "cond" and self._varies.intersection(inputs):
             return self._cond(eqn, *inputs)
+        if eqn.primitive.name == "scan" and self._varies.intersection(inputs) and _is_short_loop(eqn):
+            return self._loop(eqn, inputs)
+        if eqn.primitive.name == "call_hi_primitive" and not any(is_floating(x.aval) for x in eqn.outvars):
+            # jnp.searchsorted in newer JAX. Of integers no derivative is lost.
+            steps = functools.partial(eqn.primitive.to_lojax, **eqn.params)
+            jaxpr = jax.make_jaxpr(steps)(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars))
+            return self.inline(jaxpr.jaxpr, jaxpr.consts, inputs)
         outputs = [self._variable(x.aval) for x in eqn.outvars]
         avals = tuple(x.aval for x in eqn.invars), tuple(x.aval for x in eqn.outvars)
         op = Op(eqn.primitive, dict(eqn.params), tuple(inputs), tuple(outputs), *avals)
@@ -202,6 +222,15 @@ class _Flat:
             choice = jax.make_jaxpr(choose)(eqn.invars[0].aval, *(shape for _ in results))
             outputs += self.inline(choice.jaxpr, choice.consts, [which, *results])
         return outputs
+
+    def _loop(self, eqn: Any, inputs: list[Atom]) -> list[Atom]:
+        """All turns of a loop over a few numbers, written out."""
+        body = eqn.params["jaxpr"]
+        count = len(inputs) - len(eqn.outvars)
+        constants, state = inputs[:count], inputs[count:]
+        for _ in range(eqn.params["length"]):
+            state = self.inline(body.jaxpr, body.consts, [*constants, *state])
+        return state
 
     def _constant(self, value: Any) -> Atom:
         if not isinstance(value, Array):
