@@ -18,6 +18,7 @@ import pallas_attn as pa
 from bench import machine_code
 from bench.machine_code import lower_for_cuda
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.scores import traced
 from tests import oracle, test_decode, test_gradients, x64_check
 from tests.attention_check import LAST, LEFT, B, K, N, S, T, dense, options
 from tests.gradient_check import Case
@@ -308,13 +309,13 @@ def lowered_kernels(kind: str | None, page: int | None, q_len: int, dtype: str, 
 
     def call(query, key, value, q_positions, kv_positions, table, sinks, scores):
         block_mask = pa.BlockMask.from_mask(pa.masks.sliding_window(40, 2), q_positions, kv_positions, sizes)
-        given = {"scale": 0.1, "page_table": table}
+        given, scores = {"scale": 0.1, "page_table": table}, traced(scores)
         out, lse, weights = kernels.forward(
             query, key, value, block_mask, scores, sinks, return_key_weights=True, **given
         )
         if not differentiate:
-            return out, lse, weights
-        return kernels.backward(query, key, value, block_mask, scores, lse, lse, out, scale=0.1)
+            return out, lse.value, weights
+        return kernels.backward(query, key, value, block_mask, scores, lse, lse.value, out, scale=0.1)
 
     def struct(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
