@@ -180,8 +180,8 @@ def custom(function: Callable[..., Any], params: Any = None) -> Score:
     (``jnp.dot(a[q_position], b[kv_position])``), up to 128 numbers.
 
     A few operations (``erf``, ``lgamma``, ``round``; functions with a ``jax.custom_vjp``) have no lowering to Triton:
-    the other implementations serve them. Where an index is out of bounds, JAX's rules hold. A position of -1 (padding) reaches the function, and its result
-    does not count.
+    the other implementations serve them. Where an index is out of bounds, JAX's rules hold. A position of -1 (padding)
+    reaches the function, and its result does not count.
 
     Args:
       function: its result is a floating-point number. To compile once, pass the same function in every call, or one of

@@ -9,6 +9,7 @@ import pallas_attn as pa
 from bench.machine_code import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import tables
 from pallas_attn.pointwise import rules
 from pallas_attn.quantized import Kind
@@ -143,16 +144,16 @@ def lower_custom(q_len, scores, mask) -> str:
         block_mask = pa.BlockMask.from_mask(mask, q_len, idioms.S, sizes)
         return kernels.forward(query, key, key, block_mask, traced(scores), scale=0.1, return_key_weights=True)
 
-    def backward(query, key, lse):
+    def backward(query, key, lse, delta):
         block_mask = pa.BlockMask.from_mask(mask, q_len, idioms.S, sizes)
-        return kernels.backward(query, key, key, block_mask, traced(scores), lse, lse, query, scale=0.1)
+        return kernels.backward(query, key, key, block_mask, traced(scores), lse, delta, query, scale=0.1)
 
     query, key = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in tokens)
     lowered = lower_for_cuda(attend, query, key).as_text()
     if q_len <= tuning.DECODE_QUERIES:
         return lowered
-    lse = jax.ShapeDtypeStruct((idioms.B, idioms.N, q_len), jnp.float32)
-    return lowered + lower_for_cuda(backward, query, key, lse).as_text()
+    per_query = jax.ShapeDtypeStruct((idioms.B, idioms.N, q_len), jnp.float32)
+    return lowered + lower_for_cuda(backward, query, key, Lse(per_query, per_query), per_query).as_text()
 
 
 @pytest.mark.parametrize("name", idioms.SCORES)

@@ -49,8 +49,8 @@ def trace(name: str, function: Callable[..., Any], wrapped: Callable[..., Array]
         jaxpr = jax.make_jaxpr(wrapped)(*(jax.ShapeDtypeStruct((), dtype) for dtype in dtypes))
     except jax.errors.TracerArrayConversionError as error:
         raise TypeError(
-            f"{name}: expected jax.numpy for all that depends on its arguments, got a NumPy array that is indexed by one"
-            " (pass it through jax.numpy.asarray), or a NumPy function"
+            f"{name}: expected jax.numpy for all that depends on its arguments, got a NumPy array that is indexed by"
+            " one (pass it through jax.numpy.asarray), or a NumPy function"
         ) from error
     if jaxpr.effects:
         raise NotImplementedError(f"{name}: expected a function without side effects, got {set(jaxpr.effects)}")
