@@ -93,7 +93,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     # wait for memory; so where clocks differ little, the entry with more bytes on their way is taken.
     "decode": {
         (2, 8.0, 64): BlockSizes(16, 64, num_warps=4, num_stages=3),
-        (2, 9.0, 128): BlockSizes(16, 64, num_warps=4, num_stages=2),
+        (2, 9.0, 128): BlockSizes(16, 64, num_warps=4, num_stages=3),
         (2, 8.0, 128): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (2, 9.0, 256): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (2, 8.6, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
