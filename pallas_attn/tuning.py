@@ -52,9 +52,10 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
         (2, 8.6, 256): BlockSizes(64, 32, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
+        (4, 9.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=3),
         (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
         (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
-        (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=3),
         (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
     },
     # The same for dQ. (2, 9.0, 128) is the forward entry, whose lists it shares. At D 256, 32 x 64 needs a little more
@@ -70,8 +71,8 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 9.0, 64): BlockSizes(64, 32, num_warps=8, num_stages=3),
         (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
         (4, 9.0, 256): BlockSizes(16, 64, num_warps=8, num_stages=2),
-        (4, 8.0, 64): BlockSizes(32, 32, num_warps=8, num_stages=2),
-        (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 64): BlockSizes(32, 32, num_warps=4, num_stages=2),
+        (4, 8.0, 128): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
     },
     # The same for dK and dV, whose kernel holds two sums with a row per key. Many keys and few queries estimate best: a
@@ -99,6 +100,8 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.6, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(16, 32, num_warps=4, num_stages=3),
         (4, 8.0, 64): BlockSizes(16, 32, num_warps=4, num_stages=3),
+        (4, 9.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
+        (4, 8.0, 128): BlockSizes(16, 16, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=3),
     },
 }
@@ -112,6 +115,7 @@ _TABLES["d_key_value_bias"] = _TABLES["d_key_value"] | {
 # The gradients of scores share the lists of dQ where they can; but their kernel holds more, and some of those entries
 # would spill.
 _TABLES["d_score"] = _TABLES["d_query"] | {
+    (2, 9.0, 128): BlockSizes(64, 64, num_warps=8, num_stages=3),
     (2, 9.0, 256): BlockSizes(64, 64, num_warps=8, num_stages=2),
     (2, 8.0, 64): BlockSizes(128, 32, num_warps=8, num_stages=2),
     (2, 8.6, 256): BlockSizes(32, 64, num_warps=8, num_stages=2),

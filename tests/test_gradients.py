@@ -230,7 +230,7 @@ def test_only_the_inputs_the_output_and_lse_are_kept(implementation):
 
     kept = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(attend, *x)[1], query, key, value))
     floats = sorted((x.shape, x.dtype.name) for x in kept if jnp.issubdtype(x.dtype, jnp.floating))
-    out, lse = ((1, length, 4, 64), "bfloat16"), ((1, 4, length), "float32")
-    assert floats == sorted([*((x.shape, x.dtype.name) for x in (query, key, value)), out, lse])
+    out, lse = ((1, length, 4, 64), "bfloat16"), [((1, 4, length), "float32")] * 2
+    assert floats == sorted([*((x.shape, x.dtype.name) for x in (query, key, value)), out, *lse]), "lse is a pair"
     others = [x for x in kept if not jnp.issubdtype(x.dtype, jnp.floating)]
     assert sum(x.size for x in others) <= 2 * length + 8 * (4 + 8), "positions and lists of 8 x 8 blocks"

@@ -294,7 +294,7 @@ TREE = np.eye(4, dtype=bool)
         (lambda: _bad_call(), "caches[0]: expected the batch size of tokens, 2, got 3"),
         (lambda: _bad_call(rows=ROWS[:1]), "rows: expected int32 [2], as tokens, got int32 [1]"),
         (lambda: _bad_call(rows=ROWS > 0), "rows: expected int32 [2], as tokens, got bool [2]"),
-        (lambda: decoder()(AT, rows=ROWS), "rows: expected None without caches, of which they are rows"),
+        (lambda: decoder()(AT, rows=ROWS), "rows: expected None without caches, got int32 [2]"),
         (lambda: decoder()(AT, AT, tree=TREE), "tree: expected caches that are Dense in every layer, got no caches"),
         (
             lambda: _bad_call(rows=ROWS, tree=TREE),

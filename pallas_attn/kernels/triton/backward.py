@@ -126,11 +126,16 @@ def _probabilities(
 def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut):
     (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
     i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
-    rows = pl.Slice(i * cut.q_block, cut.q_block)
-    row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
-    q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
-    peak = tiles.load(residuals.lse.peak.at[rows], row_exists, jnp.inf)
-    counts = (q_positions >= 0) & (peak != jnp.inf)
+
+    def places(i: Array) -> tuple[pl.Slice, Array, Array, Array, Array]:
+        """The places of a block's queries, which of them exist, their positions and peaks, and which of them count."""
+        rows = pl.Slice(i * cut.q_block, cut.q_block)
+        exist = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
+        positions = tiles.load(refs.q_positions.at[rows], exist, -1)
+        peak = tiles.load(residuals.lse.peak.at[rows], exist, jnp.inf)
+        return rows, exist, positions, peak, (positions >= 0) & (peak != jnp.inf)
+
+    rows, row_exists, q_positions, peak, counts = places(i)
     lse = peak[:, None], tiles.load(residuals.lse.log_total.at[rows], row_exists)[:, None]
     delta = tiles.load(residuals.delta.at[rows], counts)[:, None]
     q = tiles.load_rows(refs.query, rows, counts, head_columns)
@@ -151,6 +156,8 @@ def _d_query_kernel(refs: Inputs, residuals: Residuals, d_query_ref, *, cut: Cut
 
     acc = jnp.zeros((cut.q_block, q.shape[1]), jnp.float32)
     (acc,) = blocks.walk((i,), visit, (acc,))
+    # Worked out again: what a loop does not need is not kept in registers, or on the stack, while it runs.
+    rows, row_exists, *_, counts = places(cut.anew(i))
     out = jnp.where(counts[:, None], acc * cut.scale, 0.0).astype(d_query_ref.dtype)
     plgpu.store(d_query_ref.at[rows, head_columns.at], out, mask=tiles.outer(row_exists, head_columns.exist, out.shape))
 
