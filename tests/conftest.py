@@ -1,6 +1,14 @@
 """Shared by all tests: JAX at its strictest, data by name, and the tests that need a GPU."""
 
+import importlib.metadata
+import os
+import sys
 import zlib
+
+# XLA reads its flags when JAX is imported. Its older emitters compile the tests' programs in half the time; from 0.11 on
+# it has no such flag, and stops at one that it does not know.
+if importlib.metadata.version("jaxlib").startswith("0.10.") and "--optimize" not in sys.argv:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
@@ -30,6 +38,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--optimize"):
         jax.config.update("jax_disable_most_optimizations", True)
+    # The workers of a run, and the next run, share what is compiled; `pytest --cache-clear` removes it.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_modifyitems(items):
