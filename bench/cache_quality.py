@@ -11,7 +11,6 @@ policy can know which one to keep: with the share ``f`` of a list in the cache, 
 
 import argparse
 import dataclasses
-import importlib.resources
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,8 +25,8 @@ import pallas_attn as pa
 from bench import machine
 from bench.results_file import ResultsError, ResultsFile
 from pallas_attn.picture import plain_style, save_figure
-from pallas_attn_models import Decoder, Generator, load_hf, tasks
-from pallas_attn_models.train import exact_answers
+from pallas_attn_models import Decoder, Generator, load_hf, weights
+from pallas_attn_models.training import exact_answers, tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if min(values) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {min(values)}")
         file = ResultsFile(options.out, suite="cache-quality", machine=machine.describe(options.revision))
-        shipped = Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+        shipped = weights.DIRECTORY
         model = load_hf(options.model or shipped, dtype=jnp.float32)
     except (ValueError, OSError, ResultsError) as error:
         text = f"python -m bench.cache_quality: {error}"

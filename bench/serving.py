@@ -12,7 +12,6 @@ Three questions, each to our own Generator in two ways that must give the same t
 import argparse
 import dataclasses
 import functools
-import importlib.resources
 import string
 import sys
 from collections.abc import Callable, Sequence
@@ -31,8 +30,9 @@ from bench import machine
 from bench.measure import OURS
 from bench.results_file import ResultsError, ResultsFile
 from bench.timing import Contender, median_ratio, prepare, summary, take_turns
-from pallas_attn_models import Decoder, DecoderConfig, GenerationStats, Generator, Sampling, load_hf, tasks
-from pallas_attn_models.speculation import PromptLookup
+from pallas_attn_models import Decoder, DecoderConfig, GenerationStats, Generator, Sampling, load_hf, weights
+from pallas_attn_models.generation import PromptLookup
+from pallas_attn_models.training import tasks
 
 SEQUENTIAL = "sequential batches"
 PLAIN = "without drafts"
@@ -282,7 +282,7 @@ CASES: dict[str, Callable[[Scale], dict[str, Any]]] = {
 @functools.cache
 def shipped_generator(speculation: PromptLookup | None = None) -> Generator:
     """With the checkpoint that ships; what is compiled for one case serves the next."""
-    checkpoint = Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+    checkpoint = weights.DIRECTORY
     model = load_hf(checkpoint, dtype=jnp.float32)
     return Generator(model, batch_size=_ROWS, capacity=_CAPACITY, speculation=speculation)
 

@@ -30,8 +30,8 @@ from bench.measure import OURS
 from bench.results_file import ResultsError, ResultsFile
 from bench.timing import median_ratio, summary
 from pallas_attn.picture import plain_style, save_figure
-from pallas_attn_models import Decoder, train
-from pallas_attn_models.tasks import Batch
+from pallas_attn_models import Decoder
+from pallas_attn_models.training import Batch, train
 from tests import tolerances
 
 if TYPE_CHECKING:

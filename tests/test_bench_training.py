@@ -9,8 +9,8 @@ import pytest
 
 from bench import plot, training
 from bench.measure import OURS
-from pallas_attn_models import train
-from pallas_attn_models.tasks import Mix
+from pallas_attn_models.training import train
+from pallas_attn_models.training.tasks import Mix
 from tests import tolerances
 
 CONFIG = dataclasses.replace(train.CONFIG, num_layers=1, hidden_size=32, intermediate_size=32, head_dim=16)

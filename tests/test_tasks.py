@@ -6,8 +6,8 @@ import string
 import numpy as np
 import pytest
 
-from pallas_attn_models import tasks
-from pallas_attn_models.tasks import END, Example, Mix
+from pallas_attn_models.training import tasks
+from pallas_attn_models.training.tasks import END, Example, Mix
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -15,9 +15,11 @@ from tokenizers import Tokenizer
 
 import pallas_attn as pa
 from pallas_attn.kernels import reference
-from pallas_attn_models import checkpoint_files, load_hf, train
-from pallas_attn_models.layers import rotary_tables, rotate
-from pallas_attn_models.tasks import END_TOKEN, Mix
+from pallas_attn_models import load_hf
+from pallas_attn_models.checkpoints import files as checkpoint_files
+from pallas_attn_models.decoder.layers import rotary_tables, rotate
+from pallas_attn_models.training import train
+from pallas_attn_models.training.tasks import END_TOKEN, Mix
 
 SHORT = (train.Phase(3, 2, 32, Mix(recall=1.0, max_pairs=6), first_pairs=4),)
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pallas_attn_models.requests import Handle
-from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.generation.requests import Handle
+from pallas_attn_models.generation.sampling import Sampling
 
 
 def byte_tokenizer(special: Sequence[str] = ()) -> Tokenizer:

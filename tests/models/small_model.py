@@ -9,8 +9,8 @@ from flax import nnx
 
 import pallas_attn as pa
 from pallas_attn_models import Decoder, DecoderConfig, Generator, Sampling
-from pallas_attn_models.generator import GenerationResult, StreamEvent
-from pallas_attn_models.requests import Completion, Handle
+from pallas_attn_models.generation.generator import GenerationResult, StreamEvent
+from pallas_attn_models.generation.requests import Completion, Handle
 
 EOS = 7
 CONFIG = DecoderConfig(

@@ -10,10 +10,10 @@ from jax import Array
 
 from pallas_attn import caches
 from pallas_attn_models import Decoder, Generator, Sampling
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.requests import Completion
-from pallas_attn_models.rows import State
-from pallas_attn_models.speculation import DraftModel, Feed, PromptLookup
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.generation.requests import Completion
+from pallas_attn_models.generation.rows import State
+from pallas_attn_models.generation.speculation import DraftModel, Feed, PromptLookup
 from tests.models import small_model
 from tests.models.small_model import EOS, Ask
 

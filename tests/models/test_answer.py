@@ -6,7 +6,7 @@ import pytest
 
 from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.completions import print_in_turn
-from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.generation.sampling import Sampling
 from tests.models.scripted import ScriptedGenerator, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

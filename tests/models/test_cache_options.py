@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_attn import caches
-from pallas_attn_models import cache_options, cli
+from pallas_attn_models import cli
+from pallas_attn_models.cli import cache_options
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from flax import nnx
 from tokenizers import processors
 
 from pallas_attn_models import cli
-from pallas_attn_models.chat_template import ChatTemplate
-from pallas_attn_models.checkpoint import load_hf, save_hf
+from pallas_attn_models.checkpoints.hf import load_hf, save_hf
 from pallas_attn_models.cli import chat
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.generator import Generator
-from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.decoder import Decoder
+from pallas_attn_models.generation.generator import Generator
+from pallas_attn_models.generation.sampling import Sampling
+from pallas_attn_models.text.chat_template import ChatTemplate
 from tests.models.scripted import ScriptedGenerator, byte_tokenizer
 
 SPECIAL = ["<s>", "<end>", "<user>", "<system>", "<assistant>"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pallas_attn_models import chat_template
-from pallas_attn_models.chat_template import ChatTemplate
+from pallas_attn_models.text import chat_template
+from pallas_attn_models.text.chat_template import ChatTemplate
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

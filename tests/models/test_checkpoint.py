@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pallas_attn_models import checkpoint, checkpoint_files
-from pallas_attn_models.checkpoint import load_hf, save_hf
-from pallas_attn_models.checkpoint_tensors import Layout
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
+from pallas_attn_models.checkpoints import files as checkpoint_files
+from pallas_attn_models.checkpoints import hf as checkpoint
+from pallas_attn_models.checkpoints.hf import load_hf, save_hf
+from pallas_attn_models.checkpoints.tensors import Layout
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.decoder import Decoder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
@@ -289,7 +290,7 @@ def test_rotary_buffers_are_ignored_and_it_says_so(copy, caplog):
     path = copy("gqa")
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
     edit_tensors(path / "model.safetensors", lambda tensors: tensors.update(buffer))
-    with caplog.at_level(logging.INFO, logger="pallas_attn_models.checkpoint"):
+    with caplog.at_level(logging.INFO, logger="pallas_attn_models.checkpoints"):
         model = load_hf(path, dtype=jnp.float32)
     assert "inv_freq" in caplog.text
     assert_same_bits(model, load_hf(FIXTURES / "gqa", dtype=jnp.float32))

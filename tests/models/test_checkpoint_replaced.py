@@ -19,8 +19,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_attn_models import Decoder, DecoderConfig, RopeConfig, checkpoint, checkpoint_files, load_hf, save_hf
-from pallas_attn_models.checkpoint_files import reading
+from pallas_attn_models import Decoder, DecoderConfig, RopeConfig, load_hf, save_hf
+from pallas_attn_models.checkpoints import files as checkpoint_files
+from pallas_attn_models.checkpoints import hf as checkpoint
+from pallas_attn_models.checkpoints.files import reading
+from pallas_attn_models.checkpoints.hf_config import config_from_hf
 
 SIZES = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
 ONE_FILE, SHARDS = 10**9, 1200
@@ -39,7 +42,7 @@ def contents(directory: Path) -> tuple:
     """What load_hf makes a decoder of; much faster, as nothing is traced."""
     with reading(directory) as checkpoint:
         tensors = {name: tensor.read().tobytes() for name, tensor in checkpoint.tensors.items()}
-    return DecoderConfig.from_hf(checkpoint.fields), tensors
+    return config_from_hf(checkpoint.fields), tensors
 
 
 def same(a: Decoder, b: Decoder) -> bool:

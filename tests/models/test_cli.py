@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models
 
 import pallas_attn as pa
 from pallas_attn_models import cli
-from pallas_attn_models.checkpoint import save_hf
+from pallas_attn_models.checkpoints.hf import save_hf
 from pallas_attn_models.cli import completions, doctor, generate, loading
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.decoder import Decoder
 
 CONFIG = DecoderConfig(
     vocab_size=256,

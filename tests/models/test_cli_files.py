@@ -14,15 +14,15 @@ from flax import nnx
 from tokenizers import Regex, pre_tokenizers
 
 from pallas_attn_models import cli
-from pallas_attn_models.chat_template import ChatTemplate
-from pallas_attn_models.checkpoint import load_hf, save_hf
+from pallas_attn_models.checkpoints.hf import load_hf, save_hf
 from pallas_attn_models.cli import chat, generate, loading
 from pallas_attn_models.cli.completions import Completion, to_json
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.generator import GenerationResult
-from pallas_attn_models.sampling import Sampling
-from pallas_attn_models.stats import GenerationStats
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.decoder import Decoder
+from pallas_attn_models.generation.generator import GenerationResult
+from pallas_attn_models.generation.sampling import Sampling
+from pallas_attn_models.generation.stats import GenerationStats
+from pallas_attn_models.text.chat_template import ChatTemplate
 from tests.models.scripted import ScriptedGenerator, byte_tokenizer
 
 CONFIG = DecoderConfig(

@@ -12,15 +12,15 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models
 
 from pallas_attn_models import cli
-from pallas_attn_models.checkpoint import save_hf
+from pallas_attn_models.checkpoints.hf import save_hf
 from pallas_attn_models.cli import generate, loading
 from pallas_attn_models.cli.completions import Completion, figures, show_growing
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.generator import GenerationResult
-from pallas_attn_models.sampling import Limits, Sampling
-from pallas_attn_models.speculation import PromptLookup
-from pallas_attn_models.stats import GenerationStats
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.decoder import Decoder
+from pallas_attn_models.generation.generator import GenerationResult
+from pallas_attn_models.generation.sampling import Limits, Sampling
+from pallas_attn_models.generation.speculation import PromptLookup
+from pallas_attn_models.generation.stats import GenerationStats
 
 CONFIG = DecoderConfig(
     vocab_size=26,

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pallas_attn_models.config import IRRELEVANT, SUPPORTED, DecoderConfig, RopeConfig, shown
-from pallas_attn_models.layers import inverse_frequencies
+from pallas_attn_models.checkpoints.hf_config import IRRELEVANT, SUPPORTED, config_from_hf, config_to_hf
+from pallas_attn_models.checks import shown
+from pallas_attn_models.decoder.config import DecoderConfig, RopeConfig
+from pallas_attn_models.decoder.layers import inverse_frequencies
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -65,7 +67,7 @@ def test_a_published_config_is_read_in_full():
         "use_cache": True,
         "vocab_size": 128256,
     }
-    assert DecoderConfig.from_hf(fields) == DecoderConfig(
+    assert config_from_hf(fields) == DecoderConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
@@ -82,7 +84,7 @@ def test_a_published_config_is_read_in_full():
 
 
 def test_absent_fields_have_the_defaults_of_transformers():
-    config = DecoderConfig.from_hf(SMALL)
+    config = config_from_hf(SMALL)
     assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (4, 8, 1e-6)
     assert (config.rope, config.tie_word_embeddings, config.eos_token_ids) == (RopeConfig(), False, (2,))
 
@@ -103,31 +105,31 @@ def test_absent_fields_have_the_defaults_of_transformers():
     ],
 )
 def test_both_spellings_of_rotary_settings(spelling, expected):
-    assert DecoderConfig.from_hf({**SMALL, **spelling}).rope == expected
+    assert config_from_hf({**SMALL, **spelling}).rope == expected
 
 
 def test_llama3_without_an_original_length_takes_the_context_length():
     scaling = {**LLAMA3_SCALING, "rope_type": "llama3", "original_max_position_embeddings": None}
-    config = DecoderConfig.from_hf({**SMALL, "rope_scaling": scaling, "max_position_embeddings": 4096})
+    config = config_from_hf({**SMALL, "rope_scaling": scaling, "max_position_embeddings": 4096})
     assert config.rope.original_max_position_embeddings == 4096
 
 
 @pytest.mark.parametrize("directory", sorted(path.parent.name for path in FIXTURES.glob("*/config.json")))
 def test_to_hf_reads_back_equal(directory):
-    config = DecoderConfig.from_hf(json.loads((FIXTURES / directory / "config.json").read_text()))
-    written = json.loads(json.dumps(config.to_hf()))
-    assert DecoderConfig.from_hf(written) == config
+    config = config_from_hf(json.loads((FIXTURES / directory / "config.json").read_text()))
+    written = json.loads(json.dumps(config_to_hf(config)))
+    assert config_from_hf(written) == config
 
 
 @pytest.mark.parametrize("eos_token_ids", [(), (7,), (7, 9)])
 def test_to_hf_keeps_the_end_of_text_tokens(eos_token_ids):
-    config = dataclasses.replace(DecoderConfig.from_hf(SMALL), eos_token_ids=eos_token_ids)
-    assert DecoderConfig.from_hf(config.to_hf()) == config
+    config = dataclasses.replace(config_from_hf(SMALL), eos_token_ids=eos_token_ids)
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 def test_an_unknown_field_is_refused_by_name():
     with pytest.raises(ValueError, match="expected only known fields, got logit_softcap"):
-        DecoderConfig.from_hf({**SMALL, "logit_softcap": 30.0})
+        config_from_hf({**SMALL, "logit_softcap": 30.0})
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_an_unknown_field_is_refused_by_name():
 )
 def test_a_known_field_with_another_value_is_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}: expected .*, got {re.escape(repr(value))}"):
-        DecoderConfig.from_hf({**SMALL, field: value})
+        config_from_hf({**SMALL, field: value})
 
 
 @pytest.mark.parametrize(
@@ -181,10 +183,10 @@ def test_a_known_field_with_another_value_is_refused(field, value):
 )
 def test_wrong_values_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        DecoderConfig.from_hf({**SMALL, **fields})
+        config_from_hf({**SMALL, **fields})
 
 
-FULL = DecoderConfig.from_hf(SMALL)
+FULL = config_from_hf(SMALL)
 WRONG_KINDS = [
     None,
     "7",
@@ -283,7 +285,7 @@ def test_heads_together_are_a_size():
 
 def test_extreme_numbers_that_fit_are_taken():
     config = dataclasses.replace(FULL, rms_norm_eps=1.2e-38, vocab_size=2**31 - 1, rope=RopeConfig(theta=3e38))
-    assert DecoderConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
     assert np.isfinite(np.float32(inverse_frequencies(config.head_dim, config.rope))).all()
 
 
@@ -327,7 +329,7 @@ WRONG = [case for case in itertools.product(NUMBERS, FROM_JSON) if case not in R
 def test_numbers_of_a_file_are_refused_by_the_name_of_their_field(field, text):
     fields = json.loads(f'{{"{field}": {text}}}')
     with pytest.raises(ValueError, match=f"^{NUMBERS[field]}: expected "):
-        DecoderConfig.from_hf({**SMALL, **fields})
+        config_from_hf({**SMALL, **fields})
 
 
 @pytest.mark.parametrize("text", FROM_JSON, ids=id_of)
@@ -335,27 +337,27 @@ def test_numbers_of_a_file_are_refused_by_the_name_of_their_field(field, text):
 def test_rotary_numbers_of_a_file_are_refused_by_the_name_of_their_field(field, text):
     scaling = {**LLAMA3_SCALING, "rope_type": "llama3", field: json.loads(text)}
     with pytest.raises(ValueError, match=f"^rope {field}: expected "):
-        DecoderConfig.from_hf({**SMALL, "rope_scaling": scaling})
+        config_from_hf({**SMALL, "rope_scaling": scaling})
 
 
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("value", [[], "", 0, False, [1], "linear", True])
 def test_rotary_settings_are_an_object_or_nothing(field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected an object, got {re.escape(repr(value))}"):
-        DecoderConfig.from_hf({**SMALL, field: value})
+        config_from_hf({**SMALL, field: value})
 
 
 @pytest.mark.parametrize("fields", [None, 3, "config.json", [("vocab_size", 3)], DecoderConfig])
 def test_what_is_no_mapping(fields):
     with pytest.raises(TypeError, match=f"fields: expected the mapping .*, got {type(fields).__name__}"):
-        DecoderConfig.from_hf(fields)
+        config_from_hf(fields)
 
 
 def test_long_values_and_many_fields_are_shown_in_part():
     deep = json.loads("[" * 900 + "]" * 900)
     for fields in ({"hidden_act": "x" * 10**6}, {"mlp_bias": deep}, {f"field{n}": n for n in range(10**4)}):
         with pytest.raises(ValueError, match="expected") as error:
-            DecoderConfig.from_hf({**SMALL, **fields})
+            config_from_hf({**SMALL, **fields})
         assert len(str(error.value)) < 300
 
 
@@ -363,7 +365,7 @@ def test_long_values_and_many_fields_are_shown_in_part():
 def test_sizes_must_be_there(field):
     fields = {name: value for name, value in SMALL.items() if name != field}
     with pytest.raises(ValueError, match=f"{field}: expected"):
-        DecoderConfig.from_hf(fields)
+        config_from_hf(fields)
 
 
 def test_a_rope_factor_that_nothing_reads_is_refused():
@@ -373,15 +375,15 @@ def test_a_rope_factor_that_nothing_reads_is_refused():
 
 def test_no_field_is_both_irrelevant_and_read():
     assert not SUPPORTED.keys() & IRRELEVANT.keys()
-    assert not IRRELEVANT.keys() & DecoderConfig.from_hf(SMALL).to_hf().keys() - {"bos_token_id"}
+    assert not IRRELEVANT.keys() & config_to_hf(config_from_hf(SMALL)).keys() - {"bos_token_id"}
 
 
 def test_every_field_that_transformers_writes_is_handled():
     transformers = pytest.importorskip("transformers", reason="compares with transformers' own LlamaConfig")
     fields = transformers.LlamaConfig(num_key_value_heads=8).to_dict()
-    config = DecoderConfig.from_hf(fields)
+    config = config_from_hf(fields)
     assert (config.hidden_size, config.num_kv_heads) == (fields["hidden_size"], 8)
-    reread = transformers.LlamaConfig(**config.to_hf())
+    reread = transformers.LlamaConfig(**config_to_hf(config))
     assert reread.rope_parameters == fields["rope_parameters"]
 
 
@@ -389,33 +391,33 @@ MISTRAL = {**SMALL, "model_type": "mistral", "architectures": ["MistralForCausal
 
 
 def test_mistral_has_a_window_in_every_layer():
-    config = DecoderConfig.from_hf({**MISTRAL, "sliding_window": 16})
+    config = config_from_hf({**MISTRAL, "sliding_window": 16})
     layers = SMALL["num_hidden_layers"]
     assert config.sliding_windows == (16,) * layers
     assert [config.sliding_window(layer) for layer in range(layers)] == [16] * layers
-    assert DecoderConfig.from_hf(config.to_hf()) == config
-    assert DecoderConfig.from_hf({**MISTRAL, "sliding_window": None}).sliding_windows == ()
+    assert config_from_hf(config_to_hf(config)) == config
+    assert config_from_hf({**MISTRAL, "sliding_window": None}).sliding_windows == ()
 
 
 def test_absent_fields_of_mistral_have_its_own_defaults():
     transformers = pytest.importorskip("transformers", reason="compares with transformers' own MistralConfig")
-    config, theirs = DecoderConfig.from_hf(MISTRAL), transformers.MistralConfig(**MISTRAL)
+    config, theirs = config_from_hf(MISTRAL), transformers.MistralConfig(**MISTRAL)
     assert config.num_kv_heads == theirs.num_key_value_heads
     assert config.max_position_embeddings == theirs.max_position_embeddings
     assert set(config.sliding_windows) == {theirs.sliding_window}
-    assert transformers.MistralConfig(**config.to_hf()).sliding_window == theirs.sliding_window
+    assert transformers.MistralConfig(**config_to_hf(config)).sliding_window == theirs.sliding_window
 
 
 @pytest.mark.parametrize("windows", [(8,), (8, None, 8), (0, 8), [8, 8], (True, 8)])
 def test_windows_are_one_for_each_layer(windows):
-    config = DecoderConfig.from_hf({**SMALL, "num_hidden_layers": 2})
+    config = config_from_hf({**SMALL, "num_hidden_layers": 2})
     with pytest.raises(ValueError, match="sliding_windows: expected"):
         dataclasses.replace(config, sliding_windows=windows)
 
 
 def test_a_llama_has_no_window_and_a_file_only_one():
     with pytest.raises(ValueError, match="sliding_window: expected None for a Llama, got 16"):
-        DecoderConfig.from_hf({**SMALL, "sliding_window": 16})
-    config = DecoderConfig.from_hf({**SMALL, "num_hidden_layers": 2})
+        config_from_hf({**SMALL, "sliding_window": 16})
+    config = config_from_hf({**SMALL, "num_hidden_layers": 2})
     with pytest.raises(ValueError, match="sliding_windows: expected the same for all layers of a file"):
-        dataclasses.replace(config, sliding_windows=(8, None)).to_hf()
+        config_to_hf(dataclasses.replace(config, sliding_windows=(8, None)))

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 import pallas_attn as pa
-from pallas_attn_models.checkpoint import load_hf, save_hf
-from pallas_attn_models.config import DecoderConfig, RopeConfig
-from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.layers import inverse_frequencies, rotary_tables, rotate
+from pallas_attn_models.checkpoints.hf import load_hf, save_hf
+from pallas_attn_models.decoder.config import DecoderConfig, RopeConfig
+from pallas_attn_models.decoder.decoder import Decoder
+from pallas_attn_models.decoder.layers import inverse_frequencies, rotary_tables, rotate
 from tests import tolerances
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -12,7 +12,7 @@ from flax import nnx
 import pallas_attn as pa
 from pallas_attn import caches
 from pallas_attn_models import CachedDecoder, Decoder
-from pallas_attn_models import decoder as decoder_module
+from pallas_attn_models.decoder import decoder as decoder_module
 from tests import tolerances
 from tests.marks import quick
 from tests.models.test_decoder import SMALL, random_tokens, widen

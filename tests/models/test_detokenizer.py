@@ -5,7 +5,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pallas_attn_models.detokenizer import Detokenizer
+from pallas_attn_models.text.detokenizer import Detokenizer
 
 TEXTS = ["hello world", " a  b\n", "\u00e9\u4e2d\U0001f9e0 \U0001f468\u200d\U0001f469", "", "caf\u00e9"]
 

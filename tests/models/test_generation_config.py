@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pallas_attn_models.generation_config import GenerationDefaults
+from pallas_attn_models.text.generation_config import GenerationDefaults
 
 LLAMA3 = {
     "bos_token_id": 128000,

@@ -13,12 +13,12 @@ import tolerances
 from flax import nnx
 
 import pallas_attn as pa
-from pallas_attn_models import steps
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.generator import Generator
-from pallas_attn_models.rows import Count
-from pallas_attn_models.sampling import Limits, Sampling, SamplingArrays, sample
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.decoder import Decoder
+from pallas_attn_models.generation import steps
+from pallas_attn_models.generation.generator import Generator
+from pallas_attn_models.generation.rows import Count
+from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays, sample
 
 EOS = 7
 BATCH, CAPACITY, CHUNK, KV_BLOCK = 3, 48, 16, 8

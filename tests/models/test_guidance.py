@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from pallas_attn_models import Generator, Limits, Sampling, load_hf
-from pallas_attn_models.drawing import _guided
-from pallas_attn_models.sampling import SamplingArrays, count_new, count_prompt, sample
+from pallas_attn_models.generation.drawing import _guided
+from pallas_attn_models.generation.sampling import SamplingArrays, count_new, count_prompt, sample
 from tests import tolerances
 from tests.models.small_model import Ask, completions
 

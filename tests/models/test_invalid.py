@@ -11,9 +11,9 @@ import pytest
 
 from pallas_attn import caches
 from pallas_attn_models import Decoder, DraftModel, Generator, Sampling
-from pallas_attn_models.requests import Completion
-from pallas_attn_models.sampling import Limits, SamplingArrays, process, sample
-from pallas_attn_models.speculation import PromptLookup
+from pallas_attn_models.generation.requests import Completion
+from pallas_attn_models.generation.sampling import Limits, SamplingArrays, process, sample
+from pallas_attn_models.generation.speculation import PromptLookup
 from tests.marks import quick
 from tests.models.small_model import ONE_EACH, Ask, make_model, prompt_of, random_ask
 from tests.models.test_serving import assert_nothing_is_held

@@ -8,12 +8,13 @@ from flax import linen, nnx
 
 import pallas_attn as pa
 import pallas_attn.flax
-from pallas_attn_models import CachedDecoder, Decoder, load_hf, save_hf, train
+from pallas_attn_models import CachedDecoder, Decoder, load_hf, save_hf
 from pallas_attn_models.cli import doctor
-from pallas_attn_models.config import DecoderConfig, RopeConfig
-from pallas_attn_models.generator import Generator
-from pallas_attn_models.sampling import Sampling
-from pallas_attn_models.speculation import DraftModel, PromptLookup
+from pallas_attn_models.decoder.config import DecoderConfig, RopeConfig
+from pallas_attn_models.generation.generator import Generator
+from pallas_attn_models.generation.sampling import Sampling
+from pallas_attn_models.generation.speculation import DraftModel, PromptLookup
+from pallas_attn_models.training import train
 from tests import tolerances
 from tests.attention_check import assert_same_bits
 from tests.x64_check import assert_same_with_the_flag, normal, wide_equations

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_attn_models.speculation import PromptLookup
+from pallas_attn_models.generation.speculation import PromptLookup
 from tests.models.speculations import looked_up
 
 look_up = {

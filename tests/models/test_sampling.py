@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pallas_attn_models import sampling as sampling_module
-from pallas_attn_models.sampling import (
+from pallas_attn_models.generation import sampling as sampling_module
+from pallas_attn_models.generation.sampling import (
     Limits,
     Sampling,
     SamplingArrays,

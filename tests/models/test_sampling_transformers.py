@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_attn_models.sampling import Limits, Sampling, SamplingArrays, count_new, count_prompt, process
+from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays, count_new, count_prompt, process
 from tests import tolerances
 
 reason = "compares with transformers' own generate()"

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from pallas_attn_models import Generator, QueueFull, Sampling, steps
-from pallas_attn_models.generator import StreamEvent
-from pallas_attn_models.requests import Completion, Handle
-from pallas_attn_models.rows import RUNNING
+from pallas_attn_models import Generator, QueueFull, Sampling
+from pallas_attn_models.generation import steps
+from pallas_attn_models.generation.generator import StreamEvent
+from pallas_attn_models.generation.requests import Completion, Handle
+from pallas_attn_models.generation.rows import RUNNING
 from tests.models.small_model import CONFIG, ONE_EACH, Ask, make_model, prompt_of, random_ask
 
 ROWS, CAPACITY, CHUNK, QUEUE = 4, 48, 8, 6

@@ -1,18 +1,16 @@
 """The checkpoint that ships with the package answers prompts that its training never saw."""
 
-import importlib.resources
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pallas_attn_models import Generator, Sampling, load_hf, tasks
+from pallas_attn_models import Generator, Sampling, load_hf, weights
+from pallas_attn_models.training import tasks
 from tests import tolerances
 
 ROWS = 25
-DIRECTORY = Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+DIRECTORY = weights.DIRECTORY
 
 
 @pytest.fixture(scope="module")

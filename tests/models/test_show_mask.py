@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import pallas_attn as pa
 from pallas_attn_models import cli
-from pallas_attn_models.mask_expression import FORMS, MaskExpressionError, parse
+from pallas_attn_models.cli.mask_expression import FORMS, MaskExpressionError, parse
 from tests import oracle
 from tests.oracle import positions
 

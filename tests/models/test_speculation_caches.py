@@ -9,8 +9,8 @@ import pytest
 
 from pallas_attn import caches
 from pallas_attn_models import Generator, Sampling
-from pallas_attn_models.requests import Handle
-from pallas_attn_models.speculation import DraftModel
+from pallas_attn_models.generation.requests import Handle
+from pallas_attn_models.generation.speculation import DraftModel
 from tests import tolerances
 from tests.marks import quick
 from tests.models import speculations

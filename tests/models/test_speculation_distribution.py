@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pallas_attn_models import Decoder, Generator, Sampling
-from pallas_attn_models.sampling import Limits, SamplingArrays, sample
-from pallas_attn_models.speculation import DraftModel
+from pallas_attn_models.generation.sampling import Limits, SamplingArrays, sample
+from pallas_attn_models.generation.speculation import DraftModel
 from tests import tolerances
 from tests.models.speculations import SMALLER, make_model
 

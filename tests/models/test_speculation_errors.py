@@ -8,7 +8,7 @@ from flax import nnx
 
 from pallas_attn import caches
 from pallas_attn_models import Decoder, Generator
-from pallas_attn_models.speculation import DraftModel, PromptLookup, num_nodes
+from pallas_attn_models.generation.speculation import DraftModel, PromptLookup, num_nodes
 from tests.models.speculations import CHAIN, CHUNK, SMALLER, TREE, model_of
 
 

@@ -1,16 +1,15 @@
 """Speculation: whatever is drafted, the output is that of plain decoding; and what is counted is that of a replay."""
 
-import importlib.resources
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_attn_models import Generator, Sampling, load_hf, tasks
-from pallas_attn_models.speculation import DraftModel, PromptLookup, num_nodes
+from pallas_attn_models import Generator, Sampling, load_hf, weights
+from pallas_attn_models.generation.speculation import DraftModel, PromptLookup, num_nodes
+from pallas_attn_models.training import tasks
 from tests import tolerances
 from tests.marks import quick
 from tests.models import speculations
@@ -175,7 +174,7 @@ def test_what_repeats_itself_comes_many_tokens_at_a_time():
     ids=["chain", "tree", "same model"],
 )
 def test_a_trained_model_answers_the_same(make):
-    directory = Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+    directory = weights.DIRECTORY
     model = load_hf(directory, dtype=jnp.float32)
     prompts = [tasks.encode(one.prompt) for task in tasks.TASKS for one in tasks.held_out_prompts(task, 8, seed=11)]
     sizes = {"batch_size": 8, "capacity": 512, "prefill_rows": 4}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_attn_models.sampling import Limits, Sampling, SamplingArrays
-from pallas_attn_models.stopping import StopStrings, held_back, matched
+from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays
+from pallas_attn_models.generation.stopping import StopStrings, held_back, matched
 
 LIMITS = Limits(stop_sequences=3, stop_length=4)
 END = 2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_attn_models import Generator, QueueFull, Sampling
-from pallas_attn_models.requests import Completion
-from pallas_attn_models.turns import Turns
+from pallas_attn_models.generation.requests import Completion
+from pallas_attn_models.generation.turns import Turns
 from tests.models.small_model import ONE_EACH, make_model, prompt_of, random_ask
 from tests.models.test_serving import Broken, assert_broken_off, assert_nothing_is_held
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from pallas_attn_models.chat_template import ChatTemplate
-from pallas_attn_models.detokenizer import Detokenizer
-from pallas_attn_models.tokenizer import encode, load_tokenizer
-from pallas_attn_models.tokenizer_config import CLASS_TOKENS, TokenizerConfig
+from pallas_attn_models.text.chat_template import ChatTemplate
+from pallas_attn_models.text.detokenizer import Detokenizer
+from pallas_attn_models.text.tokenizer import encode, load_tokenizer
+from pallas_attn_models.text.tokenizer_config import CLASS_TOKENS, TokenizerConfig
 
 TEXTS = [
     *(

@@ -18,7 +18,7 @@ from flax import nnx
 
 from pallas_attn import caches
 from pallas_attn_models import CachedDecoder, Decoder, DraftModel, Generator, Limits, PromptLookup, Sampling
-from pallas_attn_models.stopping import StopStrings
+from pallas_attn_models.generation.stopping import StopStrings
 from tests.models.small_model import CONFIG, make_model
 
 

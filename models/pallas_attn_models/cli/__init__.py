@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pallas_attn_models.cli import cache_size, chat, doctor, generate, show_mask
+from pallas_attn_models.cli.mask_expression import MaskExpressionError
 from pallas_attn_models.cli.output import one_line, printable
-from pallas_attn_models.mask_expression import MaskExpressionError
 
 _EXAMPLES = """\
 examples:

@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
-from pallas_attn_models.detokenizer import Detokenizer
-from pallas_attn_models.generator import Generator
-from pallas_attn_models.requests import Handle
-from pallas_attn_models.stopping import StopStrings
+from pallas_attn_models.generation import Generator, Handle, StopStrings
+from pallas_attn_models.text import Detokenizer
 
 
 class Answer:

@@ -12,11 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 import pallas_attn as pa
-from pallas_attn_models import cache_options
+from pallas_attn_models.cli import cache_options
 from pallas_attn_models.cli.loading import read_config, shipped_checkpoint
 from pallas_attn_models.cli.options import add_cache_options, whole_number
-from pallas_attn_models.decoder import FLOAT_DTYPES
-from pallas_attn_models.layer_caches import init_caches
+from pallas_attn_models.decoder import FLOAT_DTYPES, init_caches
 
 _HELP = f"""\
 Say how many bytes the KV caches of a model take, before anything is allocated. A cache is a policy, one of

@@ -10,13 +10,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pallas_attn_models.chat_template import ChatTemplate
 from pallas_attn_models.cli import options
 from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.loading import encode, end_tokens, load_model, load_tokenizer, make_generator, read_defaults
 from pallas_attn_models.cli.output import one_line, printable, status
-from pallas_attn_models.generator import Generator
-from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.generation import Generator, Sampling
+from pallas_attn_models.text import ChatTemplate
 
 _CAPACITY = 4096
 _MAX_NEW_TOKENS = 1024
@@ -82,7 +81,7 @@ class Chat:
       system: a message before all others.
 
     Attributes:
-      messages: so far, as :meth:`~pallas_attn_models.chat_template.ChatTemplate.render` takes them.
+      messages: so far, as :meth:`~pallas_attn_models.text.ChatTemplate.render` takes them.
     """
 
     def __init__(

@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pallas_attn_models.cli.output import printable
-from pallas_attn_models.requests import TopLogprobs
-from pallas_attn_models.stats import GenerationStats
+from pallas_attn_models.generation import GenerationStats, TopLogprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Completion:
     Attributes:
       prompt, completion: text.
       right_answer: None where nobody knows it.
-      finish_reason, tokens, logprobs, top_logprobs: see :class:`~pallas_attn_models.requests.Completion`.
+      finish_reason, tokens, logprobs, top_logprobs: see :class:`~pallas_attn_models.generation.Completion`.
     """
 
     prompt: str

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from pallas_attn_models import cache_options, tasks
-from pallas_attn_models.asked import check_prompts
-from pallas_attn_models.cli import options
+from pallas_attn_models.cli import cache_options, options
 from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.completions import (
     Completion,
@@ -30,10 +28,9 @@ from pallas_attn_models.cli.loading import (
     shipped_checkpoint,
 )
 from pallas_attn_models.cli.output import status
-from pallas_attn_models.generator import Generator
-from pallas_attn_models.sampling import Sampling
-from pallas_attn_models.stats import GenerationStats
+from pallas_attn_models.generation import GenerationStats, Generator, Sampling, check_prompts
 from pallas_attn_models.text_files import read_text
+from pallas_attn_models.training import tasks
 
 _BATCH_SIZE = 8
 _CAPACITY = 1024

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.resources
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,20 +9,16 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from pallas_attn_models import cache_options
-from pallas_attn_models.checkpoint import load_hf
-from pallas_attn_models.checkpoint_files import CONFIG
+from pallas_attn_models import weights
+from pallas_attn_models.checkpoints import CONFIG, config_from_hf, load_hf
+from pallas_attn_models.cli import cache_options
 from pallas_attn_models.cli.output import quiet_failures, status
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.generation_config import GenerationDefaults
-from pallas_attn_models.generator import Generator
-from pallas_attn_models.sampling import Limits, Sampling, stop_sequences
-from pallas_attn_models.speculation import PromptLookup
+from pallas_attn_models.decoder import Decoder, DecoderConfig
+from pallas_attn_models.generation import Generator, Limits, PromptLookup, Sampling, stop_sequences
+from pallas_attn_models.text import TOKENIZER, GenerationDefaults
+from pallas_attn_models.text import encode as encode_text
+from pallas_attn_models.text import load_tokenizer as load_tokenizer
 from pallas_attn_models.text_files import read_json
-from pallas_attn_models.tokenizer import encode as encode_text
-from pallas_attn_models.tokenizer import load_tokenizer as load_tokenizer
-from pallas_attn_models.tokenizer_config import TOKENIZER
 
 _PREFILL_CHUNK = 128
 _DRAFT_LENGTH = 8
@@ -31,7 +26,7 @@ _DRAFT_LENGTH = 8
 
 def shipped_checkpoint() -> Path:
     """The directory of the model that comes with the package."""
-    return Path(str(importlib.resources.files("pallas_attn_models") / "checkpoint"))
+    return weights.DIRECTORY
 
 
 def read_defaults(directory: Path) -> GenerationDefaults:
@@ -61,7 +56,7 @@ def read_config(directory: Path) -> DecoderConfig:
     _check_directory(directory)
     fields = read_json(directory / CONFIG)
     with _naming(directory / CONFIG):
-        return DecoderConfig.from_hf(fields)
+        return config_from_hf(fields)
 
 
 def _check_directory(directory: Path) -> None:
@@ -114,7 +109,7 @@ def make_generator(
       args: ``cache``, ``storage`` and ``speculate``.
       model: the decoder.
       sampling: no request asks for more stop tokens or log-probabilities than this one.
-      batch_size, capacity, max_queue: see :class:`~pallas_attn_models.generator.Generator`.
+      batch_size, capacity, max_queue: see :class:`~pallas_attn_models.generation.Generator`.
       max_length: tokens that a row can have, where the policy lets old ones go; otherwise it is the capacity.
     """
     policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)

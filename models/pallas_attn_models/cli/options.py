@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pallas_attn as pa
 from pallas_attn_models.decoder import FLOAT_DTYPES
-from pallas_attn_models.generation_config import GenerationDefaults
-from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.generation import Sampling
+from pallas_attn_models.text import GenerationDefaults
 
 _SETTINGS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),

@@ -8,7 +8,7 @@ import numpy as np
 
 import pallas_attn as pa
 from pallas_attn import tuning
-from pallas_attn_models import mask_expression
+from pallas_attn_models.cli import mask_expression
 from pallas_attn_models.cli.options import whole_number
 from pallas_attn_models.cli.output import status
 

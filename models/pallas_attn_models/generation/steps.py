@@ -15,10 +15,10 @@ from jax import Array, lax
 
 from pallas_attn.caches import rows as row_sets
 from pallas_attn_models.decoder import Decoder, DecoderOutput
-from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import CAPACITY, FREE, INVALID, READING, RUNNING, Report, Rows, State, Work
-from pallas_attn_models.sampling import Drawn, count_prompt, sample
-from pallas_attn_models.speculation import Speculation, Walk, ancestors, depths, speculated_rows
+from pallas_attn_models.generation.drawing import draw
+from pallas_attn_models.generation.rows import CAPACITY, FREE, INVALID, READING, RUNNING, Report, Rows, State, Work
+from pallas_attn_models.generation.sampling import Drawn, count_prompt, sample
+from pallas_attn_models.generation.speculation import Speculation, Walk, ancestors, depths, speculated_rows
 
 # New tokens of a row that one report can hold, so decode comes back to Python after as many steps.
 REPORT_WIDTH = 64
@@ -272,7 +272,7 @@ def _speculate(
 
 
 def _feed(forward: Forward) -> Callable[[Array, Array, State], tuple[State, Array]]:
-    """How a draft model is run; see :class:`~pallas_attn_models.speculation.Speculation`."""
+    """How a draft model is run; see :class:`~pallas_attn_models.generation.speculation.Speculation`."""
 
     def feed(tokens: Array, positions: Array, state: State) -> tuple[State, Array]:
         state, hidden = forward(tokens, positions, state)

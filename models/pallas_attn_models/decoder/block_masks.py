@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 import pallas_attn as pa
 from pallas_attn.tuning import default_block_sizes
-from pallas_attn_models.config import DecoderConfig
+from pallas_attn_models.decoder.config import DecoderConfig
 
 # KV blocks of one share of decode. As it is fixed, what a row gets is the same, to the bit, whoever shares the batch.
 DECODE_CHUNK = 8

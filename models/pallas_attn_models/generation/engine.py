@@ -12,12 +12,12 @@ from flax import nnx
 from jax import Array
 
 import pallas_attn as pa
-from pallas_attn_models import steps
 from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.rows import Report, Request, State, Tally, Work, empty_rows
-from pallas_attn_models.sampling import Limits, Sampling, SamplingArrays
-from pallas_attn_models.speculation import Speculation
-from pallas_attn_models.stats import Spent
+from pallas_attn_models.generation import steps
+from pallas_attn_models.generation.rows import Report, Request, State, Tally, Work, empty_rows
+from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays
+from pallas_attn_models.generation.speculation import Speculation
+from pallas_attn_models.generation.stats import Spent
 
 
 class Engine:
@@ -29,7 +29,7 @@ class Engine:
       new_caches: makes the empty caches, one per layer, those of the draft model after the model's own.
       batch_size, max_length: rows, and tokens that each can have.
       chunk, chunk_rows: a call of prefill reads so many tokens of so many rows.
-      limits: see :class:`~pallas_attn_models.sampling.Limits`.
+      limits: see :class:`~pallas_attn_models.generation.Limits`.
       layer_hook: see :class:`~pallas_attn_models.decoder.Decoder`.
 
     Attributes:
@@ -149,7 +149,7 @@ class Engine:
         return logits, logprobs
 
     def decode(self, num_steps: int, eager: bool) -> Report:
-        """See :func:`~pallas_attn_models.steps.decode`; the report holds NumPy arrays."""
+        """See :func:`~pallas_attn_models.generation.steps.decode`; the report holds NumPy arrays."""
         start = time.perf_counter()
         state, report = self._decode(self._weights(), self._take_state(), np.int32(num_steps), np.bool_(eager))
         report = jax.device_get(report)

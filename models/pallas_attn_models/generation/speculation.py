@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.tuning import DECODE_QUERIES
-from pallas_attn_models.config import require_positive_int, shown
+from pallas_attn_models.checks import require_positive_int, shown
 from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.drawing import draw
-from pallas_attn_models.rows import FREE, INVALID, RUNNING, Rows, State
+from pallas_attn_models.generation.drawing import draw
+from pallas_attn_models.generation.rows import FREE, INVALID, RUNNING, Rows, State
 
 
 class Speculation(Protocol):

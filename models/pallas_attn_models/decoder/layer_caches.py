@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 
 import pallas_attn as pa
 from pallas_attn.tuning import PAGE_MULTIPLE
-from pallas_attn_models.config import DecoderConfig, require_positive_int
+from pallas_attn_models.checks import require_positive_int
+from pallas_attn_models.decoder.config import DecoderConfig
 
 
 def init_caches(

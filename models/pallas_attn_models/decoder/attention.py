@@ -6,8 +6,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 import pallas_attn as pa
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.layers import linear, rotate
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.layers import linear, rotate
 
 
 class Attention(nnx.Module):
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
 
         Args:
           x: ``[B, T, E]``, normalised.
-          rotary: cosine and sine from :func:`~pallas_attn_models.layers.rotary_tables`.
+          rotary: cosine and sine from :func:`~pallas_attn_models.decoder.layers.rotary_tables`.
           block_mask: which queries see which keys: ``[T, T]`` tokens, or ``[T, capacity]`` with a cache.
           cache: this layer's cache, before these tokens.
           reservation: with a cache, the slots of these tokens in it.

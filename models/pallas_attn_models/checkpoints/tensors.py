@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.decoder import Decoder
+from pallas_attn_models.decoder import Decoder, DecoderConfig
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn_models.rows import CAPACITY, INVALID, LENGTH, RUNNING, STOP, Request, Rows
-from pallas_attn_models.sampling import Drawn, bounded, count_new, sample
-from pallas_attn_models.stopping import matched
+from pallas_attn_models.generation.rows import CAPACITY, INVALID, LENGTH, RUNNING, STOP, Request, Rows
+from pallas_attn_models.generation.sampling import Drawn, bounded, count_new, sample
+from pallas_attn_models.generation.stopping import matched
 
 
 def draw(rows: Rows, logits: Array, live: Array | None = None) -> tuple[Rows, Array, Drawn]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pallas_attn_models.config import listed, shown
+from pallas_attn_models.checks import listed, shown
 from pallas_attn_models.text_files import read_json
 
 try:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from pallas_attn_models.config import RopeConfig
+from pallas_attn_models.decoder.config import RopeConfig
 
 _INITIALIZER = nnx.initializers.normal(0.02)
 

@@ -15,18 +15,17 @@ from jax import Array
 
 import pallas_attn as pa
 from pallas_attn import bits, checks
-from pallas_attn_models.asked import Asked, Bounds, Tokens, check_asked, check_one, check_prompts
-from pallas_attn_models.config import require_positive_int, require_size, shown
-from pallas_attn_models.decoder import Decoder
-from pallas_attn_models.engine import Engine
-from pallas_attn_models.layer_caches import whole_pages
-from pallas_attn_models.requests import Handle, Job, ScoreJob, TopLogprobs
-from pallas_attn_models.sampling import SEEDS, Limits, Sampling, Stop
-from pallas_attn_models.scheduler import Scheduler
-from pallas_attn_models.speculation import Speculation, check_speculation, num_nodes
-from pallas_attn_models.stats import GenerationStats, Spent
-from pallas_attn_models.steps import REPORT_WIDTH
-from pallas_attn_models.turns import Turns
+from pallas_attn_models.checks import require_positive_int, require_size, shown
+from pallas_attn_models.decoder import Decoder, whole_pages
+from pallas_attn_models.generation.asked import Asked, Bounds, Tokens, check_asked, check_one, check_prompts
+from pallas_attn_models.generation.engine import Engine
+from pallas_attn_models.generation.requests import Handle, Job, ScoreJob, TopLogprobs
+from pallas_attn_models.generation.sampling import SEEDS, Limits, Sampling, Stop
+from pallas_attn_models.generation.scheduler import Scheduler
+from pallas_attn_models.generation.speculation import Speculation, check_speculation, num_nodes
+from pallas_attn_models.generation.stats import GenerationStats, Spent
+from pallas_attn_models.generation.steps import REPORT_WIDTH
+from pallas_attn_models.generation.turns import Turns
 
 _GREEDY = Sampling()
 
@@ -36,7 +35,7 @@ class GenerationResult:
     """What :meth:`Generator.generate` gives back: one entry per prompt, or per sample, prompt after prompt.
 
     Attributes:
-      tokens, logprobs, finish_reasons, top_logprobs: see :class:`~pallas_attn_models.requests.Completion`.
+      tokens, logprobs, finish_reasons, top_logprobs: see :class:`~pallas_attn_models.generation.Completion`.
       stats: what the run took.
     """
 

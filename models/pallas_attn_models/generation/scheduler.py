@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 import pallas_attn as pa
-from pallas_attn_models.engine import Engine
-from pallas_attn_models.requests import Handle, Job, Reading, ScoreJob
-from pallas_attn_models.rows import FINISH_REASONS, Report, Work
-from pallas_attn_models.steps import REPORT_WIDTH
+from pallas_attn_models.generation.engine import Engine
+from pallas_attn_models.generation.requests import Handle, Job, Reading, ScoreJob
+from pallas_attn_models.generation.rows import FINISH_REASONS, Report, Work
+from pallas_attn_models.generation.steps import REPORT_WIDTH
 
 
 class QueueFull(RuntimeError):

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_attn_models.config import shown
-from pallas_attn_models.sampling import SamplingArrays
+from pallas_attn_models.checks import shown
+from pallas_attn_models.generation.sampling import SamplingArrays
 
 
 def matched(tail: Array, settings: SamplingArrays, count: Array) -> Array:

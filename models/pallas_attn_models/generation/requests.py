@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pallas_attn_models.sampling import Sampling, stop_sequences
-from pallas_attn_models.stopping import held_back
-from pallas_attn_models.turns import Turns
+from pallas_attn_models.generation.sampling import Sampling, stop_sequences
+from pallas_attn_models.generation.stopping import held_back
+from pallas_attn_models.generation.turns import Turns
 
 TopLogprobs = list[tuple[int, float]]  # tokens and log-probabilities, the likeliest first
 
@@ -18,7 +18,7 @@ class Completion:
 
     Attributes:
       tokens: the new tokens, without those that ended the row.
-      logprobs: of each, under the model's own distribution; see :func:`~pallas_attn_models.sampling.sample`.
+      logprobs: of each, under the model's own distribution; see :func:`~pallas_attn_models.generation.sampling.sample`.
       top_logprobs: for each, the ``Sampling.top_logprobs`` likeliest tokens in its place, and their log-probabilities.
       finish_reason: ``"stop"``: an end token or a stop sequence; ``"length"``: ``max_new_tokens`` spent;
         ``"capacity"``: prompt and new tokens have ``max_length``, or the pool of a paged cache is spent;
@@ -142,7 +142,7 @@ class Job:
       prompt: token ids.
       handles: one for each continuation.
       negative_prompt: token ids, read into a second row for each continuation, or None.
-      guidance_scale: see :class:`~pallas_attn_models.rows.Request`.
+      guidance_scale: see :class:`~pallas_attn_models.generation.rows.Request`.
       rows, partners: that it has, one for each continuation; partners only with a negative prompt.
       readings: prompts that are not read yet; None before it has rows.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_attn_models.sampling import Sampling
+from pallas_attn_models.generation import Sampling
 from pallas_attn_models.text_files import read_json
 
 _NAME = "generation_config.json"
@@ -36,7 +36,7 @@ class GenerationDefaults:
     """Settings to use where a user has none.
 
     Attributes:
-      settings: of :class:`~pallas_attn_models.sampling.Sampling`, by name: those that the file gives. A file whose
+      settings: of :class:`~pallas_attn_models.generation.Sampling`, by name: those that the file gives. A file whose
         ``do_sample`` is not true wants the most likely token, whatever its temperature, as in transformers.
       eos_token_ids: the tokens that end a text, besides those of the model's config.
       unused: fields that ask for something that has no counterpart here, or that are out of their range and that greedy

@@ -16,11 +16,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 import pallas_attn as pa
 from pallas_attn import checks
-from pallas_attn_models.attention import Attention
-from pallas_attn_models.block_masks import Sizes, block_masks, reservations
-from pallas_attn_models.config import DecoderConfig
-from pallas_attn_models.layer_caches import init_caches
-from pallas_attn_models.layers import MLP, Embedding, RMSNorm, counted, linear, rotary_tables
+from pallas_attn_models.decoder.attention import Attention
+from pallas_attn_models.decoder.block_masks import Sizes, block_masks, reservations
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.layer_caches import init_caches
+from pallas_attn_models.decoder.layers import MLP, Embedding, RMSNorm, counted, linear, rotary_tables
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
 
     Args:
       config: the sizes and constants.
-      rngs: from which the weights are drawn; :func:`~pallas_attn_models.checkpoint.load_hf` draws none.
+      rngs: from which the weights are drawn; :func:`~pallas_attn_models.checkpoints.load_hf` draws none.
       dtype: of activations and matrix products. Norms, rotary angles, softmax and logits are float32 whatever it is.
       param_dtype: of the weights; default ``dtype``.
       implementation: of ``pa.attention``; default: the best that can serve.

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from pallas_attn_models.checkpoint_files import (
+from pallas_attn_models.checkpoints.files import (
     CONFIG,
     INDEX,
     SAVE,
@@ -31,8 +31,9 @@ from pallas_attn_models.checkpoint_files import (
     writable_directory,
     write_json,
 )
-from pallas_attn_models.checkpoint_tensors import EMBEDDING, HEAD, Layout, parameter
-from pallas_attn_models.config import DecoderConfig, listed, require_positive_int
+from pallas_attn_models.checkpoints.hf_config import config_from_hf, config_to_hf
+from pallas_attn_models.checkpoints.tensors import EMBEDDING, HEAD, Layout, parameter
+from pallas_attn_models.checks import listed, require_positive_int
 from pallas_attn_models.decoder import Decoder, check_dtype, check_implementation
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -78,7 +79,7 @@ def load_hf(
 
     with reading(path) as checkpoint:
         try:
-            config = DecoderConfig.from_hf(checkpoint.fields)
+            config = config_from_hf(checkpoint.fields)
         except ValueError as error:
             raise ValueError(f"{checkpoint.config_path}: {error}") from error
         layout = Layout(config)
@@ -111,7 +112,7 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
 
     Raises:
       ValueError: ``max_shard_bytes`` is not a positive int, parameters are not those of a decoder of its config, or no
-        file can say the config (:meth:`DecoderConfig.to_hf`).
+        file can say the config (:func:`config_to_hf`).
       TypeError: the wrong kind of object, or a model without values.
       OSError: ``directory`` is a file or cannot be written to, or what is written does not fit on the disk.
     """
@@ -119,7 +120,7 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
         raise TypeError(f"model: expected a Decoder, got {type(model).__name__}")
     path = as_path("directory", directory)
     require_positive_int("max_shard_bytes", max_shard_bytes)
-    fields = {**model.config.to_hf(), "torch_dtype": str(model.embedding.table.dtype)}
+    fields = {**config_to_hf(model.config), "torch_dtype": str(model.embedding.table.dtype)}
     layout = Layout(model.config)
     weights = _check_parameters(model, layout)
     shards = _split_into_shards({name: weight.nbytes for name, weight in weights.items()}, max_shard_bytes)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_attn_models.config import shown
+from pallas_attn_models.checks import shown
 
 # One token, or tokens and sequences of tokens.
 Stop = int | Sequence[int | Sequence[int]]

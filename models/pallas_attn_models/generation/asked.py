@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_attn_models.config import shown
-from pallas_attn_models.sampling import (
+from pallas_attn_models.checks import shown
+from pallas_attn_models.generation.sampling import (
     Limits,
     Sampling,
     Stop,
@@ -24,7 +24,7 @@ Tokens = Sequence[int]
 
 
 class Asked(NamedTuple):
-    """One prompt, and what is asked for it; see :meth:`~pallas_attn_models.generator.Generator.generate`."""
+    """One prompt, and what is asked for it; see :meth:`~pallas_attn_models.generation.Generator.generate`."""
 
     prompt: list[int]
     sampling: Sampling

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_attn_models.text.tokenizer_config import TOKENIZER_CONFIG, TokenizerConfig
 from pallas_attn_models.text_files import read_text
-from pallas_attn_models.tokenizer_config import TOKENIZER_CONFIG, TokenizerConfig
 
 _FILE, _MORE_FILES = "chat_template.jinja", "additional_chat_templates"
 _DEFAULT = "default"

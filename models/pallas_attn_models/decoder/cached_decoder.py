@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 import pallas_attn as pa
 from pallas_attn import checks
-from pallas_attn_models.decoder import Decoder, DecoderOutput
+from pallas_attn_models.decoder.decoder import Decoder, DecoderOutput
 
 
 class CachedDecoder(nnx.Module):
@@ -22,7 +22,7 @@ class CachedDecoder(nnx.Module):
 
     Every array of the caches is an ``nnx.Cache`` variable, named by layer and field, so that ``nnx.jit``,
     ``nnx.split``, ``nnx.state`` and checkpoints treat them as they treat weights. Speed is that of :class:`Decoder`
-    under ``nnx.jit``; for many steps a :class:`~pallas_attn_models.generator.Generator` has less to do in Python.
+    under ``nnx.jit``; for many steps a :class:`~pallas_attn_models.generation.Generator` has less to do in Python.
 
     Args:
       model: the decoder, which is shared, not copied.

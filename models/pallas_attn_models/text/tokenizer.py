@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
-from pallas_attn_models.tokenizer_config import TOKENIZER, TOKENIZER_CONFIG, TokenizerConfig
+from pallas_attn_models.text.tokenizer_config import TOKENIZER, TOKENIZER_CONFIG, TokenizerConfig
 
 _T = TypeVar("_T")
 _SPACE = "\u2581"  # SentencePiece's mark

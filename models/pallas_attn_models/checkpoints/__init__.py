@@ -1,0 +1,8 @@
+"""Checkpoints in Hugging Face's format: loaded, checked, saved."""
+
+from pallas_attn_models.checkpoints.files import CONFIG as CONFIG
+from pallas_attn_models.checkpoints.files import writable_directory as writable_directory
+from pallas_attn_models.checkpoints.hf import load_hf as load_hf
+from pallas_attn_models.checkpoints.hf import save_hf as save_hf
+from pallas_attn_models.checkpoints.hf_config import config_from_hf as config_from_hf
+from pallas_attn_models.checkpoints.hf_config import config_to_hf as config_to_hf

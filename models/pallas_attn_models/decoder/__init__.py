@@ -1,0 +1,12 @@
+"""Decoders in Flax NNX: their sizes, layers and caches. Nothing here knows a name of Hugging Face."""
+
+from pallas_attn_models.decoder.cached_decoder import CachedDecoder as CachedDecoder
+from pallas_attn_models.decoder.config import DecoderConfig as DecoderConfig
+from pallas_attn_models.decoder.config import RopeConfig as RopeConfig
+from pallas_attn_models.decoder.decoder import FLOAT_DTYPES as FLOAT_DTYPES
+from pallas_attn_models.decoder.decoder import Decoder as Decoder
+from pallas_attn_models.decoder.decoder import DecoderOutput as DecoderOutput
+from pallas_attn_models.decoder.decoder import check_dtype as check_dtype
+from pallas_attn_models.decoder.decoder import check_implementation as check_implementation
+from pallas_attn_models.decoder.layer_caches import init_caches as init_caches
+from pallas_attn_models.decoder.layer_caches import whole_pages as whole_pages
