@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 
 import pallas_attn as pa
-from bench.physics import Peaks
 from bench.results_file import ResultsError
+from bench.times.physics import Peaks
 
 # Dense bfloat16 TFLOP/s and GB/s, from NVIDIA's datasheets of the A100 (2021), H100 (2023) and H200 (2024). The first
 # name that is part of JAX's device kind counts.

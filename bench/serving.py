@@ -27,9 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import machine
-from bench.measure import OURS
 from bench.results_file import ResultsError, ResultsFile
-from bench.timing import Contender, median_ratio, prepare, summary, take_turns
+from bench.times.measure import OURS
+from bench.times.timing import Contender, median_ratio, prepare, summary, take_turns
 from pallas_attn_models import Decoder, DecoderConfig, GenerationStats, Generator, Sampling, load_hf, weights
 from pallas_attn_models.generation import PromptLookup
 from pallas_attn_models.training import tasks

@@ -26,9 +26,9 @@ from rich.table import Table
 
 import pallas_attn as pa
 from bench import machine
-from bench.measure import OURS
 from bench.results_file import ResultsError, ResultsFile
-from bench.timing import median_ratio, summary
+from bench.times.measure import OURS
+from bench.times.timing import median_ratio, summary
 from pallas_attn.picture import plain_style, save_figure
 from pallas_attn_models import Decoder
 from pallas_attn_models.training import Batch, train

@@ -5,8 +5,8 @@ import os
 import sys
 import zlib
 
-# XLA reads its flags when JAX is imported. Its older emitters compile the programs of the tests in half the time; from 0.11
-# on it has no such flag, and stops at one that it does not know.
+# XLA reads its flags when JAX is imported. Its older emitters compile the programs of the tests in half the time; newer
+# versions do not have the flag, and XLA aborts on a flag that it does not know.
 if importlib.metadata.version("jaxlib").startswith("0.10.") and "--optimize" not in sys.argv:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from bench.machine_code import _as_text, _triton_calls, lower_for_cuda
+from bench.machine_code.compiled import _as_text, _triton_calls, lower_for_cuda
 from pallas_attn.kernels import triton
 from tests import oracle, tolerances
 from tests.gradient_check import Case, check, implementations

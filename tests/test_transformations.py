@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_attn as pa
-from bench.machine_code import _assumed_device
+from bench.machine_code.compiled import _assumed_device
 from pallas_attn.kernels import triton
 from tests import tolerances
 

@@ -15,8 +15,8 @@ from jax._src.lib.triton import dialect as triton_dialect
 from jaxlib.mlir import ir, passmanager
 
 import pallas_attn as pa
-from bench import machine_code
-from bench.machine_code import lower_for_cuda
+from bench.machine_code import compiled
+from bench.machine_code.compiled import lower_for_cuda
 from pallas_attn.kernels import triton as kernels
 from pallas_attn.scores import traced
 from tests import oracle, test_decode, test_gradients, x64_check
@@ -334,7 +334,7 @@ def lowered_kernels(kind: str | None, page: int | None, q_len: int, dtype: str, 
         struct(N, dtype="float32"),
         biases,
     )
-    calls = machine_code._triton_calls(lowered.compiler_ir("stablehlo").operation)
+    calls = compiled._triton_calls(lowered.compiler_ir("stablehlo").operation)
     return {f"{i} {call['name'].value}": simplified(call) for i, call in enumerate(calls)}
 
 

@@ -1,4 +1,4 @@
-"""Generation from tokens to tokens: sampling, stopping, speculation, the compiled steps, and the scheduler of requests."""
+"""From prompt tokens to new tokens: sampling, stopping, speculation, the compiled steps, the scheduler."""
 
 from pallas_attn_models.generation.asked import check_prompts as check_prompts
 from pallas_attn_models.generation.generator import GenerationResult as GenerationResult

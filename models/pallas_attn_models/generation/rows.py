@@ -64,7 +64,8 @@ class Rows:
       status: int32 ``[B]``, one of the constants above.
       tokens: int32 ``[B, P]``, the prompt as far as it is read, and the new tokens after it; P is ``max_length``.
       length: int32 ``[B]``, how many these are. The last of a row that is running is not in its caches yet.
-      counts: int32 ``[B, V]``, which tokens a row has had; see :func:`~pallas_attn_models.generation.sampling.count_prompt`.
+      counts: int32 ``[B, V]``, which tokens a row has had; see
+        :func:`~pallas_attn_models.generation.sampling.count_prompt`.
       matched: int32 ``[B]``, the new tokens at the end which are the stop sequence that ended the row.
       alone: bool ``[B]``: with speculation, the row takes its next step without drafts.
       request: what they are asked for.

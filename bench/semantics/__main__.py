@@ -1,0 +1,7 @@
+"""``python -m bench.semantics``."""
+
+import sys
+
+from bench.semantics.run import main
+
+sys.exit(main())

@@ -1,0 +1,51 @@
+"""What the machine reaches at best, measured in the run that it judges: a large product of matrices, and a large copy.
+
+The copy counts each byte twice, for it is read and written. It adds one to every number of an array in place: what is
+read and written is that of a copy, but no memory for a new array has to be got, which on a CPU takes several times as
+long, and all cores take part. The product counts ``2 M^3`` operations.
+"""
+
+import dataclasses
+import statistics
+
+import jax
+import jax.numpy as jnp
+
+from bench.times.physics import Peaks
+from bench.times.timing import Contender, prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the square matrices' side, and of the copied array in bytes: larger than any cache."""
+
+    side: int
+    nbytes: int
+
+
+SIZES = {"cpu": Sizes(2048, 2**28), "gpu": Sizes(8192, 2**30)}
+TOY = Sizes(64, 2**16)
+_ROUNDS = 7
+
+
+def measure(dtype: str, sizes: Sizes, *, by_device: bool) -> Peaks:
+    """The medians of a few turns. ``by_device``: the device times them."""
+    product = _seconds(_product(dtype, sizes), by_device)
+    copy = _seconds(_copy(dtype, sizes), by_device)
+    return Peaks(2 * sizes.side**3 / product / 1e12, 2 * sizes.nbytes / copy / 1e9)
+
+
+def _product(dtype: str, sizes: Sizes) -> Contender:
+    # Random numbers: a GPU's clock falls with the bits that change, and zeros change none.
+    left, right = (jax.random.normal(jax.random.key(i), (sizes.side, sizes.side), dtype) for i in range(2))
+    return Contender(jnp.matmul, [(left, right)])
+
+
+def _copy(dtype: str, sizes: Sizes) -> Contender:
+    array = jnp.zeros(sizes.nbytes // jnp.dtype(dtype).itemsize, dtype)
+    return Contender(lambda x: x + jnp.ones((), x.dtype), [(array,)], carries=True)
+
+
+def _seconds(contender: Contender, by_device: bool) -> float:
+    turn = prepare(contender, by_device=by_device).turn
+    return statistics.median(turn() for _ in range(_ROUNDS))

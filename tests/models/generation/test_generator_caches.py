@@ -1,0 +1,159 @@
+"""Generation with every kind of cache: two executables, rows longer than the cache, pools that are spent."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tests.models.test_decoder import SMALL, random_tokens, widen
+
+from pallas_attn import caches
+from pallas_attn_models import Decoder, Generator, Sampling
+from tests.marks import quick
+
+CONFIG = dataclasses.replace(SMALL, head_dim=16)
+PROMPTS = [random_tokens(row, length, vocab_size=40).tolist() for row, length in enumerate((30, 3, 17))]
+SAMPLING = Sampling(max_new_tokens=24)
+
+
+def decoder(**fields) -> Decoder:
+    model = Decoder(dataclasses.replace(CONFIG, **fields), rngs=nnx.Rngs(0))
+    widen(model, 0)
+    return model
+
+
+def generator(model: Decoder, **options) -> Generator:
+    return Generator(model, **({"batch_size": 3, "prefill_chunk": 4} | options))
+
+
+def greedy_of_the_uncached(model: Decoder, prompt: list[int], count: int) -> list[int]:
+    """Everything anew for each token, in one padded row."""
+    tokens = np.zeros((1, 40), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    graph, weights = nnx.split(model)
+
+    @jax.jit
+    def following(tokens, length):
+        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        logits = nnx.merge(graph, weights)(tokens, jnp.where(places < length, places, -1)).logits
+        return logits[0, length - 1].argmax()
+
+    for length in range(len(prompt), len(prompt) + count):
+        tokens[0, length] = following(tokens, np.int32(length))
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
+
+
+ROOM_FOR_ALL = {
+    "window": {"policy": caches.Window(60)},
+    "h2o": {"policy": caches.H2O(recent=8)},
+    "one for each layer, paged": {
+        "policy": [caches.Dense(), caches.QHitter(recent=8)],
+        "storage": caches.Paged(16, 15),
+    },
+}
+
+
+@pytest.mark.parametrize("name", quick(ROOM_FOR_ALL, "one for each layer, paged"))
+def test_with_room_for_all_tokens_are_those_of_dense(name):
+    model, options = decoder(), ROOM_FOR_ALL[name]
+    dense = generator(model, capacity=80).generate(PROMPTS, SAMPLING)
+    result = generator(model, capacity=80, **options).generate(PROMPTS, SAMPLING)
+    assert result.tokens == dense.tokens
+    assert result.finish_reasons == dense.finish_reasons == ["length"] * 3
+    assert dense.tokens[1][:6] == greedy_of_the_uncached(model, PROMPTS[1], 6)
+
+
+BOUNDED = {
+    f"{policy}, {storage}": (policies, storages)
+    for policy, policies in {
+        "window": caches.Window(10, sinks=2),
+        "h2o": caches.H2O(recent=4),
+        "q-hitter": caches.QHitter(recent=4),
+    }.items()
+    for storage, storages in {"plain": caches.Plain(), "paged int8": caches.Paged(16, 3, caches.Int8())}.items()
+}
+
+
+@pytest.mark.parametrize("name", quick(BOUNDED, "window, plain", "h2o, paged int8"))
+def test_rows_may_be_longer_than_a_bounded_cache(name):
+    policy, storage = BOUNDED[name]
+    generate = generator(decoder(), capacity=16, policy=policy, storage=storage, max_length=500)
+    long = random_tokens(9, 400, vocab_size=40).tolist()
+    for prompts in (PROMPTS, [long], [long[:5], long[:390]]):
+        result = generate.generate(prompts, SAMPLING)
+        assert result.finish_reasons == ["length"] * len(prompts)
+        assert [len(tokens) for tokens in result.tokens] == [24] * len(prompts)
+        assert np.isfinite(np.concatenate(result.logprobs)).all()
+    assert generate.compile_counts == {"prefill": 1, "decode": 1}
+
+
+def test_a_row_does_not_depend_on_who_shares_the_batch():
+    generate = generator(decoder(), capacity=16, policy=caches.H2O(recent=4), max_length=100)
+    together = generate.generate(PROMPTS, SAMPLING)
+    for row, prompt in enumerate(PROMPTS):
+        alone = generate.generate([prompt], SAMPLING)
+        assert alone.tokens[0] == together.tokens[row]
+        assert alone.logprobs[0] == together.logprobs[row]
+
+
+def test_the_end_of_a_row_is_max_length():
+    result = generator(decoder(), capacity=16, policy=caches.Window(8), max_length=40).generate(
+        PROMPTS[:1], Sampling(max_new_tokens=99)
+    )
+    assert result.finish_reasons == ["capacity"]
+    assert len(result.tokens[0]) == 40 - len(PROMPTS[0])
+
+
+def test_requests_wait_for_pages():
+    """Rows of up to 40, 13 and 27 tokens, and 4 pages of 16: room for the first two, then for the third."""
+    generate = generator(decoder(), capacity=64, storage=caches.Paged(16, 4))
+    result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
+    plain = generator(decoder(), capacity=64).generate(PROMPTS, Sampling(max_new_tokens=10))
+    assert result.finish_reasons == ["length"] * 3
+    assert result.tokens == plain.tokens
+
+
+def test_a_pool_that_is_too_small_ends_a_row_and_says_so():
+    generate = generator(decoder(), capacity=64, storage=caches.Paged(16, 2))
+    result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
+    assert result.finish_reasons == ["capacity", "length", "length"]
+    # What was handed out before is what the row would have had with room.
+    plain = generator(decoder(), capacity=64).generate(PROMPTS, Sampling(max_new_tokens=10))
+    assert result.tokens == [plain.tokens[0][: 2 * 16 + 1 - len(PROMPTS[0])], *plain.tokens[1:]]
+
+
+def test_layers_with_a_window_hold_no_more_than_it_takes():
+    model = decoder(sliding_windows=(8, None))
+    generate = generator(model, capacity=64)
+    all_dense = [caches.Dense()] * 2
+    assert generate.cache_nbytes < sum(
+        cache.nbytes for cache in model.init_caches(batch_size=3, capacity=64, policy=all_dense)
+    )
+    result = generate.generate(PROMPTS, Sampling(max_new_tokens=20))
+    for row, prompt in enumerate(PROMPTS):
+        assert result.tokens[row][:4] == greedy_of_the_uncached(model, prompt, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": 16, "max_length": 17}, "max_length: expected at most capacity=16, as layer 0 keeps every token"),
+        (
+            {"capacity": 16, "max_length": 99, "policy": caches.Window(12, 2)},
+            "prefill_chunk: expected at most 3, for Window(size=12, sinks=2) of capacity=16 in layer 0, got 4",
+        ),
+        (
+            {"capacity": [32, 16], "max_length": 99, "policy": caches.H2O(recent=14)},
+            "prefill_chunk: expected at most 2, for H2O(recent=14, normalize=False, value_norm=False) of capacity=16 "
+            "in layer 1, got 4",
+        ),
+        ({"capacity": 16, "max_length": 0}, "max_length: expected an int of at least 1, got 0"),
+        ({"capacity": [16, -1]}, "capacity: expected an int of at least 1, got -1"),
+    ],
+)
+def test_what_cannot_work_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generator(decoder(), **options)
