@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
-from tests.models.test_decoder import SMALL, compiled, random_tokens, widen
 
 from pallas_attn import caches
 from pallas_attn_models import CachedDecoder, Decoder
 from tests import tolerances
+from tests.models.decoder.test_decoder import SMALL, compiled, random_tokens, widen
 
 B, CAPACITY = 2, 32
 TOKENS = random_tokens(0, B, 12, vocab_size=SMALL.vocab_size)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.models.test_decoder import SMALL, compiled, random_tokens, widen
 
 import pallas_attn as pa
 from pallas_attn import caches
 from pallas_attn_models import Decoder
 from tests import tolerances
 from tests.marks import quick
+from tests.models.decoder.test_decoder import SMALL, compiled, random_tokens, widen
 
 CONFIG = dataclasses.replace(SMALL, head_dim=16)
 B, T, CAPACITY = 2, 40, 48

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.models.test_decoder import SMALL, random_tokens, widen
 
 import pallas_attn as pa
 from pallas_attn import caches
@@ -16,6 +15,7 @@ from pallas_attn_models import CachedDecoder, Decoder
 from pallas_attn_models.decoder import decoder as decoder_module
 from tests import tolerances
 from tests.marks import quick
+from tests.models.decoder.test_decoder import SMALL, random_tokens, widen
 
 CONFIG = dataclasses.replace(SMALL, head_dim=16)
 B, CHUNK, CHUNKS = 2, 8, 4

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tests.models.test_decoder import SMALL, random_tokens, widen
 
 from pallas_attn import caches
 from pallas_attn_models import Decoder, Generator, Sampling
 from tests.marks import quick
+from tests.models.decoder.test_decoder import SMALL, random_tokens, widen
 
 CONFIG = dataclasses.replace(SMALL, head_dim=16)
 PROMPTS = [random_tokens(row, length, vocab_size=40).tolist() for row, length in enumerate((30, 3, 17))]

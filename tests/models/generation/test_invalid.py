@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.models.test_serving import assert_nothing_is_held
 
 from pallas_attn import caches
 from pallas_attn_models import Decoder, DraftModel, Generator, Sampling
@@ -16,6 +15,7 @@ from pallas_attn_models.generation.requests import Completion
 from pallas_attn_models.generation.sampling import Limits, SamplingArrays, process, sample
 from pallas_attn_models.generation.speculation import PromptLookup
 from tests.marks import quick
+from tests.models.generation.test_serving import assert_nothing_is_held
 from tests.models.small_model import ONE_EACH, Ask, make_model, prompt_of, random_ask
 
 BATCH, CAPACITY, CHUNK = 3, 48, 8

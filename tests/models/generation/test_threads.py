@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
-from tests.models.test_serving import Broken, assert_broken_off, assert_nothing_is_held
 
 from pallas_attn_models import Generator, QueueFull, Sampling
 from pallas_attn_models.generation.requests import Completion
 from pallas_attn_models.generation.turns import Turns
+from tests.models.generation.test_serving import Broken, assert_broken_off, assert_nothing_is_held
 from tests.models.small_model import ONE_EACH, make_model, prompt_of, random_ask
 
 ROWS, CAPACITY, CHUNK, QUEUE, THREADS = 3, 48, 8, 6, 4
