@@ -26,7 +26,8 @@ from bench import machine
 from bench.results_file import ResultsError, ResultsFile
 from pallas_attn.picture import plain_style, save_figure
 from pallas_attn_models import Decoder, Generator, load_hf, weights
-from pallas_attn_models.training import exact_answers, tasks
+from pallas_attn_models.training import tasks
+from pallas_attn_models.training.train import exact_answers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

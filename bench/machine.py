@@ -1,5 +1,6 @@
 """What the machine is: for the result file, and for the bounds that physics sets."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -10,7 +11,24 @@ import jax
 
 import pallas_attn as pa
 from bench.results_file import ResultsError
-from bench.times.physics import Peaks
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """What a machine can do at best: TFLOP/s of its matrix units in the dtype of a case, and GB/s of its memory."""
+
+    tflops: float
+    gbps: float
+
+    @property
+    def ridge(self) -> float:
+        """FLOP per byte above which arithmetic is the bound, and below which it is memory."""
+        return 1e3 * self.tflops / self.gbps
+
+    def ceiling(self, intensity: float) -> float:
+        """FLOP/s that no work of so many FLOP per byte exceeds."""
+        return min(1e12 * self.tflops, 1e9 * self.gbps * intensity)
+
 
 # Dense bfloat16 TFLOP/s and GB/s, from NVIDIA's datasheets of the A100 (2021), H100 (2023) and H200 (2024). The first
 # name that is part of JAX's device kind counts.

@@ -16,8 +16,8 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.machine import Peaks
 from bench.times.cases import BESIDE
-from bench.times.physics import Peaks
 from pallas_attn.picture import plain_style, save_figure
 
 if TYPE_CHECKING:

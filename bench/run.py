@@ -19,12 +19,13 @@ from rich.table import Table
 
 import pallas_attn as pa
 from bench import machine
+from bench.machine import Peaks
 from bench.results_file import ResultsError, ResultsFile
 from bench.times import peaks
 from bench.times.cases import SUITES, Case, named
 from bench.times.measure import OURS, Effort, Setting, failed, free_memory, measure
 from bench.times.peers import Peer, all_peers
-from bench.times.physics import Peaks, bound_seconds
+from bench.times.physics import bound_seconds
 
 _ROOT = Path(__file__).parents[1]
 # A case that starts in time may end after it.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_attn import checks, masks, pointwise, tuning
+from pallas_attn import checks, grids, masks, pointwise, tuning
 from pallas_attn.masks import Interval, Mask, operands, repeat_heads
 from pallas_attn.schedule import Schedule
 
@@ -179,14 +179,17 @@ class BlockMask:
         empty = jnp.zeros((*self.num_full.shape, self.grid[1]), jnp.uint8)
         return _scatter_last(empty, jnp.where(active, self.indices, self.grid[1]), kind)
 
+    def classes(self, batch: int, head: int) -> np.ndarray:
+        """One row and one head of :meth:`bitmap`, uint8 ``[nq, nk]``, on the host; the rest is not computed."""
+        lists = jax.tree.map(lambda x: x[batch : batch + 1, head : head + 1], self.lists)
+        return np.asarray(dataclasses.replace(self, lists=lists).bitmap())[0, 0]
+
     def density(self) -> Array:
         """The fraction of all blocks that is visited, float32 scalar."""
         return jnp.mean(self.num_active.astype(jnp.float32)) / self.grid[1]
 
     def __str__(self) -> str:
-        from pallas_attn import picture  # only text: no plotting library is imported
-
-        return picture.as_text(self)
+        return grids.as_text(self)
 
 
 def _is_length(positions: Array | int) -> bool:

@@ -1,30 +1,27 @@
-"""A BlockMask as something to look at: characters for a terminal, PNG and SVG for a page.
+"""A BlockMask as a picture for a page, PNG or SVG.
 
-Both show one grid of blocks at a time, of one batch row and one head of the lists, with axes that count tokens. A grid
-too large to show is scaled down: neighbouring blocks become one cell, which is empty only if all of them are.
+It shows one grid of blocks, of one batch row and one head of the lists, with axes that count tokens. A grid too large
+to show is scaled down: neighboring blocks become one cell, which is empty only if all of them are.
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.core
 import numpy as np
 
-from pallas_attn import checks
+from pallas_attn import checks, grids
+from pallas_attn.block_mask import BlockMask
+from pallas_attn.grids import Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pallas_attn.block_mask import BlockMask
-
-_PARTIAL = 1  # of the classes 0 empty, 1 partial, 2 full, as in `BlockMask.bitmap`
-_CHARACTERS = np.array(["·", "▒", "█"])
 # Light to dark by the work that a block takes, so that they read in grey and to colour-blind eyes too.
 _EMPTY_COLOUR, _PARTIAL_COLOUR, _FULL_COLOUR = "#edf1f5", "#f2a65a", "#1f4e79"
 _PADDING_COLOUR, _LINE_COLOUR, _TEXT_COLOUR = "#b4bdc7", "#8a94a0", "#4a5561"
@@ -32,56 +29,8 @@ _MAX_CELLS = 256  # along an axis of a picture, so that a cell is some pixels wi
 _METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # nothing that changes by the day
 
 
-class _Grid(NamedTuple):
-    """What there is to show of one batch row and one head."""
-
-    name: str
-    classes: np.ndarray  # uint8 [nq, nk]
-    q_padding: np.ndarray  # bool [T]
-    kv_padding: np.ndarray  # bool [S]
-
-    @property
-    def density(self) -> float:
-        return float((self.classes != 0).mean())
-
-    @property
-    def padding(self) -> str:
-        counts = {"queries": self.q_padding, "keys": self.kv_padding}
-        return ", ".join(f"{x.sum():,} of {x.size:,} {name}" for name, x in counts.items() if x.any())
-
-
-def as_text(block_mask: "BlockMask", *, max_rows: int = 32, max_columns: int = 64, max_grids: int = 4) -> str:
-    """Blocks as characters (``█`` full, ``▒`` partial, ``·`` empty), one grid for each batch row and head.
-
-    A grid larger than ``max_rows`` x ``max_columns`` is scaled down: a character is full or empty only where all the
-    blocks under it are. Of more than ``max_grids`` grids the first are shown, and the number of the others. Under jit,
-    where the lists have no values yet, only the shape is told.
-    """
-    batch, heads, q_len, kv_len = block_mask.shape
-    sizes = block_mask.block_sizes
-    title = f"BlockMask(B={batch}, heads={heads}, T={q_len}, S={kv_len}, blocks of {sizes.q}x{sizes.kv}"
-    if isinstance(block_mask.num_full, jax.core.Tracer):
-        return title + ", traced)"
-    lines = [f"{title}, density {float(block_mask.density()):.1%})"]
-    q_step, kv_step = _step(block_mask.grid[0], max_rows), _step(block_mask.grid[1], max_columns)
-    q_tokens, kv_tokens = q_step * sizes.q, kv_step * sizes.kv  # of a character
-    which = list(np.ndindex(block_mask.num_full.shape[:2]))
-    for b, h in which[:max_grids]:
-        grid = _grid(block_mask, b, h)
-        facts = f"{grid.name}: density {grid.density:.1%}"
-        lines.append(f"{facts}, padding {grid.padding}" if grid.padding else facts)
-        lines += _with_axes(_merged(grid.classes, q_step, kv_step), q_tokens, kv_tokens)
-    if len(which) > max_grids:
-        lines.append(f"and {len(which) - max_grids} more; pallas_attn.save_picture draws any of them")
-    scale = f"{q_tokens} queries x {kv_tokens} keys"
-    if q_step * kv_step > 1:
-        scale += f" ({q_step}x{kv_step} blocks, partial where mixed)"
-    lines += ["█ full  ▒ partial  · empty", f"a character is {scale}"]
-    return "\n".join(lines)
-
-
 def save_picture(
-    block_mask: "BlockMask",
+    block_mask: BlockMask,
     path: str | os.PathLike,
     *,
     batch: int = 0,
@@ -105,7 +54,7 @@ def save_picture(
       TypeError: not a BlockMask, or another kind of object than is said above.
       ImportError: matplotlib is not installed.
     """
-    if not hasattr(block_mask, "bitmap"):
+    if not isinstance(block_mask, BlockMask):
         got = checks.describe(block_mask)
         raise TypeError(f"block_mask: expected a BlockMask (BlockMask.from_mask makes one), got {got}")
     path = _checked_path(path)
@@ -116,7 +65,7 @@ def save_picture(
     if isinstance(block_mask.num_full, jax.core.Tracer):
         raise ValueError("block_mask: expected one with values, got one that is being traced; draw it outside of jit")
     with plain_style():
-        save_figure(_figure(_grid(block_mask, batch, head), block_mask, title or "BlockMask"), path)
+        save_figure(_figure(grids.grid_of(block_mask, batch, head), block_mask, title or "BlockMask"), path)
 
 
 @contextlib.contextmanager
@@ -142,53 +91,6 @@ def save_figure(figure: "Figure", path: Path, dpi: int = 160) -> None:
     figure.savefig(path, dpi=dpi, metadata=_METADATA[path.suffix.lower()])
 
 
-# --- the grid ---
-
-
-def _grid(block_mask: "BlockMask", batch: int, head: int) -> _Grid:
-    rows, heads = block_mask.num_full.shape[:2]
-    # One row of the lists at a time: the bitmap of a whole batch may be large.
-    lists = jax.tree.map(lambda x: x[batch : batch + 1, head : head + 1], block_mask.lists)
-    classes = np.asarray(dataclasses.replace(block_mask, lists=lists).bitmap())[0, 0]
-    q_positions, kv_positions = np.asarray(block_mask.q_positions), np.asarray(block_mask.kv_positions)
-    kv_positions = kv_positions[:, head * kv_positions.shape[1] // heads]
-    name = f"batch {batch} of {rows}" if rows > 1 else "all batch rows"
-    name += f", head {head} of {heads}" if heads > 1 else ", all heads"
-    return _Grid(name, classes, *(x[batch if x.shape[0] > 1 else 0] < 0 for x in (q_positions, kv_positions)))
-
-
-def _step(blocks: int, most: int) -> int:
-    """How many blocks become one cell, so that there are at most so many cells."""
-    return -(-blocks // most)
-
-
-def _merged(classes: np.ndarray, q_step: int, kv_step: int) -> np.ndarray:
-    """Every ``q_step`` x ``kv_step`` blocks as one cell; a cell of mixed classes is partial."""
-    starts = np.arange(0, classes.shape[0], q_step), np.arange(0, classes.shape[1], kv_step)
-    lowest, highest = (
-        reduce.reduceat(reduce.reduceat(classes, starts[0], axis=0), starts[1], axis=1)
-        for reduce in (np.minimum, np.maximum)
-    )
-    return np.where(lowest == highest, lowest, _PARTIAL)
-
-
-# --- text ---
-
-
-def _with_axes(cells: np.ndarray, q_tokens: int, kv_tokens: int) -> list[str]:
-    """Rows of characters, each with its first query at the left, under the first keys of some columns."""
-    q_labels = [str(i * q_tokens) for i in range(cells.shape[0])]
-    kv_labels = [str(j * kv_tokens) for j in range(cells.shape[1])]
-    margin = max(len("queries"), len(q_labels[-1]))
-    every = 1 << len(kv_labels[-1]).bit_length()  # the power of two that leaves room between labels
-    header = "".join(label.ljust(every) for label in kv_labels[::every]).rstrip()
-    rows = (f"{label:>{margin}} {''.join(row)}" for label, row in zip(q_labels, _CHARACTERS[cells], strict=True))
-    return [f"{'':{margin}} keys", f"{'queries':>{margin}} {header}", *rows]
-
-
-# --- PNG and SVG ---
-
-
 def _checked_path(path: str | os.PathLike) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path: expected a str or a path, got {checks.describe(path)}")
@@ -208,7 +110,7 @@ def _checked_index(name: str, value: int, count: int) -> int:
     return value
 
 
-def _figure(grid: _Grid, block_mask: "BlockMask", title: str) -> "Figure":
+def _figure(grid: Grid, block_mask: BlockMask, title: str) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -226,7 +128,7 @@ def _figure(grid: _Grid, block_mask: "BlockMask", title: str) -> "Figure":
     active, blocks = int((grid.classes != 0).sum()), grid.classes.size
     sizes = block_mask.block_sizes
     facts = f"density {grid.density:.1%}: {active:,} of {blocks:,} blocks of {sizes.q} x {sizes.kv} are visited"
-    steps = _step(grid.classes.shape[0], _MAX_CELLS), _step(grid.classes.shape[1], _MAX_CELLS)
+    steps = grids.step(grid.classes.shape[0], _MAX_CELLS), grids.step(grid.classes.shape[1], _MAX_CELLS)
     if steps != (1, 1):
         facts += f" (a cell is {steps[0]} x {steps[1]} of them)"
     where = f"{grid.name}; padding: {grid.padding}" if grid.padding else grid.name
@@ -234,7 +136,7 @@ def _figure(grid: _Grid, block_mask: "BlockMask", title: str) -> "Figure":
     write(0.50, facts, fontsize=9, color=_TEXT_COLOUR)
     write(0.69, where, fontsize=9, color=_TEXT_COLOUR)
 
-    _draw_cells(axes, _merged(grid.classes, *steps), steps[0] * sizes.q, steps[1] * sizes.kv)
+    _draw_cells(axes, grids.merged(grid.classes, *steps), steps[0] * sizes.q, steps[1] * sizes.kv)
     _draw_padding(axes, grid)
     axes.set_xlim(0, kv_len)
     axes.set_ylim(q_len, 0)
@@ -291,7 +193,7 @@ def _draw_cells(axes: "Axes", cells: np.ndarray, q_tokens: int, kv_tokens: int) 
         axes.hlines(np.arange(1, rows) * q_tokens, 0, columns * kv_tokens, **style)
 
 
-def _draw_padding(axes: "Axes", grid: _Grid) -> None:
+def _draw_padding(axes: "Axes", grid: Grid) -> None:
     """Hatches the rows and columns where there is no token."""
     style = {"facecolor": (1, 1, 1, 0.55), "edgecolor": _PADDING_COLOUR, "hatch": "/////", "linewidth": 0}
     for first, last in _runs(grid.q_padding):
@@ -306,7 +208,7 @@ def _runs(padding: np.ndarray) -> np.ndarray:
     More than 1024 tokens are looked at in 1024 groups, each padding if all of it is: less than a pixel is lost, and
     slots that are empty here and there do not hide the others.
     """
-    starts = np.arange(0, padding.size, _step(padding.size, 1024))
+    starts = np.arange(0, padding.size, grids.step(padding.size, 1024))
     whole = np.logical_and.reduceat(padding, starts).astype(int)
     edges = np.flatnonzero(np.diff(whole, prepend=0, append=0))
     return np.append(starts, padding.size)[edges].reshape(-1, 2)

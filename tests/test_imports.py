@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "pallas_attn"
+ROOT = Path(__file__).parents[1]
 
 # A module may import modules of lower layers, and its own neighbours in a package. The first prefix that fits counts.
 LAYERS = {
@@ -19,9 +19,10 @@ LAYERS = {
     "pallas_attn.scores": 0,
     "pallas_attn.quantized": 0,
     "pallas_attn.schedule": 0,
-    "pallas_attn.tuning": 0,
-    "pallas_attn.picture": 0,
+    "pallas_attn.tuning": -1,
+    "pallas_attn.grids": 0,
     "pallas_attn.block_mask": 1,
+    "pallas_attn.picture": 2,
     "pallas_attn.caches": 3,
     "pallas_attn.kernels": 3,
     "pallas_attn.attention": 4,
@@ -30,26 +31,51 @@ LAYERS = {
 }
 OUTSIDE = {"jax", "numpy"}  # and the standard library
 
+# The same for the models, whose packages are wings.
+WINGS = {
+    "pallas_attn_models.checks": 0,
+    "pallas_attn_models.text_files": 0,
+    "pallas_attn_models.weights": 0,
+    "pallas_attn_models.decoder": 1,
+    "pallas_attn_models.checkpoints": 2,
+    "pallas_attn_models.generation": 3,
+    "pallas_attn_models.text": 4,
+    "pallas_attn_models.training": 4,
+    "pallas_attn_models.cli": 5,
+    "pallas_attn_models": 6,
+}
 
-def modules() -> dict[str, Path]:
+# And for the rooms of bench/.
+ROOMS = {
+    "bench.results_file": 0,
+    "bench.machine": 1,
+    "bench.semantics": 2,
+    "bench.times": 2,
+    "bench.machine_code": 3,
+    "bench": 4,
+}
+
+
+def modules(package: Path) -> dict[str, Path]:
     found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-MODULES = modules()
+CORE = modules(ROOT / "pallas_attn")
+MODELS = modules(ROOT / "models" / "pallas_attn_models")
+BENCH = modules(ROOT / "bench")
+MODULES = CORE | MODELS | BENCH
 
 
 def imports(source: str) -> set[str]:
-    """Everything that a module imports, anywhere in it, by its full name; not what only a type checker sees."""
+    """Everything that a module imports, anywhere in it, by its full name."""
     found = set()
 
     def visit(node: ast.AST) -> None:
         match node:
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-                return
             case ast.Import(names=names):
                 found.update(alias.name for alias in names)
             case ast.ImportFrom(module=module, names=names, level=0):
@@ -64,7 +90,7 @@ def imports(source: str) -> set[str]:
 
 
 def own(name: str) -> str | None:
-    """The module of this package that an imported name is, or is in; None for what comes from elsewhere."""
+    """The module of this project that an imported name is, or is in; None for what comes from elsewhere."""
     while name not in MODULES:
         name, _, last = name.rpartition(".")
         if not last:
@@ -76,8 +102,13 @@ def imports_of(module: str) -> set[str]:
     return {x for x in map(own, imports(MODULES[module].read_text())) if x is not None} - {module}
 
 
-def layer(module: str) -> int:
-    return next(level for prefix, level in LAYERS.items() if f"{module}.".startswith(f"{prefix}."))
+def layer(module: str, layers: dict[str, int] = LAYERS) -> int:
+    return next(level for prefix, level in layers.items() if f"{module}.".startswith(f"{prefix}."))
+
+
+def within(module: str, modules: dict[str, Path]) -> set[str]:
+    """Those of ``modules`` that a module imports; a package that it only passes through on the way is not one."""
+    return imports_of(module) & modules.keys()
 
 
 def test_the_parser_sees_every_way_to_import():
@@ -89,13 +120,13 @@ if TYPE_CHECKING:
 def later():
     from i import j
 """
-    assert imports(source) == {"a.b", "c", "e.f.g", "i.j"}
+    assert imports(source) == {"a.b", "c", "e.f.g", "only.types.T", "i.j"}
     assert own("pallas_attn.masks.causal") == own("pallas_attn.masks") == "pallas_attn.masks"
     assert own("jax.numpy") is None
     assert "pallas_attn.masks" in imports_of("pallas_attn.block_mask")
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", CORE)
 def test_imports_point_one_way_only(module):
     package = ".".join(module.split(".")[:2])
     for other in imports_of(module):
@@ -103,13 +134,13 @@ def test_imports_point_one_way_only(module):
         assert neighbours or layer(other) < layer(module), f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pallas_attn.caches")])
+@pytest.mark.parametrize("module", [name for name in CORE if name.startswith("pallas_attn.caches")])
 def test_caches_know_nothing_above_masks(module):
     for other in imports_of(module):
         assert other.startswith("pallas_attn.caches") or layer(other) <= 0, f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("pallas_attn.kernels")])
+@pytest.mark.parametrize("module", [name for name in CORE if name.startswith("pallas_attn.kernels")])
 def test_kernels_know_neither_attention_nor_caches(module):
     assert not [x for x in imports_of(module) if x.startswith(("pallas_attn.attention", "pallas_attn.caches"))]
 
@@ -118,14 +149,36 @@ def test_only_the_triton_kernels_know_pallas():
     """Its Triton lowering is deprecated upstream: nothing else may come to depend on it."""
     users = {
         name
-        for name, path in MODULES.items()
+        for name, path in CORE.items()
         if any("pallas" in x for x in imports(path.read_text()) if x.startswith("jax"))
     }
     assert users
     assert all(name.startswith("pallas_attn.kernels.triton") for name in users), users
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(("modules", "layers"), [(MODELS, WINGS), (BENCH, ROOMS)], ids=["models", "bench"])
+def test_wings_stand_on_floors(modules, layers):
+    """A module imports its own wing, and wings of lower floors; of those only what they name themselves."""
+    for module in modules:
+        wing = ".".join(module.split(".")[:2])
+        for other in within(module, modules):
+            if other == wing or other.startswith(f"{wing}."):
+                continue
+            assert layer(other, layers) < layer(module, layers), f"{module} imports {other}"
+            public = layers is ROOMS or other.count(".") < 2 or module == "pallas_attn_models.train"
+            assert public, f"{module} imports {other}, not the names of its wing"
+
+
+def test_no_circle():
+    """Of modules, not only of packages; what a function imports when it is called counts as well."""
+    below: dict[str, set[str]] = {}
+    left = {name: imports_of(name) for name in MODULES}
+    while ready := [name for name, others in left.items() if others <= below.keys()]:
+        below |= {name: left.pop(name) for name in ready}
+    assert not left
+
+
+@pytest.mark.parametrize("module", CORE)
 def test_needs_jax_and_numpy_only(module):
     """Above all neither Flax nor the models."""
     for name in imports(MODULES[module].read_text()):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_attn as pa
-from pallas_attn import picture
+from pallas_attn import grids, picture
 from tests import oracle, strategies
 from tests.oracle import EMPTY, FULL, PARTIAL, positions
 
@@ -107,7 +107,7 @@ def test_text_of_a_long_sequence_fits_a_terminal():
     st.integers(1, 12),
 )
 def check_merging(classes, q_step, kv_step):
-    merged = picture._merged(classes, q_step, kv_step)
+    merged = grids.merged(classes, q_step, kv_step)
     assert merged.shape == (-(-classes.shape[0] // q_step), -(-classes.shape[1] // kv_step))
     for i, j in np.ndindex(merged.shape):
         cell = classes[i * q_step : (i + 1) * q_step, j * kv_step : (j + 1) * kv_step]
@@ -122,7 +122,7 @@ def test_scaling_down_loses_no_region():
 def test_a_single_block_shows_at_any_scale(wanted):
     classes = np.full((100, 200), FULL if wanted == EMPTY else EMPTY)
     classes[57, 131] = wanted
-    ((labels, shown),) = grids(picture.as_text(of_classes(classes), max_rows=10, max_columns=16))
+    ((labels, shown),) = grids(grids.as_text(of_classes(classes), max_rows=10, max_columns=16))
     assert shown.shape == (10, 16)
     assert labels[5] == 2 * 50
     assert shown[5, 131 // 13] == PARTIAL
@@ -166,12 +166,12 @@ def test_a_huge_grid_is_scaled_down_and_loses_nothing(tmp_path):
     bm = build(oracle.causal() & oracle.sliding_window(4096) | oracle.sink(1), 131072, 131072, 128, 128)
     assert bm.grid == (1024, 1024)
     with picture.plain_style():
-        (axes,) = picture._figure(picture._grid(bm, 0, 0), bm, "").axes
+        (axes,) = picture._figure(grids.grid_of(bm, 0, 0), bm, "").axes
     (image,) = axes.images
     shown = np.asarray(image.get_array())
     assert tuple(image.get_extent()) == (0, 131072, 131072, 0)
     assert axes.get_window_extent().width / 256 > 2, "a cell is some pixels wide, even on a screen of 100 dpi"
-    np.testing.assert_array_equal(shown, picture._merged(np.asarray(bm.bitmap()[0, 0]), 4, 4))
+    np.testing.assert_array_equal(shown, grids.merged(np.asarray(bm.bitmap()[0, 0]), 4, 4))
     assert (shown[:, 0] != EMPTY).all()
     pa.save_picture(bm, tmp_path / "mask.png")
     assert (tmp_path / "mask.png").stat().st_size > 10_000

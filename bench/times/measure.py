@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from bench import machine
+from bench.machine import Peaks
 from bench.times import generation
 from bench.times.cases import Case
 from bench.times.check import Oracle, Verdict
 from bench.times.peers import Peer
-from bench.times.physics import Peaks
 from bench.times.timing import Contender, Prepared, median_ratio, prepare, summary, take_turns
 from bench.times.workloads import Append, Attention, Generation, MaskBuild, Size, Workload
 

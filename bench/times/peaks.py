@@ -11,7 +11,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
-from bench.times.physics import Peaks
+from bench.machine import Peaks
 from bench.times.timing import Contender, prepare
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import pallas_attn as pa
+from bench.machine import Peaks
 
 _FORWARD_FLOPS = 4
 _BACKWARD_FLOPS = 10
@@ -36,23 +37,6 @@ class Work:
     pairs: int
     flops: int
     nbytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Peaks:
-    """What a machine can do at best: TFLOP/s of its matrix units in the dtype of a case, and GB/s of its memory."""
-
-    tflops: float
-    gbps: float
-
-    @property
-    def ridge(self) -> float:
-        """FLOP per byte above which arithmetic is the bound, and below which it is memory."""
-        return 1e3 * self.tflops / self.gbps
-
-    def ceiling(self, intensity: float) -> float:
-        """FLOP/s that no work of so many FLOP per byte exceeds."""
-        return min(1e12 * self.tflops, 1e9 * self.gbps * intensity)
 
 
 def count(mask: pa.masks.Mask, q_positions: Array, kv_positions: Array, batch: int) -> Counts:

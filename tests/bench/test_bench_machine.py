@@ -5,8 +5,8 @@ import subprocess
 import pytest
 
 from bench import machine
+from bench.machine import Peaks
 from bench.times import peaks
-from bench.times.physics import Peaks
 from bench.times.timing import Prepared
 
 

@@ -57,14 +57,14 @@ def test_work_by_hand():
 
 
 def test_the_bound_is_the_larger_time():
-    peaks = physics.Peaks(tflops=2.0, gbps=100.0)
+    peaks = machine.Peaks(tflops=2.0, gbps=100.0)
     assert physics.bound_seconds(4 * 10**12, 10**9, peaks) == 2.0
     assert physics.bound_seconds(10**9, 3 * 10**11, peaks) == 3.0
     assert physics.bound_seconds(None, 10**11, peaks) == 1.0
 
 
 def test_the_ceiling_bends_at_the_ridge():
-    peaks = physics.Peaks(tflops=2.0, gbps=100.0)
+    peaks = machine.Peaks(tflops=2.0, gbps=100.0)
     assert peaks.ridge == 20.0
     assert [peaks.ceiling(x) for x in (5.0, 20.0, 80.0)] == [5e11, 2e12, 2e12]
 
@@ -111,7 +111,7 @@ def test_no_toy_case_has_a_query_batch_without_work():
 def test_peaks_by_the_name_of_the_device(kind, peaks, monkeypatch):
     device = types.SimpleNamespace(platform="gpu", device_kind=kind)
     monkeypatch.setattr(machine.jax, "devices", lambda: [device])
-    assert machine.peaks() == (peaks and physics.Peaks(*peaks))
+    assert machine.peaks() == (peaks and machine.Peaks(*peaks))
 
 
 def test_a_cpu_has_no_known_peaks(monkeypatch):

@@ -9,10 +9,10 @@ import pytest
 
 import pallas_attn as pa
 from bench import run
+from bench.machine import Peaks
 from bench.times import measure, workloads
 from bench.times.cases import CASES, named
 from bench.times.peers import Peer, all_peers
-from bench.times.physics import Peaks
 
 # The quickest case of all, and the quickest of attention.
 CACHE, ATTENTION = "append-token", "decode-llama-8b"

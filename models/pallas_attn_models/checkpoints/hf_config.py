@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pallas_attn_models.checks import listed, require_size, shown
-from pallas_attn_models.decoder.config import MAX_LAYERS, ROPE_FIELDS, DecoderConfig, RopeConfig
+from pallas_attn_models.decoder import MAX_LAYERS, ROPE_FIELDS, DecoderConfig, RopeConfig
 
 # Field -> the values that mean what this decoder computes.
 SUPPORTED: dict[str, tuple[Any, ...]] = {

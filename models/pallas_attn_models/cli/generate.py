@@ -30,7 +30,7 @@ from pallas_attn_models.cli.loading import (
 from pallas_attn_models.cli.output import status
 from pallas_attn_models.generation import GenerationStats, Generator, Sampling, check_prompts
 from pallas_attn_models.text_files import read_text
-from pallas_attn_models.training import tasks
+from pallas_attn_models.training import END, Example, held_out_prompts
 
 _BATCH_SIZE = 8
 _CAPACITY = 1024
@@ -190,17 +190,17 @@ def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str | None]
         raise ValueError("--model: expected --prompt or --prompts-file with it, got neither")
     else:
         examples = _shipped_examples()
-        return [one.prompt for one in examples], [one.answer.removesuffix(tasks.END) for one in examples]
+        return [one.prompt for one in examples], [one.answer.removesuffix(END) for one in examples]
     return prompts, [None] * len(prompts)
 
 
-def _shipped_examples() -> list[tasks.Example]:
+def _shipped_examples() -> list[Example]:
     """Some of every task that the shipped checkpoint has learnt, all held out of its training, 4 to 450 bytes long."""
     return [
-        *tasks.held_out_prompts("addition", 3, seed=0),
-        *tasks.held_out_prompts("reversal", 2, seed=2),
-        *tasks.held_out_prompts("recall", 1, seed=0, max_pairs=8),
-        *tasks.held_out_prompts("recall", 2, seed=0, min_pairs=60),
+        *held_out_prompts("addition", 3, seed=0),
+        *held_out_prompts("reversal", 2, seed=2),
+        *held_out_prompts("recall", 1, seed=0, max_pairs=8),
+        *held_out_prompts("recall", 2, seed=0, min_pairs=60),
     ]
 
 

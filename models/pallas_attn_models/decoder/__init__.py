@@ -1,6 +1,8 @@
 """Decoders in Flax NNX: their sizes, layers and caches. Nothing here knows a name of Hugging Face."""
 
 from pallas_attn_models.decoder.cached_decoder import CachedDecoder as CachedDecoder
+from pallas_attn_models.decoder.config import MAX_LAYERS as MAX_LAYERS
+from pallas_attn_models.decoder.config import ROPE_FIELDS as ROPE_FIELDS
 from pallas_attn_models.decoder.config import DecoderConfig as DecoderConfig
 from pallas_attn_models.decoder.config import RopeConfig as RopeConfig
 from pallas_attn_models.decoder.decoder import FLOAT_DTYPES as FLOAT_DTYPES
