@@ -36,7 +36,7 @@ def of_classes(classes: np.ndarray) -> pa.BlockMask:
     return bm
 
 
-def grids(text: str) -> list[tuple[list[int], np.ndarray]]:
+def shown_grids(text: str) -> list[tuple[list[int], np.ndarray]]:
     """Of each grid in a text: the first query of each row, and the classes of its characters."""
     found, rows = [], []
     for line in [*text.splitlines(), ""]:
@@ -56,7 +56,7 @@ def test_text_labels_both_axes_in_tokens():
     bm = build(oracle.causal(), positions(640, start=512)[None], 1280, 64, 32)
     lines = str(bm).splitlines()
     columns = next(line for line in lines if line.startswith("queries"))
-    (labels, _), *_ = grids(str(bm))
+    (labels, _), *_ = shown_grids(str(bm))
     assert labels == list(range(0, 640, 64))
     for label in re.finditer(r"\d+", columns):
         column = label.start() - len("queries ")
@@ -79,7 +79,7 @@ def test_text_says_which_batch_row_and_head_with_density_and_padding():
 
 def test_text_of_many_rows_and_heads_shows_the_first_and_counts_the_others():
     text = str(build(oracle.dense(np.ones((3, 4, 8, 8), bool)), 8, 8))
-    assert len(grids(text)) == 4
+    assert len(shown_grids(text)) == 4
     assert "batch 0 of 3, head 3 of 4" in text
     assert "batch 1" not in text
     assert "and 8 more" in text
@@ -89,7 +89,7 @@ def test_text_of_a_long_sequence_fits_a_terminal():
     bm = build(oracle.causal() & oracle.sliding_window(3000) | oracle.sink(4), 131072, 131072, 128, 128)
     text = str(bm)
     assert max(map(len, text.splitlines())) <= 80
-    ((labels, classes),) = grids(text)
+    ((labels, classes),) = shown_grids(text)
     assert classes.shape == (32, 64)
     assert labels[:2] == [0, 4096]
     assert (classes[:, 0] != EMPTY).all(), "the sink, one block of sixteen"
@@ -122,7 +122,7 @@ def test_scaling_down_loses_no_region():
 def test_a_single_block_shows_at_any_scale(wanted):
     classes = np.full((100, 200), FULL if wanted == EMPTY else EMPTY)
     classes[57, 131] = wanted
-    ((labels, shown),) = grids(grids.as_text(of_classes(classes), max_rows=10, max_columns=16))
+    ((labels, shown),) = shown_grids(grids.as_text(of_classes(classes), max_rows=10, max_columns=16))
     assert shown.shape == (10, 16)
     assert labels[5] == 2 * 50
     assert shown[5, 131 // 13] == PARTIAL
