@@ -25,9 +25,11 @@ LAYERS = {
     "pallas_attn.picture": 3,
     "pallas_attn.caches": 3,
     "pallas_attn.kernels": 3,
-    "pallas_attn.attention": 4,
-    "pallas_attn.flax": 5,
-    "pallas_attn": 6,
+    "pallas_attn.arguments": 4,
+    "pallas_attn.dispatch": 5,
+    "pallas_attn.attention": 6,
+    "pallas_attn.flax": 7,
+    "pallas_attn": 8,
 }
 OUTSIDE = {"jax", "numpy"}  # and the standard library
 

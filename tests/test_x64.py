@@ -18,6 +18,7 @@ import pallas_attn as pa
 from bench.machine_code import compiled
 from bench.machine_code.compiled import lower_for_cuda
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.call import Call
 from pallas_attn.scores import traced
 from tests import oracle, test_decode, test_gradients, x64_check
 from tests.attention_check import LAST, LEFT, B, K, N, S, T, dense, options
@@ -309,13 +310,11 @@ def lowered_kernels(kind: str | None, page: int | None, q_len: int, dtype: str, 
 
     def call(query, key, value, q_positions, kv_positions, table, sinks, scores):
         block_mask = pa.BlockMask.from_mask(pa.masks.sliding_window(40, 2), q_positions, kv_positions, sizes)
-        given, scores = {"scale": 0.1, "page_table": table}, traced(scores)
-        out, lse, weights = kernels.forward(
-            query, key, value, block_mask, scores, sinks, return_key_weights=True, **given
-        )
+        call = Call(query, key, value, block_mask, traced(scores), sinks, table)
+        out, lse, weights = kernels.forward(call, scale=0.1, return_key_weights=True)
         if not differentiate:
             return out, lse.value, weights
-        return kernels.backward(query, key, value, block_mask, scores, lse, lse.value, out, scale=0.1)
+        return kernels.backward(call._replace(sinks=None), lse, lse.value, out, scale=0.1)
 
     def struct(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))

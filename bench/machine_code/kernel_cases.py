@@ -11,10 +11,11 @@ import pallas_attn as pa
 from bench.machine_code.compiled import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
-from pallas_attn.kernels.triton.decode import MERGE_SIZES
-from pallas_attn.kernels.triton.key_weights import LOGITS_SIZES
-from pallas_attn.kernels.triton.key_weights import sizes_of as key_weights_sizes
+from pallas_attn.kernels.triton.flash_decode import MERGE_SIZES
+from pallas_attn.kernels.triton.key_weight_pass import LOGITS_SIZES
+from pallas_attn.kernels.triton.key_weight_pass import sizes_of as key_weights_sizes
 from pallas_attn.scores import Scores
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -61,7 +62,7 @@ class KernelCase:
 def _forward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
     def forward(query, key, value, q_positions, kv_positions, mask, scores):
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, setting.sizes)
-        return kernels.forward(query, key, value, block_mask, scores, scale=setting.head_dim**-0.5)
+        return kernels.forward(Call(query, key, value, block_mask, scores), scale=setting.head_dim**-0.5)
 
     return lower_for_cuda(forward, *_tensors(setting), mask, scores, capability=setting.capability)
 
@@ -70,8 +71,8 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
     def backward(query, key, value, q_positions, kv_positions, mask, scores, lse, delta, d_out):
         sizes = setting.sizes
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes)
-        inputs = query, key, value, block_mask, scores, lse, delta, d_out
-        return kernels.backward(*inputs, scale=setting.head_dim**-0.5, block_sizes=sizes)
+        call = Call(query, key, value, block_mask, scores)
+        return kernels.backward(call, lse, delta, d_out, scale=setting.head_dim**-0.5, block_sizes=sizes)
 
     tensors = _tensors(setting)
     arguments = *tensors, mask, scores, _lse(), _per_query(), tensors[0]
@@ -81,7 +82,7 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
 def _key_weights(setting: Setting, mask: pa.masks.Mask, scores: Scores):
     def key_weights(query, key, q_positions, kv_positions, mask, scores, lse):
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, setting.sizes)
-        return kernels.key_weights(query, key, block_mask, scores, lse, scale=setting.head_dim**-0.5)
+        return kernels.key_weights(Call(query, key, key, block_mask, scores), lse, scale=setting.head_dim**-0.5)
 
     query, key, _, *positions = _tensors(setting)
     arguments = query, key, *positions, mask, scores, _lse()
@@ -100,8 +101,8 @@ def _decode(
     def decode(query, key, value, q_positions, kv_positions, page_table):
         block_mask = pa.BlockMask.from_mask(_CAUSAL, q_positions, kv_positions, setting.sizes)
         scale = setting.head_dim**-0.5
-        asked = {"page_table": page_table, "return_key_weights": return_key_weights}
-        return kernels.decode(query, key, value, block_mask, scale=scale, **asked)
+        call = Call(query, key, value, block_mask, page_table=page_table)
+        return kernels.decode(call, scale=scale, return_key_weights=return_key_weights)
 
     query, key, _, _, kv_positions = _tensors(setting)
     query = jax.ShapeDtypeStruct((_BATCH, q_len, *query.shape[2:]), query.dtype)

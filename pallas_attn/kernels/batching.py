@@ -14,71 +14,68 @@ from jax import Array, lax
 
 from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
+from pallas_attn.kernels.lse import Lse
 from pallas_attn.scores import Scores, Traced
 
 
 def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> Callable:
-    """``forward(query, key, value, block_mask, scores, sinks) -> (out, lse)``, made ready for ``jax.vmap``.
-
-    With ``return_key_weights`` these are a third result.
-    """
+    """``forward(call) -> (out, lse)``, made ready for ``jax.vmap``; with ``return_key_weights`` a third result."""
+    one_by_one = jax.custom_batching.sequential_vmap(forward)
 
     @jax.custom_batching.custom_vmap
-    def call(query, key, value, block_mask, scores, sinks):
-        return forward(query, key, value, block_mask, scores, sinks)
+    def run(call: Call):
+        return forward(call)
 
-    @call.def_vmap
-    def rule(size: int, batched, query, key, value, block_mask, scores, sinks):
+    @run.def_vmap
+    def rule(size: int, batched: Call, call: Call):
         _check_size(size)
-        arguments = (query, key, value, block_mask, scores, sinks)
-        can_fold = _can_fold(scores, batched[3]) and not any(jax.tree.leaves(batched[5]))
-        in_a_row = can_fold and _shares_keys(batched, query, key, block_mask, scores)
-        if not can_fold or (in_a_row and return_key_weights):  # which are summed over all queries in the row
-            return _all_batched(_one_by_one(call, batched, arguments))
-        if in_a_row:
-            return _all_batched(_in_a_row(call, size, batched, *arguments))
-        batch = query.shape[0 + batched[0]]
-        tensors = [_join(x, b, size, batch) for x, b in zip(arguments[:3], batched[:3], strict=True)]
-        block_mask = _join_block_mask(block_mask, batched[3], size, batch)
-        scores = _join_shared(scores, batched[4], size, batch)
-        results = call(*tensors, block_mask, scores, sinks)
+        can_fold = _can_fold(call.scores, batched.block_mask) and not any(jax.tree.leaves(batched.sinks))
+        into_queries = can_fold and _shares_keys(batched, call)
+        if not can_fold or (into_queries and return_key_weights):  # which are summed over all queries of the row
+            return _all_batched(_sequential(run, (batched,), (call,)))
+        if into_queries:
+            return _all_batched(_fold_into_queries(run, size, batched, call))
+        batch = call.query.shape[0 + batched.query]
+        query, key, value = (_join(x, b, size, batch) for x, b in zip(call[:3], batched[:3], strict=True))
+        block_mask = _join_block_mask(call.block_mask, batched.block_mask, size, batch)
+        scores = _join_shared(call.scores, batched.scores, size, batch)
+        results = run(Call(query, key, value, block_mask, scores, call.sinks))
         return _all_batched(jax.tree.map(lambda x: _split(x, size), results))
 
-    return call
-
-
-def paged_forward(forward: Callable) -> Callable:
-    """``forward`` with its keyword ``page_table`` as its first argument; ``jax.vmap`` runs it one by one."""
-    return jax.custom_batching.sequential_vmap(
-        lambda page_table, *arguments: forward(*arguments, page_table=page_table)
-    )
+    return lambda call: run(call) if call.page_table is None else one_by_one(call)
 
 
 def batched_backward(backward: Callable) -> Callable:
-    """``backward`` of an implementation, made ready for ``jax.vmap``."""
+    """``backward(call, lse, delta, d_out)`` of an implementation, made ready for ``jax.vmap``."""
 
     @jax.custom_batching.custom_vmap
-    def call(query, key, value, block_mask, scores, lse, delta, d_out):
-        return backward(query, key, value, block_mask, scores, lse, delta, d_out)
+    def run(call: Call, lse: Lse, delta: Array, d_out: Array):
+        return backward(call, lse, delta, d_out)
 
-    @call.def_vmap
-    def rule(size: int, batched, query, key, value, block_mask, scores, lse, delta, d_out):
+    @run.def_vmap
+    def rule(size: int, batched: tuple, call: Call, *residuals):
         _check_size(size)
-        arguments = (query, key, value, block_mask, scores, lse, delta, d_out)
-        if not _can_fold(scores, batched[3]):
-            return _all_batched(_one_by_one(call, batched, arguments))
-        batch = query.shape[0 + batched[0]]
-        operands = (query, key, value, lse, delta, d_out), (*batched[:3], *batched[5:])
-        tensors = jax.tree.map(lambda x, b: _join(x, b, size, batch), *operands)
-        block_mask = _join_block_mask(block_mask, batched[3], size, batch)
+        flags, *residual_flags = batched
+        if not _can_fold(call.scores, flags.block_mask):
+            return _all_batched(_sequential(run, batched, (call, *residuals)))
+        batch = call.query.shape[0 + flags.query]
+
+        def join(x: Any, is_batched: Any) -> Any:
+            return jax.tree.map(lambda x, b: _join(x, b, size, batch), x, is_batched)
+
+        query, key, value = join(tuple(call[:3]), tuple(flags[:3]))
+        block_mask = _join_block_mask(call.block_mask, flags.block_mask, size, batch)
         # Every element of the new axis gets its own gradient, so here no operand stays shared.
-        rows = jax.tree.map(lambda x, b: x.shape[0 + b], scores, batched[4])
-        whole = jax.tree.map(lambda x, b: _join(x, b, size, batch), scores, batched[4])
-        *d_tensors, d_scores = call(*tensors[:3], block_mask, whole, *tensors[3:])
+        rows = jax.tree.map(lambda x, b: x.shape[0 + b], call.scores, flags.scores)
+        whole = join(call.scores, flags.scores)
+        *d_tensors, d_scores = run(
+            Call(query, key, value, block_mask, whole), *join(tuple(residuals), tuple(residual_flags))
+        )
         d_scores = jax.tree.map(lambda x, n: _sum_rows(_split(x, size), n), d_scores, rows)
         return _all_batched((*(_split(x, size) for x in d_tensors), d_scores))
 
-    return call
+    return run
 
 
 def _all_batched(results: tuple) -> tuple:
@@ -127,18 +124,21 @@ def _sum_rows(x: Array, rows: int) -> Array:
     return x if x.shape[1] == rows else x.sum(1, keepdims=True)
 
 
-def _shares_keys(batched: tuple, query: Array, key: Array, block_mask: BlockMask, scores: Scores) -> bool:
+def _shares_keys(batched: Call, call: Call) -> bool:
     """Only queries, and what has an axis for them, have the new axis; in whole blocks they are no more than keys."""
-    if not batched[0] or batched[1] or batched[2] or batched[3].kv_positions:
+    if not batched.query or batched.key or batched.value or batched.block_mask.kv_positions:
         return False
-    flags = pointwise.operands((batched[3].mask, batched[4]))
-    operands = zip(pointwise.operands((block_mask.mask, scores)), flags, strict=True)
+    flags = pointwise.operands((batched.block_mask.mask, batched.scores))
+    operands = zip(pointwise.operands((call.block_mask.mask, call.scores)), flags, strict=True)
+    query, key, block_mask = call.query, call.key, call.block_mask
     per_query = all(x.shape[3] == query.shape[2] for x, is_batched in operands if is_batched)
     return per_query and block_mask.grid[0] * block_mask.q_block * query.shape[3] <= key.shape[1] * key.shape[2]
 
 
-def _in_a_row(function: Callable, size: int, batched, query, key, value, block_mask, scores, sinks):
+def _fold_into_queries(function: Callable, size: int, batched: Call, call: Call):
     """The forward pass over the queries of all elements, each element's filled up to whole blocks."""
+    flags: Any = batched.block_mask
+    query, block_mask = call.query, call.block_mask
     q_len, q_blocks = query.shape[2], block_mask.grid[0]
     rows = q_blocks * block_mask.q_block
 
@@ -158,21 +158,22 @@ def _in_a_row(function: Callable, size: int, batched, query, key, value, block_m
     def operand(x: Array, is_batched: bool) -> Array:
         return join_tokens(x, is_batched, 2, 0) if is_batched or x.shape[2] > 1 else x
 
-    lists = jax.tree.map(lambda x, is_batched: join(x, is_batched, 2), block_mask.lists, batched[3].lists)
+    lists = jax.tree.map(lambda x, is_batched: join(x, is_batched, 2), block_mask.lists, flags.lists)
     first_block = jnp.arange(size * q_blocks, dtype=jnp.int32) // q_blocks * q_blocks
     block_mask = dataclasses.replace(
         block_mask,
-        mask=pointwise.map_operands(operand, block_mask.mask, batched[3].mask),
-        q_positions=join_tokens(block_mask.q_positions, batched[3].q_positions, 1, -1),
+        mask=pointwise.map_operands(operand, block_mask.mask, flags.mask),
+        q_positions=join_tokens(block_mask.q_positions, flags.q_positions, 1, -1),
         lists=dataclasses.replace(lists, order=lists.order + first_block[None, None]),
         schedule=None,
     )
-    scores = jax.tree.map(operand, scores, batched[4])
-    out, lse = function(join_tokens(query, True, 1, 0), key, value, block_mask, scores, sinks)
+    scores = jax.tree.map(operand, call.scores, batched.scores)
+    call = call._replace(query=join_tokens(query, True, 1, 0), block_mask=block_mask, scores=scores)
+    out, lse = function(call)
     return split(out, 1), jax.tree.map(lambda x: split(x, 2), lse)
 
 
-def _one_by_one(function: Callable, batched: tuple, arguments: tuple):
+def _sequential(function: Callable, batched: tuple, arguments: tuple):
     leaves, structure = jax.tree.flatten(arguments)
     flags = jax.tree.leaves(batched)
 

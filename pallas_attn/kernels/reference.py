@@ -15,45 +15,29 @@ from jax import Array
 from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call, CallSpec, KVArray
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
-from pallas_attn.kernels.spec import CallSpec
 from pallas_attn.masks import repeat_heads
 from pallas_attn.quantized import QuantizedArray
-from pallas_attn.scores import Scores
 
 
-def forward(
-    query: Array,
-    key: Array | QuantizedArray,
-    value: Array | QuantizedArray,
-    block_mask: BlockMask,
-    scores: Scores = (),
-    sinks: Array | None = None,
-    *,
-    scale: float,
-    page_table: Array | None = None,
-    return_key_weights: bool = False,
-) -> tuple[Any, ...]:
+def forward(call: Call, *, scale: float, return_key_weights: bool = False) -> tuple[Any, ...]:
     """Plain attention, float32 inside.
 
     Args:
-      query: ``[B, T, N, D]``; key: ``[B, S, K, D]``; value: ``[B, S, K, Dv]``.
-      block_mask: who sees whom; its lists are not used.
-      scores: what changes a logit.
-      sinks: ``[N]``, a logit more for every query of a head, without a value.
+      call: its lists are not used. A page that the pool does not have is read as the nearest one.
       scale: factor of the logits.
-      page_table: int32 ``[B, S // page]``; then key and value are pools ``[P, page, K, D]``. A page that the pool does
-        not have is read as the nearest one.
+      return_key_weights: return :func:`key_weights` too.
 
     Returns:
       out ``[B, T, N, Dv]`` in query's dtype, and lse. A query that sees no key gets 0, and -inf (with
-      a sink: the sink); one that is padding gets 0 and -inf. With ``return_key_weights`` those of :func:`key_weights`
-      too.
+      a sink: the sink); one that is padding gets 0 and -inf.
     """
+    query, key, value, block_mask, _, sinks, page_table = call
     (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
     real_query = (block_mask.q_positions >= 0)[:, None, :, None]  # [B|1, 1, T, 1]
-    logits = _logits(query, key, block_mask, scores, scale, page_table)
+    logits = _logits(call, scale)
     sink = jnp.full((q_heads,), -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     sink = jnp.where(real_query, sink[None, :, None, None], -jnp.inf)
 
@@ -72,38 +56,30 @@ def forward(
     out = out.astype(query.dtype)
     if not return_key_weights:
         return out, lse
-    return out, lse, key_weights(query, key, block_mask, scores, lse, scale=scale, page_table=page_table)
+    return out, lse, key_weights(call, lse, scale=scale)
 
 
-def key_weights(
-    query: Array,
-    key: Array | QuantizedArray,
-    block_mask: BlockMask,
-    scores: Scores,
-    lse: Lse,
-    *,
-    scale: float,
-    page_table: Array | None = None,
-) -> Array:
+def key_weights(call: Call, lse: Lse, *, scale: float) -> Array:
     """How much probability every key got: ``w_s = sum_t mean_n p_ts``, over real queries and the heads of a group.
 
     Args:
-      query, key, block_mask, scores, scale, page_table: as in :func:`forward`.
+      call, scale: as in :func:`forward`; values are not used.
       lse: of the forward pass; sinks are in it.
 
     Returns:
       float32 ``[B, K, S]``; 0 for a key that nobody sees.
     """
-    logits = _logits(query, key, block_mask, scores, scale, page_table)
+    logits = _logits(call, scale)
     probabilities = jnp.exp(logits - lse.peak[..., None] - lse.log_total[..., None])
     probabilities = jnp.where(logits == -jnp.inf, 0.0, probabilities)
     batch, q_heads, q_len, kv_len = logits.shape
-    kv_heads = key.shape[2]
+    kv_heads = call.key.shape[2]
     return probabilities.reshape(batch, kv_heads, q_heads // kv_heads, q_len, kv_len).mean(2).sum(2)
 
 
-def _logits(query, key, block_mask: BlockMask, scores: Scores, scale: float, page_table: Array | None) -> Array:
+def _logits(call: Call, scale: float) -> Array:
     """float32 ``[B, N, T, S]``; -inf for a key that the query does not see."""
+    query, key, _, block_mask, scores, _, page_table = call
     (batch, q_len, q_heads, _), kv_heads = query.shape, key.shape[2]
     q_positions = block_mask.q_positions[:, None, :, None]  # [B|1, 1, T, 1]
     kv_positions = block_mask.kv_positions[:, :, None, :]  # [B|1, 1|K, 1, S]
@@ -127,7 +103,7 @@ def _logits(query, key, block_mask: BlockMask, scores: Scores, scale: float, pag
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-def _real_keys(x: Array | QuantizedArray, block_mask: BlockMask, page_table: Array | None) -> Array:
+def _real_keys(x: KVArray, block_mask: BlockMask, page_table: Array | None) -> Array:
     """Keys or values in a row, float32 ``[B, S, K, D]``; 0 in empty slots."""
     x = x.dequantize() if isinstance(x, QuantizedArray) else x.astype(jnp.float32)
     if page_table is not None:

@@ -7,6 +7,7 @@ import pytest
 import pallas_attn as pa
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
@@ -33,7 +34,7 @@ def compiled(monkeypatch):
 def _compiled(head_dim, capability, name, scores):
     def backward(query, key, value, q_positions, kv_positions, scores, lse, delta, d_out):
         block_mask = pa.BlockMask.from_mask(pa.masks.causal(), q_positions, kv_positions, pa.BlockSizes(16, 16))
-        return kernels.backward(query, key, value, block_mask, scores, lse, delta, d_out, scale=head_dim**-0.5)
+        return kernels.backward(Call(query, key, value, block_mask, scores), lse, delta, d_out, scale=head_dim**-0.5)
 
     def tokens(heads):
         return jax.ShapeDtypeStruct((B, LENGTH, heads, head_dim), jnp.bfloat16)

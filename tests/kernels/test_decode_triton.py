@@ -12,8 +12,9 @@ import pytest
 
 import pallas_attn as pa
 from pallas_attn.kernels import triton
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
-from pallas_attn.kernels.triton.key_weights import weights_of_logits
+from pallas_attn.kernels.triton.key_weight_pass import weights_of_logits
 from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.specs import Cut
 from tests import oracle, tolerances
@@ -25,7 +26,7 @@ rng = np.random.default_rng(5)
 KINDS = ("int8", "float8_e4m3fn", "int4")
 
 
-class Call:
+class Example:
     """A call of the kernels, with NaN wherever nobody may look, and what the oracle makes of it."""
 
     def __init__(self, mask=None, *, q_len=1, q_heads=N, kv_heads=K, head_dim=D, value_dim=None, dtype="float32"):
@@ -50,7 +51,7 @@ class Call:
         """Slots without a key, bool ``[B, S]``."""
         return self.kv_positions < 0
 
-    def quantize(self, key_kind, value_kind) -> "Call":
+    def quantize(self, key_kind, value_kind) -> "Example":
         """Stores keys and values in so many bits; the scales of empty slots are NaN."""
 
         def store(x, kind):
@@ -63,7 +64,7 @@ class Call:
         self.stored = key, value
         return self
 
-    def put_into_pages(self, page) -> "Call":
+    def put_into_pages(self, page) -> "Example":
         """Cuts the rows into pages of a pool, in any order; a page of NaN is between them."""
         number = B * S // page
         order = rng.permutation(number) + 1
@@ -83,9 +84,9 @@ class Call:
         )
         key, value = self.stored or (self.key, self.value)
         scores = pa.scores.traced(tuple(score.build(pa.scores) for score in self.scores))
-        options = {"scale": self.scale, "interpret": True, "page_table": self.page_table} | changes
         tensors = jax.tree.map(jnp.asarray, (self.query, key, value))
-        results = function(*tensors, block_mask, scores, self.sinks, **options)
+        call = Call(*tensors, block_mask, scores, self.sinks, self.page_table)
+        results = function(call, scale=self.scale, interpret=True, **changes)
         return jax.tree.map(
             lambda x: np.asarray(x.value if isinstance(x, Lse) else x), results, is_leaf=lambda x: isinstance(x, Lse)
         )
@@ -131,11 +132,11 @@ def dense(heads: int, q_len: int, density: float = 0.3) -> oracle.Mask:
 
 
 CASES = {
-    "three tiles of one head": lambda: Call(q_len=16, q_heads=12, kv_heads=1, head_dim=20, value_dim=24),
-    "a list per key head": lambda: Call(dense(K, 3), q_len=3),
-    "a list per query head": lambda: Call(dense(N, 3), q_len=3),
-    "one list for heads in groups of three": lambda: Call(q_len=5, q_heads=6),
-    "bfloat16": lambda: Call(dtype="bfloat16"),
+    "three tiles of one head": lambda: Example(q_len=16, q_heads=12, kv_heads=1, head_dim=20, value_dim=24),
+    "a list per key head": lambda: Example(dense(K, 3), q_len=3),
+    "a list per query head": lambda: Example(dense(N, 3), q_len=3),
+    "one list for heads in groups of three": lambda: Example(q_len=5, q_heads=6),
+    "bfloat16": lambda: Example(dtype="bfloat16"),
 }
 
 
@@ -146,7 +147,7 @@ def test_rows_of_a_group_share_a_tile(name):
 
 @pytest.mark.parametrize("mask", [oracle.causal(), dense(N, 3)], ids=["one list", "a list per query head"])
 def test_scores_know_the_head_of_every_row(mask):
-    call = Call(mask, q_len=3)
+    call = Example(mask, q_len=3)
     call.scores = (
         oracle.alibi(rng.random(N).astype(np.float32)),
         oracle.bias(rng.standard_normal((B, 1, 3, S)).astype(np.float32)),
@@ -160,53 +161,53 @@ def test_scores_know_the_head_of_every_row(mask):
 @pytest.mark.parametrize("function", [triton.decode, triton.prefill])
 @pytest.mark.parametrize("kinds", [*((kind, kind) for kind in KINDS), ("int4", None), (None, "int8")], ids=str)
 def test_quantised_keys_and_values(kinds, function):
-    Call(q_len=2, value_dim=48).quantize(*kinds).check(function)
+    Example(q_len=2, value_dim=48).quantize(*kinds).check(function)
 
 
 @pytest.mark.parametrize("function", [triton.decode, triton.prefill])
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(256, 132), (80, 160)])
 def test_wide_heads_of_eight_bits_come_in_halves_for_float32(head_dim, value_dim, function):
-    Call(q_len=2, head_dim=head_dim, value_dim=value_dim).quantize("int8", "int8").check(function)
+    Example(q_len=2, head_dim=head_dim, value_dim=value_dim).quantize("int8", "int8").check(function)
 
 
 def test_small_scales_are_kept_in_float16():
     """Those of values, below what float16 can say, meet weights of any size."""
-    call = Call(dtype="float16")
+    call = Example(dtype="float16")
     call.value = (call.value * 2.0**-14).astype(np.float16)
     call.quantize(None, "int8").check()
 
 
 def test_groups_of_any_size():
     """Five groups of eight columns in a tile of 64, and two of 20."""
-    Call(head_dim=80, value_dim=80).quantize("int4", "int4").check()
+    Example(head_dim=80, value_dim=80).quantize("int4", "int4").check()
 
 
 @pytest.mark.parametrize("function", [triton.decode, triton.prefill])
 @pytest.mark.parametrize(("page", "kv_block"), [(16, 16), (16, 32), (80, 16), (40, 16)])
 def test_pages_in_any_order(page, kv_block, function):
-    Call().put_into_pages(page).check(function, sizes=pa.BlockSizes(16, kv_block, shares=7))
+    Example().put_into_pages(page).check(function, sizes=pa.BlockSizes(16, kv_block, shares=7))
 
 
 def test_pages_of_quantised_keys():
-    Call(q_len=2).quantize("int4", "int8").put_into_pages(16).check(sizes=pa.BlockSizes(16, 32, shares=7))
+    Example(q_len=2).quantize("int4", "int8").put_into_pages(16).check(sizes=pa.BlockSizes(16, 32, shares=7))
 
 
 def test_pages_that_are_not_there_are_not_read():
     """A block mask that knows better than its page table: the index is moved into the pool, the keys count as empty."""
-    call = Call().put_into_pages(16)
+    call = Example().put_into_pages(16)
     call.kv_positions[1, 16:32] = -1
     call.page_table[1, 1] = 2**30
     call.page_table[1, -1] = -1
     call.check()
 
 
-def with_scores_and_sinks(call: Call) -> Call:
+def with_scores_and_sinks(call: Example) -> Example:
     call.sinks = rng.standard_normal(N).astype(np.float32)
     call.scores = (oracle.softcap(2.0), oracle.alibi(rng.random(N).astype(np.float32)))
     return call
 
 
-def with_padding(call: Call) -> Call:
+def with_padding(call: Example) -> Example:
     call.q_positions[0, 0] = -1
     call.query[0, 0] = np.nan
     return call
@@ -214,10 +215,10 @@ def with_padding(call: Call) -> Call:
 
 WINDOW = oracle.causal() & oracle.sliding_window(20) | oracle.sink(3)
 WEIGHED = CASES | {
-    "scores and sinks": lambda: with_scores_and_sinks(Call(q_len=3)),
-    "a negative scale, queries that are not there": lambda: with_padding(Call(q_len=3)),
-    "a window, int8 keys": lambda: Call(WINDOW, q_len=2).quantize("int8", "int4"),
-    "a window, int4 keys in pages": lambda: Call(WINDOW).quantize("int4", None).put_into_pages(16),
+    "scores and sinks": lambda: with_scores_and_sinks(Example(q_len=3)),
+    "a negative scale, queries that are not there": lambda: with_padding(Example(q_len=3)),
+    "a window, int8 keys": lambda: Example(WINDOW, q_len=2).quantize("int8", "int4"),
+    "a window, int4 keys in pages": lambda: Example(WINDOW).quantize("int4", None).put_into_pages(16),
 }
 
 
@@ -232,20 +233,21 @@ def test_key_weights_come_from_the_same_pass(name):
 
 
 def test_key_weights_are_beside_out_and_lse_which_do_not_change():
-    call = with_scores_and_sinks(Call())
+    call = with_scores_and_sinks(Example())
     for both, alone in zip(call.run(triton.decode, return_key_weights=True), call.run(triton.decode), strict=False):
         np.testing.assert_array_equal(both, alone)
 
 
 def test_logits_that_nobody_wrote_do_not_matter():
     """The memory of blocks that are in no list, and of keys and queries that are not there, may hold anything."""
-    call = with_padding(Call(WINDOW, q_len=3))
+    call = with_padding(Example(WINDOW, q_len=3))
     block_mask = pa.BlockMask.from_mask(
         WINDOW.build(pa.masks), jnp.asarray(call.q_positions), jnp.asarray(call.kv_positions), pa.BlockSizes(16, 16)
     )
     written = np.repeat(block_mask.bitmap() > 0, 16, axis=-1)  # [B, 1, 1, S]
     assert 0 < written.mean() < 1
-    cut = Cut.of(jnp.asarray(call.query), jnp.asarray(call.value), block_mask, (), call.scale, True)
+    tensors = map(jnp.asarray, (call.query, call.key, call.value))
+    cut = Cut.of(Call(*tensors, block_mask), call.scale, True)
     packing = Packing.of(cut, block_mask)
     logits = jnp.where(written, jnp.zeros((B, K, packing.queries, S)), jnp.nan).at[0, :, : packing.group].set(jnp.nan)
     lse = Lse(jnp.zeros((B, N, 3)).at[0, :, 0].set(-jnp.inf), jnp.zeros((B, N, 3)), cut.unit)
@@ -256,7 +258,7 @@ def test_logits_that_nobody_wrote_do_not_matter():
 
 @pytest.mark.parametrize(("q_len", "asked"), [(1, False), (1, True), (16, True), (17, True)])
 def test_only_prefill_reads_keys_twice_and_only_if_asked(q_len, asked):
-    call = Call(q_len=q_len)
+    call = Example(q_len=q_len)
     call.key, call.value = np.nan_to_num(call.key), np.nan_to_num(call.value)
 
     def attend(query, key, value):
@@ -268,16 +270,15 @@ def test_only_prefill_reads_keys_twice_and_only_if_asked(q_len, asked):
 
 
 def test_the_second_pass_over_keys():
-    call = with_scores_and_sinks(Call(q_len=3)).quantize("int4", None).put_into_pages(16)
+    call = with_scores_and_sinks(Example(q_len=3)).quantize("int4", None).put_into_pages(16)
     lse, expected = call.key_weights()
 
-    def weigh(query, key, value, block_mask, scores, sinks, **options):
-        rest = jnp.zeros(lse.shape)
-        return triton.key_weights(query, key, block_mask, scores, Lse(jnp.asarray(lse, jnp.float32), rest), **options)
+    def weigh(call, **options):
+        return triton.key_weights(call, Lse(jnp.asarray(lse, jnp.float32), jnp.zeros(lse.shape)), **options)
 
     np.testing.assert_allclose(call.run(weigh), expected, atol=tolerances.KEY_WEIGHTS, rtol=0)
 
 
 def test_a_schedule_is_needed():
     with pytest.raises(ValueError, match="block_mask: expected one with a schedule"):
-        Call(q_len=17).run(triton.decode)
+        Example(q_len=17).run(triton.decode)

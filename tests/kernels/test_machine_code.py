@@ -9,6 +9,7 @@ import pytest
 import pallas_attn as pa
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.call import Call
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
 
@@ -27,7 +28,7 @@ def compiled(mask, head_dim, dtype, capability, value_dim=None):
 
     def forward(query, key, value, q_positions, kv_positions):
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes)
-        return kernels.forward(query, key, value, block_mask, scale=head_dim**-0.5)
+        return kernels.forward(Call(query, key, value, block_mask), scale=head_dim**-0.5)
 
     def struct(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)

@@ -9,6 +9,7 @@ import pallas_attn as pa
 from bench.machine_code.compiled import lower_for_cuda
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import tables
 from pallas_attn.pointwise import rules
@@ -49,7 +50,7 @@ def lower(mask, head_dim, dtype, *, value_dim=None, per_head=False, sizes=None, 
 
     def forward(query, key, value, mask, q_positions, kv_positions):
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes)
-        return kernels.forward(query, key, value, block_mask, scale=0.1)
+        return kernels.forward(Call(query, key, value, block_mask), scale=0.1)
 
     def struct(*shape, dtype=dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -117,8 +118,8 @@ def test_lowers_with_keys_however_they_are_stored(kind, page, q_len):
     def attend(query, key, value, q_positions, kv_positions, page_table, bias):
         block_mask = pa.BlockMask.from_mask(pa.masks.causal(), q_positions, kv_positions, sizes)
         scores = pa.scores.bias(bias), pa.scores.custom(lambda x, q, k, head, slope: x * slope[head], jnp.ones(N))
-        options = {"scale": 0.1, "page_table": page_table, "return_key_weights": True}
-        return kernels.forward(query, key, value, block_mask, traced(scores), **options)
+        call = Call(query, key, value, block_mask, traced(scores), page_table=page_table)
+        return kernels.forward(call, scale=0.1, return_key_weights=True)
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -142,11 +143,11 @@ def lower_custom(q_len, scores, mask) -> str:
 
     def attend(query, key):
         block_mask = pa.BlockMask.from_mask(mask, q_len, idioms.S, sizes)
-        return kernels.forward(query, key, key, block_mask, traced(scores), scale=0.1, return_key_weights=True)
+        return kernels.forward(Call(query, key, key, block_mask, traced(scores)), scale=0.1, return_key_weights=True)
 
     def backward(query, key, lse, delta):
         block_mask = pa.BlockMask.from_mask(mask, q_len, idioms.S, sizes)
-        return kernels.backward(query, key, key, block_mask, traced(scores), lse, delta, query, scale=0.1)
+        return kernels.backward(Call(query, key, key, block_mask, traced(scores)), lse, delta, query, scale=0.1)
 
     query, key = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in tokens)
     lowered = lower_for_cuda(attend, query, key).as_text()

@@ -5,18 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from pallas_attn import pointwise
-from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.spec import CallSpec
-from pallas_attn.kernels.triton.backward import backward as backward
-from pallas_attn.kernels.triton.decode import decode
-from pallas_attn.kernels.triton.forward import forward as prefill
-from pallas_attn.kernels.triton.key_weights import key_weights as key_weights
-from pallas_attn.kernels.triton.specs import Stored
+from pallas_attn.kernels.call import Call, CallSpec
+from pallas_attn.kernels.triton.flash_backward import backward as backward
+from pallas_attn.kernels.triton.flash_decode import decode
+from pallas_attn.kernels.triton.flash_forward import forward as prefill
+from pallas_attn.kernels.triton.key_weight_pass import key_weights as key_weights
 from pallas_attn.kernels.triton.tables import not_lowered
-from pallas_attn.scores import Scores
 from pallas_attn.tuning import gpu_capability
 
 _MAX_HEAD_DIM = 256
@@ -24,25 +20,14 @@ _MAX_BLOCK = 1024  # Triton's largest tile has 2^20 elements
 _MIN_INT4_HEAD_DIM = 32
 
 
-def forward(
-    query: Array,
-    key: Stored,
-    value: Stored,
-    block_mask: BlockMask,
-    scores: Scores = (),
-    sinks: Array | None = None,
-    *,
-    return_key_weights: bool = False,
-    **options,
-) -> tuple[Any, ...]:
+def forward(call: Call, *, return_key_weights: bool = False, **options) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
-    if block_mask.schedule is not None:
-        inputs = query, key, value, block_mask, scores, sinks
-        return decode(*inputs, return_key_weights=return_key_weights, **options)
-    out, lse = prefill(query, key, value, block_mask, scores, sinks, **options)
+    if call.block_mask.schedule is not None:
+        return decode(call, return_key_weights=return_key_weights, **options)
+    out, lse = prefill(call, **options)
     if not return_key_weights:
         return out, lse
-    return out, lse, key_weights(query, key, block_mask, scores, lse, **options)
+    return out, lse, key_weights(call, lse, **options)
 
 
 @functools.cache
@@ -68,9 +53,9 @@ def unsupported(spec: CallSpec) -> str | None:
             return f"needs block sizes that are powers of two and at least 16, got {name}={size}"
         if size > _MAX_BLOCK:
             return f"needs block sizes of at most {_MAX_BLOCK}, got {name}={size}"
-    if max(spec.head_dim, spec.value_dim) > _MAX_HEAD_DIM:
-        return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.head_dim, spec.value_dim)}"
-    for kind, head_dim in ((spec.key_kind, spec.head_dim), (spec.value_kind, spec.value_dim)):
+    if max(spec.shape.head_dim, spec.shape.value_dim) > _MAX_HEAD_DIM:
+        return f"needs head sizes up to {_MAX_HEAD_DIM}, got {max(spec.shape.head_dim, spec.shape.value_dim)}"
+    for kind, head_dim in ((spec.key_kind, spec.shape.head_dim), (spec.value_kind, spec.shape.value_dim)):
         if kind == "int4" and head_dim < _MIN_INT4_HEAD_DIM:
             return f"needs head sizes of at least {_MIN_INT4_HEAD_DIM} for int4, got {head_dim}"
         if kind == "float8_e4m3fn" and unavailable() is None and gpu_capability() < 8.9:

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn import pointwise
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call, CallShape, KVArray
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.triton import tiles
@@ -19,8 +19,6 @@ from pallas_attn.kernels.triton.tables import with_tables
 from pallas_attn.quantized import QuantizedArray
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
-
-Stored = Array | QuantizedArray
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
@@ -36,6 +34,7 @@ class Cut:
     kv_heads: int
     head_dim: int
     value_dim: int
+    group: int  # query heads per KV head
     dtype: jnp.dtype
     q_block: int
     kv_block: int
@@ -46,19 +45,11 @@ class Cut:
     interpret: bool
 
     @classmethod
-    def of(
-        cls, query: Array, value: Stored, block_mask: BlockMask, scores: Scores, scale: float, interpret: bool
-    ) -> "Cut":
-        (batch, q_len, q_heads, head_dim), (*_, kv_heads, value_dim) = query.shape, value.shape
-        kv_len = block_mask.kv_positions.shape[-1]
+    def of(cls, call: Call, scale: float, interpret: bool) -> "Cut":
+        block_mask = call.block_mask
+        shape = CallShape.of(call.query, call.key, call.value, call.page_table)
         blocks = (block_mask.q_block, block_mask.kv_block, *block_mask.grid)
-        shape = (batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim)
-        return cls(*shape, query.dtype, *blocks, scale, bool(scores), interpret)
-
-    @property
-    def group(self) -> int:
-        """Query heads of one KV head."""
-        return self.q_heads // self.kv_heads
+        return cls(*shape, shape.group, call.query.dtype, *blocks, scale, bool(call.scores), interpret)
 
     @property
     def q_rows(self) -> int:
@@ -240,16 +231,10 @@ class Inputs(NamedTuple):
     page_table: Any  # [B, S // page], or None
 
     @classmethod
-    def of(
-        cls,
-        query: Array,
-        key: Stored,
-        value: Stored,
-        block_mask: BlockMask,
-        scores: Scores,
-        page_table: Array | None = None,
-    ) -> "Inputs":
-        def stored(x: Stored) -> Stored:
+    def of(cls, call: Call) -> "Inputs":
+        query, key, value, block_mask, scores, _, page_table = call
+
+        def stored(x: KVArray) -> KVArray:
             """Scales of int4 by half: ``[B, S, K, 2, groups / 2]``."""
             if not isinstance(x, QuantizedArray) or x.kind != "int4":
                 return x
@@ -269,7 +254,7 @@ class Inputs(NamedTuple):
         def flat(x: Array) -> pl.BlockSpec:
             return pl.BlockSpec(x.shape, lambda *_: (0,))
 
-        def stored(x: Stored) -> Any:
+        def stored(x: KVArray) -> Any:
             pool = None if self.page_table is None else x.shape[:2]
             if not isinstance(x, QuantizedArray):
                 return part.tokens(pool, tiles.tile_width(x.shape[-1]))

@@ -15,8 +15,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_attn.kernels.call import KVArray
 from pallas_attn.kernels.triton import tiles
-from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
+from pallas_attn.kernels.triton.specs import Cut, Inputs
 from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.quantized import QuantizedArray
 
@@ -75,7 +76,7 @@ class StoredKeys:
     cut: Cut
     place: Place | None = None
 
-    def columns(self, stored: Stored) -> tuple[Columns, ...]:
+    def columns(self, stored: KVArray) -> tuple[Columns, ...]:
         """The columns of the keys (or values), in the parts that a tile of them has."""
         width = self._width(stored)
         if not isinstance(stored, QuantizedArray):
@@ -113,7 +114,7 @@ class StoredKeys:
         at = (*self.shared(ref, lambda place: place.h), self.slots(block))
         return tiles.load(ref.at[at], exist, -1)
 
-    def tile(self, stored: Stored, at: Located, real: Array | None) -> Tile:
+    def tile(self, stored: KVArray, at: Located, real: Array | None) -> Tile:
         """The keys (or values) of a block; what is not ``real`` is not read, and counts as 0."""
         index = self._at(at)
         if not isinstance(stored, QuantizedArray):
@@ -174,6 +175,6 @@ class StoredKeys:
         offsets = keys.start + jnp.arange(self.cut.kv_block, dtype=jnp.int32)
         return (at.page, lax.rem(offsets, jnp.full_like(offsets, page)), *after)
 
-    def _width(self, stored: Stored) -> int:
+    def _width(self, stored: KVArray) -> int:
         """Columns of the keys (or values); a ref may be wider."""
         return self.cut.head_dim if stored is self.refs.key else self.cut.value_dim

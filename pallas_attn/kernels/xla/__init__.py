@@ -2,41 +2,25 @@
 
 from typing import Any
 
-from jax import Array
-
-from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.spec import CallSpec
-from pallas_attn.kernels.xla.backward import backward as backward
-from pallas_attn.kernels.xla.decode import decode
-from pallas_attn.kernels.xla.forward import forward as prefill
-from pallas_attn.kernels.xla.key_weights import key_weights
-from pallas_attn.kernels.xla.storage import Paged
-from pallas_attn.quantized import QuantizedArray
-from pallas_attn.scores import Scores
-
-Keys = Array | QuantizedArray
+from pallas_attn.kernels.call import Call, CallSpec
+from pallas_attn.kernels.xla.flash_backward import backward as backward
+from pallas_attn.kernels.xla.flash_decode import decode
+from pallas_attn.kernels.xla.flash_forward import forward as prefill
+from pallas_attn.kernels.xla.key_weight_pass import key_weights
+from pallas_attn.kernels.xla.storage import PagedArray
 
 
-def forward(
-    query: Array,
-    key: Keys,
-    value: Keys,
-    block_mask: BlockMask,
-    scores: Scores = (),
-    sinks: Array | None = None,
-    *,
-    scale: float,
-    page_table: Array | None = None,
-    return_key_weights: bool = False,
-) -> tuple[Any, ...]:
+def forward(call: Call, *, scale: float, return_key_weights: bool = False) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
-    stored = (key, value) if page_table is None else (Paged(key, page_table), Paged(value, page_table))
-    if block_mask.schedule is not None:
-        return decode(query, *stored, block_mask, scores, sinks, scale=scale, return_key_weights=return_key_weights)
-    out, lse = prefill(query, *stored, block_mask, scores, sinks, scale=scale)
+    if call.page_table is not None:
+        pools = (PagedArray(x, call.page_table) for x in (call.key, call.value))
+        call = call._replace(**dict(zip(("key", "value"), pools, strict=True)), page_table=None)
+    if call.block_mask.schedule is not None:
+        return decode(call, scale=scale, return_key_weights=return_key_weights)
+    out, lse = prefill(call, scale=scale)
     if not return_key_weights:
         return out, lse
-    return out, lse, key_weights(query, stored[0], block_mask, scores, lse, scale=scale)
+    return out, lse, key_weights(call, lse, scale=scale)
 
 
 def unavailable() -> None:

@@ -17,7 +17,7 @@ from pallas_attn.quantized import QuantizedArray
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Paged:
+class PagedArray:
     """Keys in pages: key ``s`` of row ``b`` lies in page ``table[b, s // page]`` at ``s % page``.
 
     Attributes:
@@ -36,12 +36,12 @@ class Paged:
         return batch, pages * page, kv_heads, head_dim
 
 
-Stored = Array | QuantizedArray | Paged
+Stored = Array | QuantizedArray | PagedArray
 
 
 def read(x: Stored, row: Array | int, start: Array, head: Array | int, keys: int, heads: int) -> Array:
     """The float32 tile ``[keys, heads, D]`` of ``[B, S, K, D]`` that begins at ``(row, start, head)``."""
-    if isinstance(x, Paged):
+    if isinstance(x, PagedArray):
         tile = _cut_pages(x, row, start, head, keys, heads)
     else:
         tile = _cut(x, row, start, head, keys, heads)
@@ -57,7 +57,7 @@ def _cut(x, row, start, head, keys: int, heads: int):
     return jax.tree.map(cut, x)
 
 
-def _cut_pages(x: Paged, row, start, head, keys: int, heads: int):
+def _cut_pages(x: PagedArray, row, start, head, keys: int, heads: int):
     pages, page = x.pool.shape[:2]
     # Tiles begin at a multiple of it, also one that is moved back to end with the keys: a piece lies in one page.
     piece = math.gcd(page, keys)

@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_attn import pointwise, tuning
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
@@ -35,11 +36,7 @@ from pallas_attn.tuning import BlockSizes
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret", "block_sizes"))
 def backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    block_mask: BlockMask,
-    scores: Scores,
+    call: Call,
     lse: Lse,
     delta: Array,
     d_out: Array,
@@ -48,10 +45,11 @@ def backward(
     interpret: bool = False,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Array, Array, Array, Scores]:
-    """Same contract as :func:`pallas_attn.kernels.xla.backward.backward`.
+    """Same contract as :func:`pallas_attn.kernels.xla.flash_backward.backward`.
 
     Every kernel has blocks of its own, from the tuning table, and lists cut to them; ``block_sizes`` sets those of all.
     """
+    query, key, value, block_mask, scores, *_ = call
     head_dim = max(query.shape[-1], value.shape[-1])
 
     def cut_anew(kernel: tuning.Kernel) -> BlockMask:
@@ -62,11 +60,15 @@ def backward(
             return dataclasses.replace(block_mask, block_sizes=sizes)
         return BlockMask.from_mask(block_mask.mask, block_mask.q_positions, block_mask.kv_positions, sizes)
 
+    def prepared(block_mask: BlockMask) -> tuple[Cut, Inputs]:
+        cut_call = call._replace(block_mask=block_mask)
+        return Cut.of(cut_call, scale, interpret), Inputs.of(cut_call)
+
     residuals = Residuals.of(lse, delta, d_out.astype(query.dtype))
 
     per_query = cut_anew("d_query")
-    cut = Cut.of(query, value, per_query, scores, scale, interpret)
-    part, inputs = specs.PerQueryHead(cut), Inputs.of(query, key, value, per_query, scores)
+    cut, inputs = prepared(per_query)
+    part = specs.PerQueryHead(cut)
     d_query = specs.call(
         functools.partial(_d_query_kernel, cut=cut),
         "pallas_attn_d_query",
@@ -81,14 +83,13 @@ def backward(
     d_scores: Scores = ()
     if scores:
         per_score = cut_anew("d_score")
-        cut = Cut.of(query, value, per_score, scores, scale, interpret)
-        inputs = Inputs.of(query, key, value, per_score, scores)
+        cut, inputs = prepared(per_score)
         d_scores = score_gradients(cut, scores, inputs, residuals, per_score)
 
     has_tiles = any(min(x.shape[2:]) > 1 for x in pointwise.operands(scores))
     per_key = cut_anew("d_key_value_bias" if has_tiles else "d_key_value")
-    cut = Cut.of(query, value, per_key, scores, scale, interpret)
-    part, inputs = specs.PerKVHead(cut), Inputs.of(query, key, value, per_key, scores)
+    cut, inputs = prepared(per_key)
+    part = specs.PerKVHead(cut)
     inputs = inputs._replace(lists=per_key.transposed)
     d_key, d_value = specs.call(
         functools.partial(_d_key_value_kernel, cut=cut),

@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.xla.softmax import probabilities
-from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
-from pallas_attn.scores import Scores
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
-def key_weights(query: Array, key: Stored, block_mask: BlockMask, scores: Scores, lse: Lse, *, scale: float) -> Array:
+def key_weights(call: Call, lse: Lse, *, scale: float) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
+    query, key, _, block_mask, scores, *_ = call
     cut = Cut.of(query, key, block_mask)
     lse = jax.tree.map(lambda x: x.swapaxes(1, 2), lse)  # [B, T, N], as the queries
 

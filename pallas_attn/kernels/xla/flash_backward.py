@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn import pointwise
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.xla.softmax import probabilities
@@ -31,22 +31,12 @@ class _Gradients(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
-def backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    block_mask: BlockMask,
-    scores: Scores,
-    lse: Lse,
-    delta: Array,
-    d_out: Array,
-    *,
-    scale: float,
-) -> tuple[Array, Array, Array, Scores]:
+def backward(call: Call, lse: Lse, delta: Array, d_out: Array, *, scale: float) -> tuple[Array, Array, Array, Scores]:
     """Gradients of query, key, value and of the arrays of the scores.
 
     Args:
-      query, key, value, block_mask, scores, scale: as in the forward pass.
+      call: of plain keys and values without pages; sinks are in ``lse``.
+      scale: as in the forward pass.
       lse: of the forward pass.
       delta: float32 ``[B, N, T]``: ``rowsum(d_out * out) - d_lse``.
       d_out: ``[B, T, N, Dv]``.
@@ -54,6 +44,7 @@ def backward(
     Returns:
       gradients of the shapes and dtypes of query, key, value and scores, with None for tables of integers.
     """
+    query, key, value, block_mask, scores, *_ = call
     cut = Cut.of(query, key, block_mask)
     dot = functools.partial(jnp.einsum, precision=cut.precision)
     peak, log_total, delta = (x.swapaxes(1, 2) for x in (lse.peak, lse.log_total, delta))  # [B, T, N], as the queries

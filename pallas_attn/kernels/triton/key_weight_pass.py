@@ -17,15 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn import scores as score_algebra
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.packing import Packing
-from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
+from pallas_attn.kernels.triton.specs import Cut, Inputs
 from pallas_attn.kernels.triton.stored import Place, StoredKeys
 from pallas_attn.schedule import Schedule
-from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
 # Little is computed per block, so warps are few, and each thread loads 16 bytes.
@@ -38,21 +37,12 @@ def sizes_of(forward: BlockSizes) -> BlockSizes:
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def key_weights(
-    query: Array,
-    key: Stored,
-    block_mask: BlockMask,
-    scores: Scores,
-    lse: Lse,
-    *,
-    scale: float,
-    interpret: bool = False,
-    page_table: Array | None = None,
-) -> Array:
+def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
-    cut = Cut.of(query, key, block_mask, scores, scale, interpret)
+    call, block_mask = call._replace(value=call.key), call.block_mask  # no values are read
+    cut = Cut.of(call, scale, interpret)
     whole = specs.Whole(cut)
-    inputs = Inputs.of(query, key, key, block_mask, scores, page_table)  # no values are read
+    inputs = Inputs.of(call)
     inputs = inputs._replace(lists=block_mask.transposed)
     return specs.call(
         functools.partial(_kernel, cut=cut),

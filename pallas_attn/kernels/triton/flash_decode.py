@@ -20,18 +20,17 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlock, KeyBlocks
-from pallas_attn.kernels.triton.key_weights import weights_of_logits
+from pallas_attn.kernels.triton.key_weight_pass import weights_of_logits
 from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.softmax import Attend, Softmax
-from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
+from pallas_attn.kernels.triton.specs import Cut, Inputs
 from pallas_attn.kernels.triton.stored import Place, StoredKeys
 from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.schedule import Schedule
-from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
 _MERGED = 16  # programs that one step of the merge takes
@@ -40,23 +39,12 @@ MERGE_SIZES = BlockSizes(16, 16, num_warps=4, num_stages=1)
 
 # jit: outside of jit, too, a call with known shapes compiles nothing.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret", "return_key_weights"))
-def decode(
-    query: Array,
-    key: Stored,
-    value: Stored,
-    block_mask: BlockMask,
-    scores: Scores = (),
-    sinks: Array | None = None,
-    *,
-    scale: float,
-    interpret: bool = False,
-    page_table: Array | None = None,
-    return_key_weights: bool = False,
-) -> tuple[Any, ...]:
+def decode(call: Call, *, scale: float, interpret: bool = False, return_key_weights: bool = False) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a BlockMask with a schedule."""
-    cut = Cut.of(query, value, block_mask, scores, scale, interpret)
+    query, block_mask, sinks = call.query, call.block_mask, call.sinks
+    cut = Cut.of(call, scale, interpret)
     packing, whole = Packing.of(cut, block_mask), specs.Whole(cut)
-    inputs, schedule = Inputs.of(query, key, value, block_mask, scores, page_table), block_mask.schedule
+    inputs, schedule = Inputs.of(call), block_mask.schedule
     if schedule is None:
         raise ValueError("block_mask: expected one with a schedule, of a single block of few queries")
     programs, copies = schedule.row.shape[0], packing.copies(cut)

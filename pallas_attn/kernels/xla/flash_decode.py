@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.xla.softmax import Softmax, probabilities
-from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Program
-from pallas_attn.scores import Scores
 
 # KV heads that a step works on, in all lanes together; and how many lanes there are at most.
 _HEADS = 16
@@ -95,22 +93,13 @@ def _row_of(block: Array, end: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "return_key_weights"))
-def decode(
-    query: Array,
-    key: Stored,
-    value: Stored,
-    block_mask: BlockMask,
-    scores: Scores = (),
-    sinks: Array | None = None,
-    *,
-    scale: float,
-    return_key_weights: bool = False,
-) -> tuple[Any, ...]:
+def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a single block of queries.
 
     With ``block_sizes.chunk`` a row's bits do not depend on the other rows. Key weights come from the same pass, whose
     logits are kept.
     """
+    query, key, value, block_mask, scores, sinks, _ = call
     cut = Cut.of(query, key, block_mask)
     tile, value_dim = (cut.heads, cut.group, cut.q_block), value.shape[-1]
     rows, width, chunk = cut.batch * cut.list_heads, block_mask.indices.shape[-1], block_mask.block_sizes.chunk

@@ -14,37 +14,26 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.softmax import Attend
-from pallas_attn.kernels.triton.specs import Cut, Inputs, Stored
+from pallas_attn.kernels.triton.specs import Cut, Inputs
 from pallas_attn.kernels.triton.stored import StoredKeys
-from pallas_attn.scores import Scores
 
 
 # jit: outside of jit, too, a call with known shapes compiles nothing.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def forward(
-    query: Array,
-    key: Stored,
-    value: Stored,
-    block_mask: BlockMask,
-    scores: Scores = (),
-    sinks: Array | None = None,
-    *,
-    scale: float,
-    interpret: bool = False,
-    page_table: Array | None = None,
-) -> tuple[Array, Lse]:
+def forward(call: Call, *, scale: float, interpret: bool = False) -> tuple[Array, Lse]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`.
 
     Blocks are powers of two, at least 16, and D and Dv at most 256. ``interpret`` runs Pallas' interpreter.
     """
-    cut = Cut.of(query, value, block_mask, scores, scale, interpret)
+    query, block_mask, sinks = call.query, call.block_mask, call.sinks
+    cut = Cut.of(call, scale, interpret)
     part = specs.PerQueryHead(cut)
-    inputs = Inputs.of(query, key, value, block_mask, scores, page_table)
+    inputs = Inputs.of(call)
     rows = pl.BlockSpec((None, None, cut.q_rows), lambda i, n, b: (b, n, 0))
     per_row = jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32)
     return specs.call(

@@ -10,27 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn.block_mask import BlockMask
+from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.xla.softmax import Softmax
-from pallas_attn.kernels.xla.storage import Stored
 from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
-from pallas_attn.scores import Scores
 
 
 # jit: outside of jit, too, a call with known shapes compiles nothing.
 @functools.partial(jax.jit, static_argnames=("scale",))
-def forward(
-    query: Array,
-    key: Stored,
-    value: Stored,
-    block_mask: BlockMask,
-    scores: Scores = (),
-    sinks: Array | None = None,
-    *,
-    scale: float,
-) -> tuple[Array, Lse]:
+def forward(call: Call, *, scale: float) -> tuple[Array, Lse]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
+    query, key, value, block_mask, scores, sinks, _ = call
     cut = Cut.of(query, key, block_mask)
 
     def run(at: tuple[Array, ...]) -> tuple[Array, Lse]:
