@@ -5,7 +5,7 @@ queries are the smaller part, the axis joins theirs: the queries of one element 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +28,13 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
         return forward(call)
 
     @run.def_vmap
-    def rule(size: int, batched: Call, call: Call):
+    def rule(size: int, batched_arguments: Sequence[Call], call: Call):
+        (batched,) = batched_arguments
         _check_size(size)
         can_fold = _can_fold(call.scores, batched.block_mask) and not any(jax.tree.leaves(batched.sinks))
         into_queries = can_fold and _shares_keys(batched, call)
         if not can_fold or (into_queries and return_key_weights):  # which are summed over all queries of the row
-            return _all_batched(_sequential(run, (batched,), (call,)))
+            return _all_batched(_sequential(run, batched_arguments, (call,)))
         if into_queries:
             return _all_batched(_fold_into_queries(run, size, batched, call))
         batch = call.query.shape[0 + batched.query]
@@ -54,7 +55,7 @@ def batched_backward(backward: Callable) -> Callable:
         return backward(call, lse, delta, d_out)
 
     @run.def_vmap
-    def rule(size: int, batched: tuple, call: Call, *residuals):
+    def rule(size: int, batched: Sequence, call: Call, *residuals):
         _check_size(size)
         flags, *residual_flags = batched
         if not _can_fold(call.scores, flags.block_mask):
@@ -173,7 +174,7 @@ def _fold_into_queries(function: Callable, size: int, batched: Call, call: Call)
     return split(out, 1), jax.tree.map(lambda x: split(x, 2), lse)
 
 
-def _sequential(function: Callable, batched: tuple, arguments: tuple):
+def _sequential(function: Callable, batched: Sequence, arguments: tuple):
     leaves, structure = jax.tree.flatten(arguments)
     flags = jax.tree.leaves(batched)
 

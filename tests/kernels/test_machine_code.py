@@ -143,7 +143,7 @@ def test_decode_copies_keys_as_they_are_stored(kind, capability):
 
     def decode(query, key, value, q_positions, kv_positions):
         block_mask = pa.BlockMask.from_mask(CAUSAL, q_positions, kv_positions, sizes)
-        return kernels.decode(query, key, value, block_mask, scale=head_dim**-0.5)
+        return kernels.decode(Call(query, key, value, block_mask), scale=head_dim**-0.5)
 
     keys = jax.ShapeDtypeStruct((batch, length, 8, head_dim), jnp.bfloat16)
     stored = keys if kind is None else jax.eval_shape(lambda x: pa.QuantizedArray.quantize(x, kind), keys)
