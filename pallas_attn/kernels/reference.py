@@ -23,7 +23,7 @@ from pallas_attn.quantized import QuantizedArray
 
 
 def forward(call: Call, *, scale: float, return_key_weights: bool = False) -> tuple[Any, ...]:
-    """Plain attention, float32 inside.
+    """Plain attention, computed in float32.
 
     Args:
       call: its lists are not used. A page that the pool does not have is read as the nearest one.
@@ -45,7 +45,7 @@ def forward(call: Call, *, scale: float, return_key_weights: bool = False) -> tu
     peak = jax.lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
     weights = jnp.exp(logits - peak)
     total = weights.sum(-1, keepdims=True) + jnp.exp(sink - peak)
-    seen = total != 0  # not > 0: what is not a number shows
+    seen = total != 0  # !=, not >, so that NaN propagates
     total = jnp.where(seen, total, 1.0)
     probabilities = (weights / total).reshape(batch, kv_heads, q_heads // kv_heads, q_len, -1)
     value = _real_keys(value, block_mask, page_table)
@@ -67,7 +67,7 @@ def key_weights(call: Call, lse: Lse, *, scale: float) -> Array:
       lse: of the forward pass; sinks are in it.
 
     Returns:
-      float32 ``[B, K, S]``; 0 for a key that nobody sees.
+      float32 ``[B, K, S]``; 0 for a key that no query sees.
     """
     logits = _logits(call, scale)
     probabilities = jnp.exp(logits - lse.peak[..., None] - lse.log_total[..., None])
@@ -109,7 +109,7 @@ def _real_keys(x: KVArray, block_mask: BlockMask, page_table: Array | None) -> A
     if page_table is not None:
         x = x[jnp.clip(page_table, 0, x.shape[0] - 1)]  # [B, S // page, page, K, D]
         x = x.reshape(x.shape[0], -1, *x.shape[3:])
-    # What is not there may hold anything, NaN included, and 0 * NaN is NaN.
+    # An empty slot may hold anything, NaN included, and 0 * NaN is NaN.
     return jnp.where((block_mask.kv_positions >= 0).swapaxes(1, 2)[..., None], x, 0.0)
 
 

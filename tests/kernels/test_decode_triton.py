@@ -16,7 +16,7 @@ from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton.key_weight_pass import weights_of_logits
 from pallas_attn.kernels.triton.packing import Packing
-from pallas_attn.kernels.triton.specs import Cut
+from pallas_attn.kernels.triton.specs import Tiling
 from tests import oracle, tolerances
 from tests.attention_check import assert_error
 
@@ -247,11 +247,11 @@ def test_logits_that_nobody_wrote_do_not_matter():
     written = np.repeat(block_mask.bitmap() > 0, 16, axis=-1)  # [B, 1, 1, S]
     assert 0 < written.mean() < 1
     tensors = map(jnp.asarray, (call.query, call.key, call.value))
-    cut = Cut.of(Call(*tensors, block_mask), call.scale, True)
-    packing = Packing.of(cut, block_mask)
+    tiling = Tiling.of(Call(*tensors, block_mask), call.scale, True)
+    packing = Packing.of(tiling, block_mask)
     logits = jnp.where(written, jnp.zeros((B, K, packing.queries, S)), jnp.nan).at[0, :, : packing.group].set(jnp.nan)
-    lse = Lse(jnp.zeros((B, N, 3)).at[0, :, 0].set(-jnp.inf), jnp.zeros((B, N, 3)), cut.unit)
-    weights = weights_of_logits(logits, lse, block_mask.schedule, block_mask.indices, cut, packing)
+    lse = Lse(jnp.zeros((B, N, 3)).at[0, :, 0].set(-jnp.inf), jnp.zeros((B, N, 3)), tiling.unit)
+    weights = weights_of_logits(logits, lse, block_mask.schedule, block_mask.indices, tiling, packing)
     queries = np.array([2, 3])[:, None, None]
     np.testing.assert_array_equal(weights, np.broadcast_to(np.where(written[:, 0], queries, 0), (B, K, S)))
 

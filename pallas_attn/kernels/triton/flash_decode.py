@@ -26,9 +26,9 @@ from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlock, KeyBlocks
 from pallas_attn.kernels.triton.key_weight_pass import weights_of_logits
 from pallas_attn.kernels.triton.packing import Packing
-from pallas_attn.kernels.triton.softmax import Attend, Softmax
-from pallas_attn.kernels.triton.specs import Cut, Inputs
-from pallas_attn.kernels.triton.stored import Place, StoredKeys
+from pallas_attn.kernels.triton.softmax import OnlineSoftmaxStep, SoftmaxState
+from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
+from pallas_attn.kernels.triton.stored import ProgramCoords, StoredKeys
 from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.schedule import Schedule
 from pallas_attn.tuning import BlockSizes
@@ -42,69 +42,69 @@ MERGE_SIZES = BlockSizes(16, 16, num_warps=4, num_stages=1)
 def decode(call: Call, *, scale: float, interpret: bool = False, return_key_weights: bool = False) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a BlockMask with a schedule."""
     query, block_mask, sinks = call.query, call.block_mask, call.sinks
-    cut = Cut.of(call, scale, interpret)
-    packing, whole = Packing.of(cut, block_mask), specs.Whole(cut)
-    inputs, schedule = Inputs.of(call), block_mask.schedule
+    tiling = Tiling.of(call, scale, interpret)
+    packing, whole = Packing.of(tiling, block_mask), specs.WholeArrays(tiling)
+    inputs, schedule = KernelArgs.from_call(call), block_mask.schedule
     if schedule is None:
         raise ValueError("block_mask: expected one with a schedule, of a single block of few queries")
-    programs, copies = schedule.row.shape[0], packing.copies(cut)
+    programs, copies = schedule.row.shape[0], packing.copies(tiling)
     vectors = jax.tree.map(lambda x: whole.all(*x.shape), schedule)
     parts, padded = (programs, copies, packing.heads, packing.queries), packing.tiles * packing.tile
-    width = tiles.tile_width(cut.value_dim)
+    width = tiles.tile_width(tiling.value_dim)
     out_specs = [whole.all(*parts[:3], padded)] * 2 + [whole.all(*parts[:3], padded, width)]
     out_shape = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (parts, parts, (*parts, width))]
     if return_key_weights:
-        of_keys = cut.batch, packing.owners, packing.queries, cut.kv_len
-        out_specs.append(whole.all(*of_keys[:2], padded, cut.kv_rows))
+        of_keys = tiling.batch, packing.owners, packing.queries, tiling.kv_len
+        out_specs.append(whole.all(*of_keys[:2], padded, tiling.kv_rows))
         out_shape.append(jax.ShapeDtypeStruct(of_keys, jnp.float32))
     found = specs.call(
-        functools.partial(_split_kernel, cut=cut, packing=packing),
+        functools.partial(_split_kernel, tiling=tiling, packing=packing),
         "pallas_attn_decode",
         block_mask.block_sizes,
-        cut,
+        tiling,
         grid=(programs, packing.heads * packing.tiles, copies),
-        in_specs=[inputs.specs(cut, whole), vectors],
+        in_specs=[inputs.block_specs(tiling, whole), vectors],
         out_specs=out_specs,
         out_shape=out_shape,
     )(inputs, schedule)
-    softmaxes = Softmax(*found[:3])
-    per_query = jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32)
+    softmaxes = SoftmaxState(*found[:3])
+    per_query = jax.ShapeDtypeStruct((tiling.batch, tiling.q_heads, tiling.q_len), jnp.float32)
     one_query = pl.BlockSpec((None, None, 1), lambda t, n, b: (b, n, t))
     out, lse = specs.call(
-        functools.partial(_merge_kernel, cut=cut, packing=packing),
+        functools.partial(_merge_kernel, tiling=tiling, packing=packing),
         "pallas_attn_merge",
         MERGE_SIZES,
-        cut,
-        grid=(cut.q_len, cut.q_heads, cut.batch),
+        tiling,
+        grid=(tiling.q_len, tiling.q_heads, tiling.batch),
         in_specs=[
             jax.tree.map(lambda x: whole.all(*x.shape), softmaxes),
             vectors,
             whole.all(*block_mask.q_positions.shape),
-            None if sinks is None else whole.all(cut.q_heads),
+            None if sinks is None else whole.all(tiling.q_heads),
         ],
         out_specs=(
             pl.BlockSpec((None, 1, None, width), lambda t, n, b: (b, t, n, 0)),
-            Lse(one_query, one_query, cut.unit),
+            Lse(one_query, one_query, tiling.unit),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((cut.batch, cut.q_len, cut.q_heads, cut.value_dim), query.dtype),
-            Lse(per_query, per_query, cut.unit),
+            jax.ShapeDtypeStruct((tiling.batch, tiling.q_len, tiling.q_heads, tiling.value_dim), query.dtype),
+            Lse(per_query, per_query, tiling.unit),
         ),
     )(softmaxes, schedule, block_mask.q_positions, sinks)
     if not return_key_weights:
         return out, lse
-    return out, lse, weights_of_logits(found[3], lse, schedule, block_mask.indices, cut, packing)
+    return out, lse, weights_of_logits(found[3], lse, schedule, block_mask.indices, tiling, packing)
 
 
 def _split_kernel(
-    refs: Inputs,
+    refs: KernelArgs,
     schedule: Schedule,
     peak_ref,
     total_ref,
     acc_ref,
     logits_ref: Any = None,
     *,
-    cut: Cut,
+    tiling: Tiling,
     packing: Packing,
 ):
     program, head_and_tile, copy = (pl.program_id(axis) for axis in range(3))
@@ -114,39 +114,39 @@ def _split_kernel(
     def _():
         head, tile = head_and_tile // packing.tiles, lax.rem(head_and_tile, np.int32(packing.tiles))
         b, owner, list_row = packing.locate(row, head, copy)
-        at, exists, t, n = packing.rows(owner, tile)
-        q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), t], exists, -1)
+        at, in_bounds, t, n = packing.rows(owner, tile)
+        q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), t], in_bounds, -1)
 
         def load_queries(part: Columns) -> Array:
-            mask = tiles.outer(exists, part.exist, (packing.tile, part.tile))
+            mask = tiles.outer(in_bounds, part.in_bounds, (packing.tile, part.tile))
             return tiles.load(tiles.at(refs.query, b, t, n, part.at), mask)
 
-        stored = StoredKeys(refs, cut, Place(b, owner * packing.group // cut.group, n))
+        stored = StoredKeys(refs, tiling, ProgramCoords(b, owner * packing.group // tiling.group, n))
         q, columns = tuple(map(load_queries, stored.columns(refs.key))), stored.columns(refs.value)
-        blocks = KeyBlocks(stored, t, exists, q_positions)
+        blocks = KeyBlocks(stored, t, in_bounds, q_positions)
 
         def keep(block: KeyBlock, logits: Array) -> None:
-            mask = tiles.outer(exists, block.exist, logits.shape)
+            mask = tiles.outer(in_bounds, block.in_bounds, logits.shape)
             plgpu.store(logits_ref.at[b, owner, at, block.keys], logits, mask=mask)
 
-        attend = Attend(cut, blocks, q, n[:, None], b, None if logits_ref is None else keep)
+        attend = OnlineSoftmaxStep(tiling, blocks, q, n[:, None], b, None if logits_ref is None else keep)
         softmax = attend.walk(list_row, columns, (first, last))
-        plgpu.store(peak_ref.at[program, copy, head, at], softmax.peak, mask=exists)
-        plgpu.store(total_ref.at[program, copy, head, at], softmax.total, mask=exists)
+        plgpu.store(peak_ref.at[program, copy, head, at], softmax.peak, mask=in_bounds)
+        plgpu.store(total_ref.at[program, copy, head, at], softmax.total, mask=in_bounds)
         for part, x in zip(columns, softmax.acc, strict=True):
-            mask = tiles.outer(exists, part.exist, x.shape)
+            mask = tiles.outer(in_bounds, part.in_bounds, x.shape)
             plgpu.store(acc_ref.at[program, copy, head, at, part.at], x, mask=mask)
 
 
 def _merge_kernel(
-    found: Softmax,
+    found: SoftmaxState,
     schedule: Schedule,
     q_positions,
     sinks_ref,
     out_ref,
     lse_refs: Lse,
     *,
-    cut: Cut,
+    tiling: Tiling,
     packing: Packing,
 ):
     t, n, b = (pl.program_id(axis) for axis in range(3))
@@ -158,28 +158,28 @@ def _merge_kernel(
     begin, count = schedule.begin[row], schedule.count[row]
     place = t * packing.group + lax.rem(n, np.int32(packing.group))
     peaks_ref, totals_ref, accs_ref = found
-    (columns,) = tiles.columns(cut.value_dim)
+    (columns,) = tiles.columns(tiling.value_dim)
 
     def step(i: Array, state: tuple) -> tuple:
         peak, total, (acc,) = state
         part = i * _MERGED + jnp.arange(_MERGED, dtype=jnp.int32)
-        exists = part < count
+        in_bounds = part < count
         at = begin + part, copy, head, place
-        peaks, totals = tiles.load(peaks_ref.at[at], exists, -jnp.inf), tiles.load(totals_ref.at[at], exists)
+        peaks, totals = tiles.load(peaks_ref.at[at], in_bounds, -jnp.inf), tiles.load(totals_ref.at[at], in_bounds)
         accs = tiles.load(
-            tiles.at(accs_ref, *at, columns.at), tiles.outer(exists, columns.exist, (_MERGED, columns.tile))
+            tiles.at(accs_ref, *at, columns.at), tiles.outer(in_bounds, columns.in_bounds, (_MERGED, columns.tile))
         )
         new_peak = jnp.maximum(peak, jnp.max(peaks))
-        decay = cut.exp(cut.minus(peak, new_peak), cut.unit)
-        kept = cut.exp(cut.minus(peaks, new_peak), cut.unit)
+        decay = tiling.exp(tiling.minus(peak, new_peak), tiling.unit)
+        kept = tiling.exp(tiling.minus(peaks, new_peak), tiling.unit)
         acc = acc * decay[:, None] + jnp.sum(kept[:, None] * accs, axis=0)[None, :]
         return new_peak, total * decay + jnp.sum(kept * totals), (acc,)
 
     steps = (count + _MERGED - 1) // _MERGED
-    state = Softmax(*lax.fori_loop(0, steps, step, tuple(Softmax.empty(1, (columns,)))))
-    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(cut, sinks_ref[n])
-    real = q_positions[tiles.of_head(q_positions, b), t] >= 0
-    (out,), peak, log_total = state.finish(jnp.broadcast_to(real, (1,)), above)
-    plgpu.store(out_ref.at[:, :], out.astype(out_ref.dtype), mask=tiles.outer(None, columns.exist, out.shape))
+    state = SoftmaxState(*lax.fori_loop(0, steps, step, tuple(SoftmaxState.empty(1, (columns,)))))
+    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(tiling, sinks_ref[n])
+    valid = q_positions[tiles.of_head(q_positions, b), t] >= 0
+    (out,), peak, log_total = state.finish(jnp.broadcast_to(valid, (1,)), above)
+    plgpu.store(out_ref.at[:, :], out.astype(out_ref.dtype), mask=tiles.outer(None, columns.in_bounds, out.shape))
     plgpu.store(lse_refs.peak.at[:], peak)
     plgpu.store(lse_refs.log_total.at[:], log_total)

@@ -18,8 +18,8 @@ from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
-from pallas_attn.kernels.triton.softmax import Attend
-from pallas_attn.kernels.triton.specs import Cut, Inputs
+from pallas_attn.kernels.triton.softmax import OnlineSoftmaxStep
+from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
 from pallas_attn.kernels.triton.stored import StoredKeys
 
 
@@ -31,40 +31,43 @@ def forward(call: Call, *, scale: float, interpret: bool = False) -> tuple[Array
     Blocks are powers of two, at least 16, and D and Dv at most 256. ``interpret`` runs Pallas' interpreter.
     """
     query, block_mask, sinks = call.query, call.block_mask, call.sinks
-    cut = Cut.of(call, scale, interpret)
-    part = specs.PerQueryHead(cut)
-    inputs = Inputs.of(call)
-    rows = pl.BlockSpec((None, None, cut.q_rows), lambda i, n, b: (b, n, 0))
-    per_row = jax.ShapeDtypeStruct((cut.batch, cut.q_heads, cut.q_len), jnp.float32)
+    tiling = Tiling.of(call, scale, interpret)
+    layout = specs.PerQueryHead(tiling)
+    inputs = KernelArgs.from_call(call)
+    rows = pl.BlockSpec((None, None, tiling.q_rows), lambda i, n, b: (b, n, 0))
+    per_row = jax.ShapeDtypeStruct((tiling.batch, tiling.q_heads, tiling.q_len), jnp.float32)
     return specs.call(
-        functools.partial(_kernel, cut=cut),
+        functools.partial(_kernel, tiling=tiling),
         "pallas_attn_forward",
         block_mask.block_sizes,
-        cut,
-        grid=(cut.q_blocks, cut.q_heads, cut.batch),
-        in_specs=[inputs.specs(cut, part), None if sinks is None else pl.BlockSpec((1,), lambda i, n, b: (n,))],
-        out_specs=(part.queries(cut.value_dim), Lse(rows, rows, cut.unit)),
+        tiling,
+        grid=(tiling.q_blocks, tiling.q_heads, tiling.batch),
+        in_specs=[
+            inputs.block_specs(tiling, layout),
+            None if sinks is None else pl.BlockSpec((1,), lambda i, n, b: (n,)),
+        ],
+        out_specs=(layout.queries(tiling.value_dim), Lse(rows, rows, tiling.unit)),
         out_shape=(
-            jax.ShapeDtypeStruct((cut.batch, cut.q_len, cut.q_heads, cut.value_dim), query.dtype),
-            Lse(per_row, per_row, cut.unit),
+            jax.ShapeDtypeStruct((tiling.batch, tiling.q_len, tiling.q_heads, tiling.value_dim), query.dtype),
+            Lse(per_row, per_row, tiling.unit),
         ),
     )(inputs, sinks)
 
 
-def _kernel(refs: Inputs, sinks_ref, out_ref, lse_refs: Lse, *, cut: Cut):
+def _kernel(refs: KernelArgs, sinks_ref, out_ref, lse_refs: Lse, *, tiling: Tiling):
     i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
-    rows = pl.Slice(i * cut.q_block, cut.q_block)
-    row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
-    stored = StoredKeys(refs, cut)
+    rows = pl.Slice(i * tiling.q_block, tiling.q_block)
+    row_in_bounds = i * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
+    stored = StoredKeys(refs, tiling)
     value_columns = stored.columns(refs.value)
-    q = tuple(tiles.load_rows(refs.query, rows, row_exists, part) for part in stored.columns(refs.key))
-    q_positions = tiles.load(refs.q_positions.at[rows], row_exists, -1)
-    blocks = KeyBlocks(stored, rows, row_exists, q_positions)
-    state = Attend(cut, blocks, q, n, b).walk((i,), value_columns)
-    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(cut, sinks_ref[0])
+    q = tuple(tiles.load_rows(refs.query, rows, row_in_bounds, part) for part in stored.columns(refs.key))
+    q_positions = tiles.load(refs.q_positions.at[rows], row_in_bounds, -1)
+    blocks = KeyBlocks(stored, rows, row_in_bounds, q_positions)
+    state = OnlineSoftmaxStep(tiling, blocks, q, n, b).walk((i,), value_columns)
+    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(tiling, sinks_ref[0])
     out, peak, log_total = state.finish(q_positions >= 0, above)
     for part, x in zip(value_columns, out, strict=True):
-        mask = tiles.outer(row_exists, part.exist, x.shape)
+        mask = tiles.outer(row_in_bounds, part.in_bounds, x.shape)
         plgpu.store(out_ref.at[rows, part.at], x.astype(out_ref.dtype), mask=mask)
-    plgpu.store(lse_refs.peak.at[rows], peak, mask=row_exists)
-    plgpu.store(lse_refs.log_total.at[rows], log_total, mask=row_exists)
+    plgpu.store(lse_refs.peak.at[rows], peak, mask=row_in_bounds)
+    plgpu.store(lse_refs.log_total.at[rows], log_total, mask=row_in_bounds)

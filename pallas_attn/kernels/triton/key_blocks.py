@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_attn import pointwise
 from pallas_attn.kernels.triton import tiles
-from pallas_attn.kernels.triton.stored import Located, StoredKeys, Tile
+from pallas_attn.kernels.triton.stored import KVBlockRef, StoredKeys, Tile
 from pallas_attn.scores import Scores
 
 
@@ -20,7 +20,7 @@ class KeyBlock(NamedTuple):
     k: Tile
     v: Tile
     keys: pl.Slice  # their places in S
-    exist: Array | None  # bool [kv_block]; None: all of them
+    in_bounds: Array | None  # bool [kv_block]; None: all of them
     positions: Any  # int32 [kv_block]; None where nobody asks
     allowed: Array | None  # bool [rows, kv_block]; None: every query sees every key
 
@@ -31,54 +31,54 @@ class KeyBlocks:
 
     Attributes:
       rows: the places of the tile's queries in T: consecutive, or int32 ``[rows]``.
-      row_exists: bool ``[rows]``; None: all of them.
+      row_in_bounds: bool ``[rows]``; None: all of them.
       q_positions: int32 ``[rows]``.
     """
 
     stored: StoredKeys
     rows: pl.Slice | Array
-    row_exists: Array | None
+    row_in_bounds: Array | None
     q_positions: Array
 
     def walk(self, row: tuple, visit: Callable, state: tuple, slots: tuple[Array, Array] | None = None) -> tuple:
         """Runs ``visit(state, block)`` over a row of the lists; see :func:`tiles.walk`."""
 
-        def full(at: Located, state: tuple) -> tuple:
+        def full(at: KVBlockRef, state: tuple) -> tuple:
             return visit(state, self._full(at))
 
-        def partial(at: Located, state: tuple) -> tuple:
+        def partial(at: KVBlockRef, state: tuple) -> tuple:
             return visit(state, self._partial(at))
 
         lists = self.stored.refs.lists
         return tiles.walk(lists, row, full, partial, state, slots=slots, locate=self.stored.locate)
 
-    def scores(self, keys: pl.Slice, exist: Array | None) -> Scores:
+    def scores(self, keys: pl.Slice, in_bounds: Array | None) -> Scores:
         """The scores, with their tiles of a block."""
-        return pointwise.map_operands(lambda ref: self._operand(ref, keys, exist), self.stored.refs.scores)
+        return pointwise.map_operands(lambda ref: self._operand(ref, keys, in_bounds), self.stored.refs.scores)
 
-    def allowed(self, keys: pl.Slice, exist: Array, positions: Array) -> Array:
+    def allowed(self, keys: pl.Slice, in_bounds: Array, positions: Array) -> Array:
         """Who sees which keys of a block, bool ``[rows, kv_block]``."""
-        mask = pointwise.map_operands(lambda ref: self._operand(ref, keys, exist), self.stored.refs.mask)
+        mask = pointwise.map_operands(lambda ref: self._operand(ref, keys, in_bounds), self.stored.refs.mask)
         allowed = mask.allowed(self.q_positions[:, None], positions[None, :]) & (positions >= 0)[None, :]
         return jnp.broadcast_to(allowed, (self.q_positions.size, positions.size))
 
-    def _full(self, at: Located) -> KeyBlock:
+    def _full(self, at: KVBlockRef) -> KeyBlock:
         """A block whose keys all exist and are seen by every query."""
         stored, refs = self.stored, self.stored.refs
         positions = stored.positions(at.block, None) if refs.scores else None
         k, v = stored.tile(refs.key, at, None), stored.tile(refs.value, at, None)
         return KeyBlock(k, v, stored.slots(at.block), None, positions, None)
 
-    def _partial(self, at: Located) -> KeyBlock:
+    def _partial(self, at: KVBlockRef) -> KeyBlock:
         """A block with a mask, of which only real keys are read: an empty slot may hold NaN, and 0 * NaN is NaN."""
         stored, refs = self.stored, self.stored.refs
-        keys, exist = stored.slots(at.block), stored.exist(at.block)
-        positions = stored.positions(at.block, exist)
-        allowed = self.allowed(keys, exist, positions)
+        keys, in_bounds = stored.slots(at.block), stored.in_bounds(at.block)
+        positions = stored.positions(at.block, in_bounds)
+        allowed = self.allowed(keys, in_bounds, positions)
         k, v = stored.tile(refs.key, at, positions >= 0), stored.tile(refs.value, at, positions >= 0)
-        return KeyBlock(k, v, keys, exist, positions, allowed)
+        return KeyBlock(k, v, keys, in_bounds, positions, allowed)
 
-    def _operand(self, ref: Any, keys: pl.Slice, exist: Array | None) -> Array:
-        is_of_keys = ref.shape[-3:-2] == (self.stored.cut.kv_heads,)
-        at = self.stored.shared(ref, lambda place: place.h if is_of_keys else place.n)
-        return tiles.load_operand(ref, self.rows, self.row_exists, keys, exist, *at)
+    def _operand(self, ref: Any, keys: pl.Slice, in_bounds: Array | None) -> Array:
+        is_of_keys = ref.shape[-3:-2] == (self.stored.tiling.kv_heads,)
+        at = self.stored.shared(ref, lambda coords: coords.h if is_of_keys else coords.n)
+        return tiles.load_operand(ref, self.rows, self.row_in_bounds, keys, in_bounds, *at)

@@ -22,8 +22,8 @@ from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.packing import Packing
-from pallas_attn.kernels.triton.specs import Cut, Inputs
-from pallas_attn.kernels.triton.stored import Place, StoredKeys
+from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
+from pallas_attn.kernels.triton.stored import ProgramCoords, StoredKeys
 from pallas_attn.schedule import Schedule
 from pallas_attn.tuning import BlockSizes
 
@@ -40,23 +40,28 @@ def sizes_of(forward: BlockSizes) -> BlockSizes:
 def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     call, block_mask = call._replace(value=call.key), call.block_mask  # no values are read
-    cut = Cut.of(call, scale, interpret)
-    whole = specs.Whole(cut)
-    inputs = Inputs.of(call)
+    tiling = Tiling.of(call, scale, interpret)
+    whole = specs.WholeArrays(tiling)
+    inputs = KernelArgs.from_call(call)
     inputs = inputs._replace(lists=block_mask.transposed)
     return specs.call(
-        functools.partial(_kernel, cut=cut),
+        functools.partial(_kernel, tiling=tiling),
         "pallas_attn_key_weights",
         sizes_of(block_mask.block_sizes),
-        cut,
-        grid=(cut.kv_blocks, cut.kv_heads, cut.batch),
-        in_specs=[inputs.specs(cut, whole), jax.tree.map(lambda _: whole.all(cut.batch, cut.q_heads, cut.q_rows), lse)],
-        out_specs=whole.all(cut.batch, cut.kv_heads, cut.kv_rows),
-        out_shape=jax.ShapeDtypeStruct((cut.batch, cut.kv_heads, cut.kv_len), jnp.float32),
+        tiling,
+        grid=(tiling.kv_blocks, tiling.kv_heads, tiling.batch),
+        in_specs=[
+            inputs.block_specs(tiling, whole),
+            jax.tree.map(lambda _: whole.all(tiling.batch, tiling.q_heads, tiling.q_rows), lse),
+        ],
+        out_specs=whole.all(tiling.batch, tiling.kv_heads, tiling.kv_rows),
+        out_shape=jax.ShapeDtypeStruct((tiling.batch, tiling.kv_heads, tiling.kv_len), jnp.float32),
     )(inputs, specs.in_kernels(lse))
 
 
-def weights_of_logits(logits: Array, lse: Lse, schedule: Schedule, indices: Array, cut: Cut, packing: Packing) -> Array:
+def weights_of_logits(
+    logits: Array, lse: Lse, schedule: Schedule, indices: Array, tiling: Tiling, packing: Packing
+) -> Array:
     """The same from logits of decode, whose schedule shares out this work too.
 
     Args:
@@ -64,18 +69,18 @@ def weights_of_logits(logits: Array, lse: Lse, schedule: Schedule, indices: Arra
         that are not in their owner's list may hold anything.
       indices: of the lists, int32 ``[B|1, M, 1, width]``.
     """
-    whole = specs.Whole(cut)
-    shape = cut.batch, packing.owners, cut.kv_len
-    blocks = whole.all(*shape[:2], cut.kv_rows)
+    whole = specs.WholeArrays(tiling)
+    shape = tiling.batch, packing.owners, tiling.kv_len
+    blocks = whole.all(*shape[:2], tiling.kv_rows)
     weights = specs.call(
-        functools.partial(_logits_kernel, packing=packing, cut=cut),
+        functools.partial(_logits_kernel, packing=packing, tiling=tiling),
         "pallas_attn_decode_weights",
         LOGITS_SIZES,
-        cut,
-        grid=(schedule.row.shape[0], packing.heads, packing.copies(cut)),
+        tiling,
+        grid=(schedule.row.shape[0], packing.heads, packing.copies(tiling)),
         in_specs=[
             blocks,
-            whole.all(*shape[:2], packing.tiles * packing.tile, cut.kv_rows),
+            whole.all(*shape[:2], packing.tiles * packing.tile, tiling.kv_rows),
             jax.tree.map(lambda x: whole.all(*x.shape), lse),
             jax.tree.map(lambda x: whole.all(*x.shape), schedule),
             whole.all(*indices.shape),
@@ -84,88 +89,88 @@ def weights_of_logits(logits: Array, lse: Lse, schedule: Schedule, indices: Arra
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
         input_output_aliases={0: 0},
     )(jnp.zeros(shape, jnp.float32), logits, specs.in_kernels(lse), schedule, indices)
-    return weights.reshape(cut.batch, cut.kv_heads, -1, cut.kv_len).mean(2)
+    return weights.reshape(tiling.batch, tiling.kv_heads, -1, tiling.kv_len).mean(2)
 
 
 def _logits_kernel(
-    zeros_ref, logits_ref, lse_refs: Lse, schedule: Schedule, indices, out_ref, *, packing: Packing, cut: Cut
+    zeros_ref, logits_ref, lse_refs: Lse, schedule: Schedule, indices, out_ref, *, packing: Packing, tiling: Tiling
 ):
     program, head, copy = (pl.program_id(axis) for axis in range(3))
     b, owner, list_row = packing.locate(schedule.row[program], head, copy)
 
-    def add(tile: Any, keys: pl.Slice, exist: Array) -> Array:
+    def add(tile: Any, keys: pl.Slice, in_bounds: Array) -> Array:
         """What the queries of a tile give."""
         rows = packing.rows(owner, tile)
         at = b, rows.n, rows.t
-        peak = tiles.load(lse_refs.peak.at[at], rows.exist, jnp.inf)
-        log_total = tiles.load(lse_refs.log_total.at[at], rows.exist)
-        mask = tiles.outer(peak != jnp.inf, exist, (packing.tile, cut.kv_block))
+        peak = tiles.load(lse_refs.peak.at[at], rows.in_bounds, jnp.inf)
+        log_total = tiles.load(lse_refs.log_total.at[at], rows.in_bounds)
+        mask = tiles.outer(peak != jnp.inf, in_bounds, (packing.tile, tiling.kv_block))
         logits = tiles.load(logits_ref.at[b, owner, rows.at, keys], mask, -jnp.inf)
-        return jnp.sum(cut.probabilities(logits, peak[:, None], log_total[:, None]), axis=0)
+        return jnp.sum(tiling.probabilities(logits, peak[:, None], log_total[:, None]), axis=0)
 
     def visit(slot: Array, _):
         block = indices[(*list_row, slot)]
-        keys = pl.Slice(block * cut.kv_block, cut.kv_block)
-        exist = block * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
-        weights = add(np.int32(0), keys, exist)
+        keys = pl.Slice(block * tiling.kv_block, tiling.kv_block)
+        in_bounds = block * tiling.kv_block + jnp.arange(tiling.kv_block, dtype=jnp.int32) < tiling.kv_len
+        weights = add(np.int32(0), keys, in_bounds)
         if packing.tiles > 1:
-            weights = tiles.loop(1, packing.tiles, lambda tile, sum: sum + add(tile, keys, exist), weights)
-        plgpu.store(out_ref.at[b, owner, keys], weights / packing.group, mask=exist)
+            weights = tiles.loop(1, packing.tiles, lambda tile, sum: sum + add(tile, keys, in_bounds), weights)
+        plgpu.store(out_ref.at[b, owner, keys], weights / packing.group, mask=in_bounds)
 
     lax.fori_loop(schedule.first[program], schedule.last[program], visit, None)
 
 
-def _kernel(refs: Inputs, lse_refs: Lse, out_ref, *, cut: Cut):
+def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
     j, h, b = (pl.program_id(axis) for axis in range(3))
-    stored = StoredKeys(refs, cut, Place(b, h, h * cut.group))
+    stored = StoredKeys(refs, tiling, ProgramCoords(b, h, h * tiling.group))
     columns = stored.columns(refs.key)
-    keys, exist = stored.slots(j), stored.exist(j)
-    positions = stored.positions(j, exist)
+    keys, in_bounds = stored.slots(j), stored.in_bounds(j)
+    positions = stored.positions(j, in_bounds)
     k = stored.tile(refs.key, stored.locate(j), positions >= 0)
 
     def head(g: Any, state: tuple[Array]) -> tuple[Array]:
-        n = h * cut.group + g
-        of_head = StoredKeys(refs, cut, Place(b, h, n))
+        n = h * tiling.group + g
+        of_head = StoredKeys(refs, tiling, ProgramCoords(b, h, n))
 
-        def load_rows(block: Array, exist: Array | None) -> tuple[KeyBlocks, Array, Array]:
+        def load_rows(block: Array, in_bounds: Array | None) -> tuple[KeyBlocks, Array, Array]:
             """A block of queries as what is known of its rows, and the parts of their lse."""
-            rows = pl.Slice(block * cut.q_block, cut.q_block)
-            q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], exist, -1)
-            peak = tiles.load(lse_refs.peak.at[b, n, rows], exist, jnp.inf)
-            log_total = tiles.load(lse_refs.log_total.at[b, n, rows], exist)
-            return KeyBlocks(of_head, rows, exist, q_positions), peak, log_total
+            rows = pl.Slice(block * tiling.q_block, tiling.q_block)
+            q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], in_bounds, -1)
+            peak = tiles.load(lse_refs.peak.at[b, n, rows], in_bounds, jnp.inf)
+            log_total = tiles.load(lse_refs.log_total.at[b, n, rows], in_bounds)
+            return KeyBlocks(of_head, rows, in_bounds, q_positions), peak, log_total
 
-        def weights(blocks: KeyBlocks, lse: list[Array], exist: Array | None, counts: Array | None) -> Array:
+        def weights(blocks: KeyBlocks, lse: list[Array], in_bounds: Array | None, q_valid: Array | None) -> Array:
             """The probabilities ``[q_block, kv_block]`` of a block of queries; anything where nobody sees."""
 
             def load_queries(part: tiles.Columns) -> Array:
-                mask = tiles.outer(counts, part.exist, (cut.q_block, part.tile))
+                mask = tiles.outer(q_valid, part.in_bounds, (tiling.q_block, part.tile))
                 return tiles.load(refs.query.at[b, blocks.rows, n, part.at], mask)
 
-            logits = cut.logits(k.products(cut, tuple(load_queries(part) for part in columns)))
+            logits = tiling.logits(k.products(tiling, tuple(load_queries(part) for part in columns)))
             if refs.scores:
                 where = blocks.q_positions[:, None], positions[None, :], n, b
-                logits = score_algebra.apply(blocks.scores(keys, exist), logits, *where)
-            return cut.probabilities(logits, *(x[:, None] for x in lse))
+                logits = score_algebra.apply(blocks.scores(keys, in_bounds), logits, *where)
+            return tiling.probabilities(logits, *(x[:, None] for x in lse))
 
         def full(block: Array, state: tuple[Array]) -> tuple[Array]:
             blocks, *lse = load_rows(block, None)
             return (state[0] + weights(blocks, lse, None, None),)
 
         def partial(block: Array, state: tuple[Array]) -> tuple[Array]:
-            row_exists = block * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
-            blocks, *lse = load_rows(block, row_exists)
-            counts = (blocks.q_positions >= 0) & (lse[0] != jnp.inf)
-            allowed = blocks.allowed(keys, exist, positions) & counts[:, None]
+            row_in_bounds = block * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
+            blocks, *lse = load_rows(block, row_in_bounds)
+            q_valid = (blocks.q_positions >= 0) & (lse[0] != jnp.inf)
+            allowed = blocks.allowed(keys, in_bounds, positions) & q_valid[:, None]
             # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
-            return (state[0] + jnp.where(allowed, weights(blocks, lse, exist, counts), 0.0),)
+            return (state[0] + jnp.where(allowed, weights(blocks, lse, in_bounds, q_valid), 0.0),)
 
         of = refs.lists.num_active
-        row = of_head.shared(of, lambda x: x.h if of.shape[1] == cut.kv_heads else x.n)
+        row = of_head.shared(of, lambda x: x.h if of.shape[1] == tiling.kv_heads else x.n)
         return tiles.walk(refs.lists, (*row, j), full, partial, state)
 
     # Summed over its rows at the end alone: different warps hold them.
-    state = (jnp.zeros((cut.q_block, cut.kv_block), jnp.float32),)
+    state = (jnp.zeros((tiling.q_block, tiling.kv_block), jnp.float32),)
     # A plain 0 fails in the interpreter.
-    (weights,) = tiles.loop(0, cut.group, head, state) if cut.group > 1 else head(np.int32(0), state)
-    plgpu.store(out_ref.at[b, h, keys], jnp.sum(weights, axis=0) / cut.group, mask=exist)
+    (weights,) = tiles.loop(0, tiling.group, head, state) if tiling.group > 1 else head(np.int32(0), state)
+    plgpu.store(out_ref.at[b, h, keys], jnp.sum(weights, axis=0) / tiling.group, mask=in_bounds)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import tiles
-from pallas_attn.kernels.triton.specs import Cut
+from pallas_attn.kernels.triton.specs import Tiling
 
 _MOST_ROWS = {2: 64, 4: 32}  # of a tile, by bytes per element: what more queries there are make further tiles
 
@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     """The rows of a tile."""
 
     at: pl.Slice  # their places among the queries of an owner
-    exist: Array  # bool [tile]
+    in_bounds: Array  # bool [tile]
     t: Array  # int32 [tile]: each one's query
     n: Array  # int32 [tile]: and its head
 
@@ -39,12 +39,12 @@ class Packing:
     tile: int  # rows of a tile: a power of two, and at least 16, the smallest operand of a matrix instruction
 
     @classmethod
-    def of(cls, cut: Cut, block_mask: BlockMask) -> "Packing":
+    def of(cls, tiling: Tiling, block_mask: BlockMask) -> "Packing":
         list_rows, list_heads, _ = block_mask.num_active.shape
-        heads = cut.kv_heads if list_heads == 1 else 1
-        group = cut.q_heads // (list_heads * heads)
-        queries = cut.q_len * group
-        tile = min(tiles.tile_width(queries), _MOST_ROWS[cut.dtype.itemsize])
+        heads = tiling.kv_heads if list_heads == 1 else 1
+        group = tiling.q_heads // (list_heads * heads)
+        queries = tiling.q_len * group
+        tile = min(tiles.tile_width(queries), _MOST_ROWS[tiling.dtype.itemsize])
         return cls(list_rows, list_heads, heads, group, queries, tile)
 
     @property
@@ -57,9 +57,9 @@ class Packing:
         """How many there are."""
         return self.list_heads * self.heads
 
-    def copies(self, cut: Cut) -> int:
+    def copies(self, tiling: Tiling) -> int:
         """Batch rows that share a row of the lists."""
-        return cut.batch // self.list_rows
+        return tiling.batch // self.list_rows
 
     def locate(self, row: Array, head: Any, copy: Any) -> tuple[Array, Array, tuple]:
         """The batch row and the owner that a program of the schedule works for, and its row of the lists."""

@@ -22,14 +22,16 @@ from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
-from pallas_attn.kernels.triton.specs import Cut, Inputs, Residuals
+from pallas_attn.kernels.triton.specs import KernelArgs, Residuals, Tiling
 from pallas_attn.kernels.triton.tables import LookedUp, look_up, place_sums, width_of
 from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.scores import Score, Scores, Traced
 from pallas_attn.tuning import BlockSizes
 
 
-def score_gradients(cut: Cut, scores: Scores, inputs: Inputs, residuals: Residuals, block_mask: BlockMask) -> Scores:
+def score_gradients(
+    tiling: Tiling, scores: Scores, inputs: KernelArgs, residuals: Residuals, block_mask: BlockMask
+) -> Scores:
     """The gradient of every array of the scores, in its shape and dtype; None for tables of integers."""
     bitmap = block_mask.bitmap().astype(jnp.int32)  # offsets into bytes have 32 bits
 
@@ -37,8 +39,8 @@ def score_gradients(cut: Cut, scores: Scores, inputs: Inputs, residuals: Residua
         if not pointwise.is_floating(x):
             return None
         call = _table_gradient if isinstance(scores[at], Traced) else _operand_gradient
-        kernel = functools.partial(_kernel, cut=cut, at=at, which=which)
-        return call(kernel, cut, x, inputs, residuals, bitmap, block_mask.block_sizes).astype(x.dtype)
+        kernel = functools.partial(_kernel, tiling=tiling, at=at, which=which)
+        return call(kernel, tiling, x, inputs, residuals, bitmap, block_mask.block_sizes).astype(x.dtype)
 
     gradients = []
     for at, score in enumerate(scores):
@@ -47,20 +49,22 @@ def score_gradients(cut: Cut, scores: Scores, inputs: Inputs, residuals: Residua
     return tuple(gradients)
 
 
-def _operand_gradient(kernel, cut: Cut, operand: Array, inputs, residuals, bitmap: Array, sizes: BlockSizes) -> Array:
+def _operand_gradient(
+    kernel, tiling: Tiling, operand: Array, inputs, residuals, bitmap: Array, sizes: BlockSizes
+) -> Array:
     """Of ``[B|1, N|1, T|1, S|1]``."""
     rows, heads, queries, keys = operand.shape
     if keys == 1:
         # [B, N, T], or a number for every query block
-        shape = (cut.batch, cut.q_heads, cut.q_len if queries > 1 else cut.q_blocks)
-        padded = (cut.batch, cut.q_heads, cut.q_rows if queries > 1 else cut.q_blocks)
-        grid = (cut.q_blocks, cut.q_heads, cut.batch)
+        shape = (tiling.batch, tiling.q_heads, tiling.q_len if queries > 1 else tiling.q_blocks)
+        padded = (tiling.batch, tiling.q_heads, tiling.q_rows if queries > 1 else tiling.q_blocks)
+        grid = (tiling.q_blocks, tiling.q_heads, tiling.batch)
     else:
         shape = operand.shape
-        padded = (rows, heads, cut.q_rows if queries > 1 else 1, cut.kv_rows)
-        grid = (cut.kv_blocks, cut.q_blocks if queries > 1 else 1, rows * heads)
+        padded = (rows, heads, tiling.q_rows if queries > 1 else 1, tiling.kv_rows)
+        grid = (tiling.kv_blocks, tiling.q_blocks if queries > 1 else 1, rows * heads)
     kernel = functools.partial(kernel, shape=operand.shape)
-    gradient = _call(kernel, cut, inputs, residuals, bitmap, sizes, grid, padded, shape)
+    gradient = _call(kernel, tiling, inputs, residuals, bitmap, sizes, grid, padded, shape)
     if keys == 1:
         summed = zip(gradient.shape, operand.shape[:3], strict=True)
         axes = tuple(axis for axis, (size, wanted) in enumerate(summed) if size != wanted)
@@ -68,37 +72,39 @@ def _operand_gradient(kernel, cut: Cut, operand: Array, inputs, residuals, bitma
     return gradient
 
 
-def _table_gradient(kernel, cut: Cut, params: Array, inputs, residuals, bitmap: Array, sizes: BlockSizes) -> Array:
+def _table_gradient(
+    kernel, tiling: Tiling, params: Array, inputs, residuals, bitmap: Array, sizes: BlockSizes
+) -> Array:
     """Of an array of parameters, of any shape: every (batch row, head, query block) has sums for the whole table."""
     width = width_of(params.shape)
-    shape = (cut.batch, cut.q_heads, cut.q_blocks, width)
-    kernel = functools.partial(kernel, shape=(cut.batch, cut.q_heads, cut.q_blocks, 1), width=width)
-    grid = (cut.q_blocks, cut.q_heads, cut.batch)
-    sums = _call(kernel, cut, inputs, residuals, bitmap, sizes, grid, shape, shape)
+    shape = (tiling.batch, tiling.q_heads, tiling.q_blocks, width)
+    kernel = functools.partial(kernel, shape=(tiling.batch, tiling.q_heads, tiling.q_blocks, 1), width=width)
+    grid = (tiling.q_blocks, tiling.q_heads, tiling.batch)
+    sums = _call(kernel, tiling, inputs, residuals, bitmap, sizes, grid, shape, shape)
     return sums.sum((0, 1, 2))[: params.size].reshape(params.shape)
 
 
-def _call(kernel, cut: Cut, inputs, residuals, bitmap, sizes: BlockSizes, grid, padded, shape) -> Array:
-    whole = specs.Whole(cut)
+def _call(kernel, tiling: Tiling, inputs, residuals, bitmap, sizes: BlockSizes, grid, padded, shape) -> Array:
+    whole = specs.WholeArrays(tiling)
     return specs.call(
         kernel,
         "pallas_attn_d_score",
         sizes,
-        cut,
+        tiling,
         grid=grid,
-        in_specs=[inputs.specs(cut, whole), residuals.specs(cut, whole), whole.all(*bitmap.shape)],
+        in_specs=[inputs.block_specs(tiling, whole), residuals.block_specs(tiling, whole), whole.all(*bitmap.shape)],
         out_specs=whole.all(*padded),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
     )(inputs, residuals, bitmap)
 
 
 def _kernel(
-    refs: Inputs,
+    refs: KernelArgs,
     residuals: Residuals,
     bitmap_ref,
     out_ref,
     *,
-    cut: Cut,
+    tiling: Tiling,
     at: int,
     which: int,
     shape: tuple[int, ...],
@@ -108,8 +114,8 @@ def _kernel(
     rows, heads, queries, keys = shape
     first, second, third = (pl.program_id(axis) for axis in range(3))
     # How many batch rows, query heads and query blocks share a tile of the operand.
-    free = (1 if rows > 1 else cut.batch, 1 if heads > 1 else cut.q_heads, 1 if queries > 1 else cut.q_blocks)
-    visits = cut.kv_blocks if keys == 1 else math.prod(free)
+    free = (1 if rows > 1 else tiling.batch, 1 if heads > 1 else tiling.q_heads, 1 if queries > 1 else tiling.q_blocks)
+    visits = tiling.kv_blocks if keys == 1 else math.prod(free)
 
     def block_of(visit: Array) -> tuple[Array, Array, Array, Array]:
         """``(batch row, query head, query block, KV block)``."""
@@ -127,40 +133,40 @@ def _kernel(
 
     def visit_block(visit: Array, acc: Array) -> Array:
         b, n, i, j = block_of(visit)
-        live = bitmap_ref[*_shared(bitmap_ref, b, n, cut), i, j] > 0
+        live = bitmap_ref[*_shared(bitmap_ref, b, n, tiling), i, j] > 0
         # A loop of one turn or none.
         return lax.fori_loop(0, live.astype(jnp.int32), lambda _, acc: acc + _block(refs, residuals, b, n, i, j), acc)
 
-    def _block(refs: Inputs, residuals: Residuals, b: Array, n: Array, i: Array, j: Array) -> Array:
+    def _block(refs: KernelArgs, residuals: Residuals, b: Array, n: Array, i: Array, j: Array) -> Array:
         """The gradient of one block's tile, ``[q_block|1, kv_block|1]``."""
-        at_q, at_k = pl.Slice(i * cut.q_block, cut.q_block), pl.Slice(j * cut.kv_block, cut.kv_block)
-        row_exists = i * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
-        key_exists = j * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
-        (head_columns,), (value_columns,) = tiles.columns(cut.head_dim), tiles.columns(cut.value_dim)
-        q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_exists, -1)
-        kv_at = _shared(refs.kv_positions, b, n, cut)
-        kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_exists, -1)
-        peak = tiles.load(residuals.lse.peak.at[b, n, at_q], row_exists, jnp.inf)
-        log_total = tiles.load(residuals.lse.log_total.at[b, n, at_q], row_exists)
-        counts, real = (q_positions >= 0) & (peak != jnp.inf), kv_positions >= 0
-        delta = tiles.load(residuals.delta.at[b, n, at_q], counts)[:, None]
+        at_q, at_k = pl.Slice(i * tiling.q_block, tiling.q_block), pl.Slice(j * tiling.kv_block, tiling.kv_block)
+        row_in_bounds = i * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
+        key_in_bounds = j * tiling.kv_block + jnp.arange(tiling.kv_block, dtype=jnp.int32) < tiling.kv_len
+        (head_columns,), (value_columns,) = tiles.columns(tiling.head_dim), tiles.columns(tiling.value_dim)
+        q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_in_bounds, -1)
+        kv_at = _shared(refs.kv_positions, b, n, tiling)
+        kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_in_bounds, -1)
+        peak = tiles.load(residuals.lse.peak.at[b, n, at_q], row_in_bounds, jnp.inf)
+        log_total = tiles.load(residuals.lse.log_total.at[b, n, at_q], row_in_bounds)
+        q_valid, valid = (q_positions >= 0) & (peak != jnp.inf), kv_positions >= 0
+        delta = tiles.load(residuals.delta.at[b, n, at_q], q_valid)[:, None]
 
         def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
-            return tiles.load(ref.at[b, at, head, :], tiles.outer(mask, columns.exist, (mask.size, ref.shape[-1])))
+            return tiles.load(ref.at[b, at, head, :], tiles.outer(mask, columns.in_bounds, (mask.size, ref.shape[-1])))
 
-        q = tokens(refs.query, at_q, n, counts, head_columns)
-        do = tokens(residuals.d_out, at_q, n, counts, value_columns)
-        k = tokens(refs.key, at_k, n // cut.group, real, head_columns)
-        v = tokens(refs.value, at_k, n // cut.group, real, value_columns)
+        q = tokens(refs.query, at_q, n, q_valid, head_columns)
+        do = tokens(residuals.d_out, at_q, n, q_valid, value_columns)
+        k = tokens(refs.key, at_k, n // tiling.group, valid, head_columns)
+        v = tokens(refs.value, at_k, n // tiling.group, valid, value_columns)
 
         def operand(ref) -> Array:
-            at = _shared(ref, b, n, cut)
-            return tiles.load_operand(ref, at_q, row_exists, at_k, key_exists, *at)
+            at = _shared(ref, b, n, tiling)
+            return tiles.load_operand(ref, at_q, row_in_bounds, at_k, key_in_bounds, *at)
 
         mask = pointwise.map_operands(operand, refs.mask)
-        allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & real[None, :] & counts[:, None]
+        allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & valid[None, :] & q_valid[:, None]
         scores = pointwise.map_operands(operand, refs.scores)
-        raw = jnp.where(allowed, cut.logits(cut.dot(q, k, (1, 1))), 0.0)
+        raw = jnp.where(allowed, tiling.logits(tiling.dot(q, k, (1, 1))), 0.0)
         where = (q_positions[:, None], kv_positions[None, :], n, b)
 
         ready = look_up(_where_live(scores, allowed), raw, *where)
@@ -187,29 +193,31 @@ def _kernel(
             return score_algebra.apply((*ready[:at], with_inputs(x), *ready[at + 1 :]), raw, *where)
 
         logits, derivative = jax.vjp(score, inputs)
-        p = jnp.where(allowed, cut.probabilities(logits, peak[:, None], log_total[:, None]), 0.0)
-        (gradient,) = derivative(p * (cut.dot(do, v, (1, 1)) - delta))
+        p = jnp.where(allowed, tiling.probabilities(logits, peak[:, None], log_total[:, None]), 0.0)
+        (gradient,) = derivative(p * (tiling.dot(do, v, (1, 1)) - delta))
         if width is None:
             return gradient
         pairs = zip(lookups, gradient, strict=True)
         return sum((place_sums(lookup, x, allowed, width) for lookup, x in pairs), jnp.zeros(width, jnp.float32))
 
-    tile = (cut.q_block if queries > 1 else 1, cut.kv_block if keys > 1 else 1)
+    tile = (tiling.q_block if queries > 1 else 1, tiling.kv_block if keys > 1 else 1)
     acc = tiles.loop(0, visits, visit_block, jnp.zeros(tile if width is None else width, jnp.float32))
     if width is not None:
         plgpu.store(out_ref.at[third, second, first, tiles.known_slice(0, width)], acc)
     elif keys == 1:
-        exists = first * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len
-        rows_at = pl.Slice(first * cut.q_block, cut.q_block) if queries > 1 else pl.Slice(first, 1)
-        plgpu.store(out_ref.at[third, second, rows_at], acc.reshape(tile[0]), mask=exists if queries > 1 else None)
+        in_bounds = first * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
+        rows_at = pl.Slice(first * tiling.q_block, tiling.q_block) if queries > 1 else pl.Slice(first, 1)
+        plgpu.store(out_ref.at[third, second, rows_at], acc.reshape(tile[0]), mask=in_bounds if queries > 1 else None)
     else:
-        row_exists = (
-            second * cut.q_block + jnp.arange(cut.q_block, dtype=jnp.int32) < cut.q_len if queries > 1 else None
+        row_in_bounds = (
+            second * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
+            if queries > 1
+            else None
         )
-        key_exists = first * cut.kv_block + jnp.arange(cut.kv_block, dtype=jnp.int32) < cut.kv_len
-        rows_at = pl.Slice(second * cut.q_block, cut.q_block) if queries > 1 else tiles.known_slice(0, 1)
-        keys_at = pl.Slice(first * cut.kv_block, cut.kv_block)
-        mask = tiles.outer(row_exists, key_exists, tile)
+        key_in_bounds = first * tiling.kv_block + jnp.arange(tiling.kv_block, dtype=jnp.int32) < tiling.kv_len
+        rows_at = pl.Slice(second * tiling.q_block, tiling.q_block) if queries > 1 else tiles.known_slice(0, 1)
+        keys_at = pl.Slice(first * tiling.kv_block, tiling.kv_block)
+        mask = tiles.outer(row_in_bounds, key_in_bounds, tile)
         plgpu.store(out_ref.at[third // heads, third % heads, rows_at, keys_at], acc, mask=mask)
 
 
@@ -218,8 +226,8 @@ def _where_live(operands: Scores, live: Array) -> Scores:
     return pointwise.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
 
 
-def _shared(ref, b: Array, n: Array, cut: Cut) -> tuple[Any, Any]:
+def _shared(ref, b: Array, n: Array, tiling: Tiling) -> tuple[Any, Any]:
     """The index of a batch row and a query head in ``[B|1, 1|K|N, ...]``."""
     rows, heads = ref.shape[:2]
     zero = np.int32(0)  # a plain int fails in the interpreter
-    return b if rows > 1 else zero, n * heads // cut.q_heads if heads > 1 else zero
+    return b if rows > 1 else zero, n * heads // tiling.q_heads if heads > 1 else zero

@@ -24,7 +24,7 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Tiling:
     """The static facts of a call: its shape, its blocks, and what its products become."""
 
     batch: int
@@ -45,7 +45,7 @@ class Cut:
     interpret: bool
 
     @classmethod
-    def of(cls, call: Call, scale: float, interpret: bool) -> "Cut":
+    def of(cls, call: Call, scale: float, interpret: bool) -> "Tiling":
         block_mask = call.block_mask
         shape = CallShape.of(call.query, call.key, call.value, call.page_table)
         blocks = (block_mask.q_block, block_mask.kv_block, *block_mask.grid)
@@ -97,7 +97,7 @@ class Cut:
     def _exp2(self, x: Array) -> Array:
         return jnp.exp2(x) if self.interpret else tiles.exp2(x)
 
-    def anew(self, x: Array) -> Array:
+    def opaque(self, x: Array) -> Array:
         """The number x; the compiler does not know that it has it already, and works out again what depends on it.
 
         That is for what is needed before a loop and after it, so that it is not kept while the loop runs. In float32
@@ -105,18 +105,18 @@ class Cut:
         for it.
         """
         is_wide = self.dtype == jnp.float32 and self.head_dim > 64
-        return x if self.interpret or is_wide else tiles.anew(x)
+        return x if self.interpret or is_wide else tiles.opaque(x)
 
 
 class PerQueryHead:
     """Programs (query block i, query head n, batch row b)."""
 
-    def __init__(self, cut: Cut):
-        self._cut = cut
+    def __init__(self, tiling: Tiling):
+        self._tiling = tiling
 
     def queries(self, width: int) -> pl.BlockSpec:
         """Of ``[B, T, N, width]``: ``[q_rows, tile]``."""
-        return pl.BlockSpec((None, self._cut.q_rows, None, tiles.tile_width(width)), lambda i, n, b: (b, 0, n, 0))
+        return pl.BlockSpec((None, self._tiling.q_rows, None, tiles.tile_width(width)), lambda i, n, b: (b, 0, n, 0))
 
     def keys(self, width: int) -> pl.BlockSpec:
         """Of ``[B, S, K, width]``: ``[kv_rows, tile]``."""
@@ -124,14 +124,14 @@ class PerQueryHead:
 
     def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
         """Of ``[B, S, K, ...]``: ``[kv_rows, *block]``; or of a pool ``[P, page, K, ...]``: ``[P, page, *block]``."""
-        group, zeros = self._cut.group, (0,) * len(block)
+        group, zeros = self._tiling.group, (0,) * len(block)
         if pool:
             return pl.BlockSpec((*pool, None, *block), lambda i, n, b: (0, 0, n // group, *zeros))
-        return pl.BlockSpec((None, self._cut.kv_rows, None, *block), lambda i, n, b: (b, 0, n // group, *zeros))
+        return pl.BlockSpec((None, self._tiling.kv_rows, None, *block), lambda i, n, b: (b, 0, n // group, *zeros))
 
     def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
         """Of ``[B|1, 1|K|N, ...]``: ``[*block]``."""
-        (rows, heads), zeros, q_heads = x.shape[:2], (0,) * len(block), self._cut.q_heads
+        (rows, heads), zeros, q_heads = x.shape[:2], (0,) * len(block), self._tiling.q_heads
         return pl.BlockSpec((None, None, *block), lambda i, n, b: (b if rows > 1 else 0, n * heads // q_heads, *zeros))
 
     def per_row(self, x: Array, *block: int) -> pl.BlockSpec:
@@ -146,12 +146,12 @@ class PerKVHead:
     Arrays with an axis of heads keep it: of size ``group`` where every query head has its own part, else of size 1.
     """
 
-    def __init__(self, cut: Cut):
-        self._cut = cut
+    def __init__(self, tiling: Tiling):
+        self._tiling = tiling
 
     def queries(self, width: int) -> pl.BlockSpec:
         """Of ``[B, T, N, width]``: ``[q_rows, group, tile]``."""
-        block = (None, self._cut.q_rows, self._cut.group, tiles.tile_width(width))
+        block = (None, self._tiling.q_rows, self._tiling.group, tiles.tile_width(width))
         return pl.BlockSpec(block, lambda j, h, b: (b, 0, h, 0))
 
     def keys(self, width: int) -> pl.BlockSpec:
@@ -161,12 +161,12 @@ class PerKVHead:
     def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
         """Of ``[B, S, K, ...]``: ``[kv_rows, *block]``. There is no pool, for pages have no gradient."""
         zeros = (0,) * len(block)
-        return pl.BlockSpec((None, self._cut.kv_rows, None, *block), lambda j, h, b: (b, 0, h, *zeros))
+        return pl.BlockSpec((None, self._tiling.kv_rows, None, *block), lambda j, h, b: (b, 0, h, *zeros))
 
     def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
         """Of ``[B|1, 1|K|N, ...]``: ``[group|1, *block]``."""
         (rows, heads), zeros = x.shape[:2], (0,) * len(block)
-        group = self._cut.group if heads == self._cut.q_heads else 1
+        group = self._tiling.group if heads == self._tiling.q_heads else 1
         return pl.BlockSpec(
             (None, group, *block), lambda j, h, b: (b if rows > 1 else 0, h if heads > 1 else 0, *zeros)
         )
@@ -177,19 +177,19 @@ class PerKVHead:
         return pl.BlockSpec((None, *block), lambda j, h, b: (b if rows > 1 else 0, *zeros))
 
 
-class Whole:
+class WholeArrays:
     """Programs that see every array whole, with its tokens in whole blocks."""
 
-    def __init__(self, cut: Cut):
-        self._cut = cut
+    def __init__(self, tiling: Tiling):
+        self._tiling = tiling
 
     def all(self, *block: int) -> pl.BlockSpec:
         return pl.BlockSpec(block, lambda *_: (0,) * len(block))
 
     def queries(self, width: int) -> pl.BlockSpec:
         """Of ``[B, T, N, width]``: ``[B, q_rows, N, tile]``."""
-        cut = self._cut
-        return self.all(cut.batch, cut.q_rows, cut.q_heads, tiles.tile_width(width))
+        tiling = self._tiling
+        return self.all(tiling.batch, tiling.q_rows, tiling.q_heads, tiles.tile_width(width))
 
     def keys(self, width: int) -> pl.BlockSpec:
         """Of ``[B, S, K, width]``: ``[B, kv_rows, K, tile]``."""
@@ -197,8 +197,8 @@ class Whole:
 
     def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
         """Of ``[B, S, K, ...]``: ``[B, kv_rows, K, *block]``; or of a pool ``[P, page, K, ...]``, the same for it."""
-        cut = self._cut
-        return self.all(*(pool or (cut.batch, cut.kv_rows)), cut.kv_heads, *block)
+        tiling = self._tiling
+        return self.all(*(pool or (tiling.batch, tiling.kv_rows)), tiling.kv_heads, *block)
 
     def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
         """Of ``[B|1, 1|K|N, ...]``: ``[B|1, 1|K|N, *block]``."""
@@ -214,10 +214,10 @@ def _in_base_2(x: Array, unit: float) -> Array:
     return x * factor if factor <= _LARGEST else x * unit * tiles.LOG2_E
 
 
-Part = PerQueryHead | PerKVHead | Whole
+BlockLayout = PerQueryHead | PerKVHead | WholeArrays
 
 
-class Inputs(NamedTuple):
+class KernelArgs(NamedTuple):
     """The arrays that every kernel reads; in a kernel, refs to one program's part of them."""
 
     query: Any  # [B, T, N, D]
@@ -231,7 +231,7 @@ class Inputs(NamedTuple):
     page_table: Any  # [B, S // page], or None
 
     @classmethod
-    def of(cls, call: Call) -> "Inputs":
+    def from_call(cls, call: Call) -> "KernelArgs":
         query, key, value, block_mask, scores, _, page_table = call
 
         def stored(x: KVArray) -> KVArray:
@@ -245,11 +245,11 @@ class Inputs(NamedTuple):
         mask, scores = with_tables((block_mask.mask, scores))
         return cls(*arrays, *positions, block_mask.lists, mask, scores, page_table)
 
-    def specs(self, cut: Cut, part: Part) -> "Inputs":
+    def block_specs(self, tiling: Tiling, layout: BlockLayout) -> "KernelArgs":
         """The same structure, of BlockSpecs."""
 
         def operand(x: Array) -> pl.BlockSpec:
-            return part.per_head(x, cut.q_rows if x.shape[2] > 1 else 1, cut.kv_rows if x.shape[3] > 1 else 1)
+            return layout.per_head(x, tiling.q_rows if x.shape[2] > 1 else 1, tiling.kv_rows if x.shape[3] > 1 else 1)
 
         def flat(x: Array) -> pl.BlockSpec:
             return pl.BlockSpec(x.shape, lambda *_: (0,))
@@ -257,20 +257,20 @@ class Inputs(NamedTuple):
         def stored(x: KVArray) -> Any:
             pool = None if self.page_table is None else x.shape[:2]
             if not isinstance(x, QuantizedArray):
-                return part.tokens(pool, tiles.tile_width(x.shape[-1]))
-            values = part.tokens(pool, tiles.tile_width(x.values.shape[-1]))
-            return dataclasses.replace(x, values=values, scales=part.tokens(pool, *x.scales.shape[3:]))
+                return layout.tokens(pool, tiles.tile_width(x.shape[-1]))
+            values = layout.tokens(pool, tiles.tile_width(x.values.shape[-1]))
+            return dataclasses.replace(x, values=values, scales=layout.tokens(pool, *x.scales.shape[3:]))
 
-        return Inputs(
-            part.queries(cut.head_dim),
+        return KernelArgs(
+            layout.queries(tiling.head_dim),
             stored(self.key),
             stored(self.value),
-            part.per_row(self.q_positions, cut.q_rows),
-            part.per_head(self.kv_positions, cut.kv_rows),
-            jax.tree.map(lambda x: part.per_head(x, *x.shape[2:]), self.lists),
+            layout.per_row(self.q_positions, tiling.q_rows),
+            layout.per_head(self.kv_positions, tiling.kv_rows),
+            jax.tree.map(lambda x: layout.per_head(x, *x.shape[2:]), self.lists),
             pointwise.map_arrays(operand, flat, self.mask),
             pointwise.map_arrays(operand, flat, self.scores),
-            None if self.page_table is None else part.per_row(self.page_table, self.page_table.shape[1]),
+            None if self.page_table is None else layout.per_row(self.page_table, self.page_table.shape[1]),
         )
 
 
@@ -286,14 +286,14 @@ class Residuals(NamedTuple):
         """From the ``lse`` of the forward pass."""
         return cls(in_kernels(lse), delta, d_out)
 
-    def specs(self, cut: Cut, part: Part) -> "Residuals":
+    def block_specs(self, tiling: Tiling, layout: BlockLayout) -> "Residuals":
         """The same structure, of BlockSpecs."""
-        rows = part.per_head(self.delta, cut.q_rows)
-        return Residuals(jax.tree.map(lambda _: rows, self.lse), rows, part.queries(cut.value_dim))
+        rows = layout.per_head(self.delta, tiling.q_rows)
+        return Residuals(jax.tree.map(lambda _: rows, self.lse), rows, layout.queries(tiling.value_dim))
 
 
 def in_kernels(lse: Lse) -> Lse:
-    """The ``lse`` of a forward pass as other kernels read it, ready for :meth:`Cut.probabilities`.
+    """The ``lse`` of a forward pass as other kernels read it, ready for :meth:`Tiling.probabilities`.
 
     Its ``log_total`` is in base 2. The peak of a query that saw nothing is inf, so that its probabilities are 0; where
     the largest logit overflowed to inf it is NaN, which shows.
@@ -303,7 +303,7 @@ def in_kernels(lse: Lse) -> Lse:
     return dataclasses.replace(lse, peak=peak, log_total=lse.log_total * tiles.LOG2_E)
 
 
-def call(kernel: Callable, name: str, sizes: BlockSizes, cut: Cut, **options):
+def call(kernel: Callable, name: str, sizes: BlockSizes, tiling: Tiling, **options):
     """``pl.pallas_call`` through the Triton lowering."""
     parameters = plgpu.CompilerParams(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
-    return pl.pallas_call(kernel, name=name, compiler_params=parameters, interpret=cut.interpret, **options)
+    return pl.pallas_call(kernel, name=name, compiler_params=parameters, interpret=tiling.interpret, **options)

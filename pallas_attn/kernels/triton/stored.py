@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.kernels.call import KVArray
 from pallas_attn.kernels.triton import tiles
-from pallas_attn.kernels.triton.specs import Cut, Inputs
+from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
 from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.quantized import QuantizedArray
 
@@ -31,25 +31,25 @@ class Tile(NamedTuple):
     parts: tuple[Array, ...]  # [kv_block, D], or two of [kv_block, D / 2]; see StoredKeys.columns
     scale: Array | None = None  # float32 [kv_block]
 
-    def products(self, cut: Cut, q: tuple[Array, ...]) -> Array:
+    def products(self, tiling: Tiling, q: tuple[Array, ...]) -> Array:
         """Float32 ``q k'``."""
         pairs = zip(q, self.parts, strict=True)
-        first, *rest = [cut.dot(x, part.astype(cut.dtype), (1, 1)) for x, part in pairs]
+        first, *rest = [tiling.dot(x, part.astype(tiling.dtype), (1, 1)) for x, part in pairs]
         products = sum(rest, first)
         return products if self.scale is None else products * self.scale[None, :]
 
-    def sums(self, cut: Cut, weights: Array) -> tuple[Array, ...]:
+    def sums(self, tiling: Tiling, weights: Array) -> tuple[Array, ...]:
         """Float32 ``weights v``."""
         if self.scale is None:
-            return tuple(cut.dot(weights, part, (1, 0)) for part in self.parts)
+            return tuple(tiling.dot(weights, part, (1, 0)) for part in self.parts)
         # A scale may be below what float16 can say; the largest of a block is taken out.
-        unit = jnp.maximum(jnp.max(self.scale), _TINY) if cut.dtype == jnp.float16 else None
+        unit = jnp.maximum(jnp.max(self.scale), _TINY) if tiling.dtype == jnp.float16 else None
         weights = weights * (self.scale if unit is None else self.scale / unit)[None, :]
-        sums = tuple(cut.dot(weights, part.astype(cut.dtype), (1, 0)) for part in self.parts)
+        sums = tuple(tiling.dot(weights, part.astype(tiling.dtype), (1, 0)) for part in self.parts)
         return sums if unit is None else tuple(x * unit for x in sums)
 
 
-class Place(NamedTuple):
+class ProgramCoords(NamedTuple):
     """Where a program works, if it sees arrays whole."""
 
     b: Any  # its batch row
@@ -57,7 +57,7 @@ class Place(NamedTuple):
     n: Any  # the query head of every row of its tile, int32 [rows], or that of all
 
 
-class Located(NamedTuple):
+class KVBlockRef(NamedTuple):
     """A block of keys, and where they are stored."""
 
     block: Array
@@ -72,9 +72,9 @@ class StoredKeys:
       refs: one program's part of the inputs, or, with a ``place``, all of them.
     """
 
-    refs: Inputs
-    cut: Cut
-    place: Place | None = None
+    refs: KernelArgs
+    tiling: Tiling
+    coords: ProgramCoords | None = None
 
     def columns(self, stored: KVArray) -> tuple[Columns, ...]:
         """The columns of the keys (or values), in the parts that a tile of them has."""
@@ -82,78 +82,78 @@ class StoredKeys:
         if not isinstance(stored, QuantizedArray):
             return tiles.columns(width)
         # Numbers of eight bits become float32 before they are multiplied: a wide row would leave too few registers.
-        is_wide = self.cut.dtype == jnp.float32 and width > _WIDE and width % 2 == 0
+        is_wide = self.tiling.dtype == jnp.float32 and width > _WIDE and width % 2 == 0
         return tiles.columns(width, 2 if stored.kind == "int4" or is_wide else 1)
 
-    def locate(self, block: Array) -> Located:
+    def locate(self, block: Array) -> KVBlockRef:
         """Looks up the pages of a block."""
         if self.refs.page_table is None:
-            return Located(block, None)
+            return KVBlockRef(block, None)
         pages, page = self._pool
-        row = (self.place.b,) if self.place else ()
-        if page % self.cut.kv_block == 0:
-            found = self.refs.page_table[(*row, block // (page // self.cut.kv_block))]
+        row = (self.coords.b,) if self.coords else ()
+        if page % self.tiling.kv_block == 0:
+            found = self.refs.page_table[(*row, block // (page // self.tiling.kv_block))]
         else:
-            keys = block * self.cut.kv_block + jnp.arange(self.cut.kv_block, dtype=jnp.int32)
+            keys = block * self.tiling.kv_block + jnp.arange(self.tiling.kv_block, dtype=jnp.int32)
             # Not //, which asks every key for its sign.
             index = jnp.minimum(lax.div(keys, jnp.full_like(keys, page)), self.refs.page_table.shape[-1] - 1)
             found = plgpu.load(self.refs.page_table.at[(*row, index)])
-        return Located(block, jnp.clip(found, 0, pages - 1))
+        return KVBlockRef(block, jnp.clip(found, 0, pages - 1))
 
     def slots(self, block: Array) -> pl.Slice:
         """The places of its keys in S."""
-        return pl.Slice(block * self.cut.kv_block, self.cut.kv_block)
+        return pl.Slice(block * self.tiling.kv_block, self.tiling.kv_block)
 
-    def exist(self, block: Array) -> Array:
+    def in_bounds(self, block: Array) -> Array:
         """Which of them are not beyond the last key, bool ``[kv_block]``."""
-        return block * self.cut.kv_block + jnp.arange(self.cut.kv_block, dtype=jnp.int32) < self.cut.kv_len
+        return block * self.tiling.kv_block + jnp.arange(self.tiling.kv_block, dtype=jnp.int32) < self.tiling.kv_len
 
-    def positions(self, block: Array, exist: Array | None) -> Array:
+    def positions(self, block: Array, in_bounds: Array | None) -> Array:
         """int32 ``[kv_block]``, -1 where there is no key."""
         ref = self.refs.kv_positions
-        at = (*self.shared(ref, lambda place: place.h), self.slots(block))
-        return tiles.load(ref.at[at], exist, -1)
+        at = (*self.shared(ref, lambda coords: coords.h), self.slots(block))
+        return tiles.load(ref.at[at], in_bounds, -1)
 
-    def tile(self, stored: KVArray, at: Located, real: Array | None) -> Tile:
+    def tile(self, stored: KVArray, at: KVBlockRef, valid: Array | None) -> Tile:
         """The keys (or values) of a block; what is not ``real`` is not read, and counts as 0."""
         index = self._at(at)
         if not isinstance(stored, QuantizedArray):
-            return Tile(tuple(self._load(stored, index, part, real) for part in self.columns(stored)))
+            return Tile(tuple(self._load(stored, index, part, valid) for part in self.columns(stored)))
         if stored.kind != "int4":
-            parts = tuple(self._load(stored.values, index, part, real) for part in self.columns(stored))
-            return Tile(parts, tiles.load(stored.scales.at[index], real))
+            parts = tuple(self._load(stored.values, index, part, valid) for part in self.columns(stored))
+            return Tile(parts, tiles.load(stored.scales.at[index], valid))
         # Two's complement of four bits.
         (two_columns,) = tiles.columns(self._width(stored) // 2)
-        high = self._load(stored.values, index, two_columns, real).astype(jnp.int8)
+        high = self._load(stored.values, index, two_columns, valid).astype(jnp.int8)
         halves = (lax.shift_right_arithmetic(x, jnp.full_like(x, 4)) for x in (high << 4, high))
-        scaled = (self._scaled(stored, x, index, real, part) for part, x in enumerate(halves))
+        scaled = (self._scaled(stored, x, index, valid, part) for part, x in enumerate(halves))
         return Tile(tuple(scaled))
 
-    def _load(self, ref: Any, index: tuple, part: Columns, real: Array | None) -> Array:
-        mask = tiles.outer(real, part.exist, (self.cut.kv_block, part.tile))
+    def _load(self, ref: Any, index: tuple, part: Columns, valid: Array | None) -> Array:
+        mask = tiles.outer(valid, part.in_bounds, (self.tiling.kv_block, part.tile))
         return tiles.load(tiles.at(ref, *index, part.at), mask)
 
-    def _scaled(self, stored: QuantizedArray, values: Array, index: tuple, real: Array | None, half: int) -> Array:
+    def _scaled(self, stored: QuantizedArray, values: Array, index: tuple, valid: Array | None, half: int) -> Array:
         """Half of an int4 tile times its scales, in the dtype of the products."""
         (rows, columns), groups = values.shape, stored.scales.shape[-1]
         group = self._width(stored) // 2 // groups
         at = (*index, np.int32(half))
         if groups * group == columns:
             scale = tiles.load(
-                tiles.at(stored.scales, *at, pl.Slice(0, groups)), tiles.outer(real, None, (rows, groups))
+                tiles.at(stored.scales, *at, pl.Slice(0, groups)), tiles.outer(valid, None, (rows, groups))
             )
             scale = jnp.broadcast_to(scale[:, :, None], (rows, groups, group)).reshape(rows, columns)
         else:  # groups are no power of two, or a tile is wider than its columns
             each = jnp.minimum(jnp.arange(columns, dtype=jnp.int32) // group, groups - 1)
-            scale = tiles.load(tiles.at(stored.scales, *at, each), tiles.outer(real, None, (rows, columns)))
-        return (values.astype(jnp.float32) * scale).astype(self.cut.dtype)
+            scale = tiles.load(tiles.at(stored.scales, *at, each), tiles.outer(valid, None, (rows, columns)))
+        return (values.astype(jnp.float32) * scale).astype(self.tiling.dtype)
 
-    def shared(self, ref: Any, head: Callable[[Place], Any]) -> tuple:
+    def shared(self, ref: Any, head: Callable[[ProgramCoords], Any]) -> tuple:
         """The index of a batch row and a head along the first axes, which have size 1 where they are shared."""
-        if self.place is None:
+        if self.coords is None:
             return ()
         zero = np.int32(0)  # a plain int fails in the interpreter
-        return self.place.b if ref.shape[0] > 1 else zero, head(self.place) if ref.shape[1] > 1 else zero
+        return self.coords.b if ref.shape[0] > 1 else zero, head(self.coords) if ref.shape[1] > 1 else zero
 
     @property
     def _pool(self) -> tuple[int, int]:
@@ -162,19 +162,19 @@ class StoredKeys:
         pages, page, *_ = (key.values if isinstance(key, QuantizedArray) else key).shape
         return pages, page
 
-    def _at(self, at: Located) -> tuple:
+    def _at(self, at: KVBlockRef) -> tuple:
         """The index of the block's keys along all axes but the last."""
         keys = self.slots(at.block)
-        before, after = ((self.place.b,), (self.place.h,)) if self.place else ((), ())
+        before, after = ((self.coords.b,), (self.coords.h,)) if self.coords else ((), ())
         if at.page is None:
             return (*before, keys, *after)
         _, page = self._pool
         if at.page.ndim == 0:
             offset = lax.rem(keys.start, np.int32(page))
-            return (at.page, pl.Slice(offset, self.cut.kv_block), *after)
-        offsets = keys.start + jnp.arange(self.cut.kv_block, dtype=jnp.int32)
+            return (at.page, pl.Slice(offset, self.tiling.kv_block), *after)
+        offsets = keys.start + jnp.arange(self.tiling.kv_block, dtype=jnp.int32)
         return (at.page, lax.rem(offsets, jnp.full_like(offsets, page)), *after)
 
     def _width(self, stored: KVArray) -> int:
         """Columns of the keys (or values); a ref may be wider."""
-        return self.cut.head_dim if stored is self.refs.key else self.cut.value_dim
+        return self.tiling.head_dim if stored is self.refs.key else self.tiling.value_dim

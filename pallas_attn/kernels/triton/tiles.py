@@ -43,7 +43,7 @@ def minus(x: Array, y: Array) -> Array:
     return difference
 
 
-def anew(x: Array) -> Array:
+def opaque(x: Array) -> Array:
     """The int32 number ``x``, of which the compiler does not know that it has it already; for compiled kernels."""
     (y,) = plgpu.elementwise_inline_asm(
         "mov.b32 $0, $1;",
@@ -71,7 +71,7 @@ class Columns(NamedTuple):
     """Neighbouring columns of an array, in a tile that may be wider."""
 
     at: pl.Slice
-    exist: Array | None  # bool [tile]; None: all of them
+    in_bounds: Array | None  # bool [tile]; None: all of them
 
     @property
     def tile(self) -> int:
@@ -89,8 +89,8 @@ def columns(width: int, parts: int = 1) -> tuple[Columns, ...]:
     """The columns of an array, cut into equal parts."""
     size = width // parts
     tile = tile_width(size)
-    exist = None if size == tile else jnp.arange(tile, dtype=jnp.int32) < size
-    return tuple(Columns(known_slice(part * size, tile), exist) for part in range(parts))
+    in_bounds = None if size == tile else jnp.arange(tile, dtype=jnp.int32) < size
+    return tuple(Columns(known_slice(part * size, tile), in_bounds) for part in range(parts))
 
 
 def outer(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> Array | None:
@@ -121,7 +121,7 @@ def at(ref, *index: Any) -> Any:
 
 def load_rows(ref, rows: pl.Slice, row_mask: Array | None, columns: Columns, *head: Array) -> Array:
     """Rows of a ref ``[rows, columns]``, or, given a head, ``[rows, heads, columns]``."""
-    mask = outer(row_mask, columns.exist, (_length(rows), columns.tile))
+    mask = outer(row_mask, columns.in_bounds, (_length(rows), columns.tile))
     return load(ref.at[(rows, *head, columns.at)], mask)
 
 

@@ -18,7 +18,7 @@ from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.xla.softmax import probabilities
-from pallas_attn.kernels.xla.tiles import Cut, Keys, Program, as_it_is
+from pallas_attn.kernels.xla.tiles import KeyBlock, QueryTile, Tiling, keep_layout
 from pallas_attn.scores import Scores
 
 
@@ -45,32 +45,32 @@ def backward(call: Call, lse: Lse, delta: Array, d_out: Array, *, scale: float) 
       gradients of the shapes and dtypes of query, key, value and scores, with None for tables of integers.
     """
     query, key, value, block_mask, scores, *_ = call
-    cut = Cut.of(query, key, block_mask)
-    dot = functools.partial(jnp.einsum, precision=cut.precision)
+    tiling = Tiling.of(query, key, block_mask)
+    dot = functools.partial(jnp.einsum, precision=tiling.precision)
     peak, log_total, delta = (x.swapaxes(1, 2) for x in (lse.peak, lse.log_total, delta))  # [B, T, N], as the queries
 
     def run(sums: _Gradients, at: tuple[Array, ...]) -> tuple[_Gradients, Array]:
-        program = Program(cut, block_mask, scores, at)
+        program = QueryTile(tiling, block_mask, scores, at)
         row_peak = program.queries(peak)
         # A query that saw nothing, or that is another program's too, has no part in any sum, whatever it holds.
-        counts = program.is_own & (row_peak != -jnp.inf)  # not >: what is not a number shows
-        row_lse = Lse(jnp.where(counts, row_peak, jnp.inf)[..., None], program.queries(log_total)[..., None])
-        row_delta = jnp.where(counts, program.queries(delta), 0.0)
+        q_valid = program.is_own & (row_peak != -jnp.inf)  # !=, not >, so that NaN propagates
+        row_lse = Lse(jnp.where(q_valid, row_peak, jnp.inf)[..., None], program.queries(log_total)[..., None])
+        row_delta = jnp.where(q_valid, program.queries(delta), 0.0)
 
         def rows(x: Array) -> Array:
-            tile = jnp.where(counts[..., None], program.queries(x).astype(jnp.float32), 0.0)
-            return tile.reshape(cut.heads, cut.group * cut.q_block, -1)
+            tile = jnp.where(q_valid[..., None], program.queries(x).astype(jnp.float32), 0.0)
+            return tile.reshape(tiling.heads, tiling.group * tiling.q_block, -1)
 
         q, do = rows(query), rows(d_out)
 
-        def attend(carry, keys: Keys):
+        def attend(carry, keys: KeyBlock):
             dq, sums = carry
             start, kv_positions, real, allowed = keys
             k, v = program.keys(key, start, scale), program.keys(value, start)
             if real is not None:
                 k, v = (jnp.where(real[:, None], x, 0.0) for x in (k, v))
             logits = program.products(q, k)
-            live = counts[..., None] if allowed is None else counts[..., None] & allowed
+            live = q_valid[..., None] if allowed is None else q_valid[..., None] & allowed
 
             score_tiles = program.score_operands(start)
 
@@ -87,7 +87,7 @@ def backward(call: Call, lse: Lse, delta: Array, d_out: Array, *, scale: float) 
             p = probabilities(logits, row_lse)
             if allowed is not None:
                 p = jnp.where(allowed, p, 0.0)
-            dp = dot("hrd,hkd->hrk", do, as_it_is(v)).reshape(p.shape)
+            dp = dot("hrd,hkd->hrk", do, keep_layout(v)).reshape(p.shape)
             ds = p * (dp - row_delta[..., None])
             d_scores = sums.scores
             if derivative is not None:
@@ -95,23 +95,23 @@ def backward(call: Call, lse: Lse, delta: Array, d_out: Array, *, scale: float) 
                 if allowed is not None:
                     ds = jnp.where(allowed, ds, 0.0)
                 d_scores = _add_scores(program, d_scores, d_tiles, start)
-            p, ds = (x.reshape(cut.heads, -1, cut.kv_block) for x in (p, ds))
+            p, ds = (x.reshape(tiling.heads, -1, tiling.kv_block) for x in (p, ds))
             d_value = program.add_to_keys(sums.value, start, dot("hrk,hrd->hkd", p, do))
             d_key = program.add_to_keys(sums.key, start, dot("hrk,hrd->hkd", ds, q))
             return dq + dot("hrk,hkd->hrd", ds, k), _Gradients(d_key, d_value, d_scores)
 
         dq, sums = program.walk(attend, (jnp.zeros_like(q), sums))
-        return sums, dq.reshape(cut.heads, cut.group, cut.q_block, -1).astype(query.dtype)
+        return sums, dq.reshape(tiling.heads, tiling.group, tiling.q_block, -1).astype(query.dtype)
 
     summed = key, value, pointwise.floating(scores)
     zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), summed))
-    sums, d_query = lax.scan(run, zeros, cut.programs())
+    sums, d_query = lax.scan(run, zeros, tiling.programs())
     sums = sums._replace(key=sums.key * scale)
     d_key, d_value, d_scores = jax.tree.map(lambda x, like: x.astype(like.dtype), tuple(sums), summed)
-    return cut.join_queries(d_query), d_key, d_value, d_scores
+    return tiling.join_queries(d_query), d_key, d_value, d_scores
 
 
-def _add_scores(program: Program, sums: Scores, tiles: Scores, start: Array) -> Scores:
+def _add_scores(program: QueryTile, sums: Scores, tiles: Scores, start: Array) -> Scores:
     """Adds the gradients of one block's tiles to those of whole operands, and those of tables to each other."""
 
     def add(x: Array, gradient: Array) -> Array:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.kernels.call import Call
-from pallas_attn.kernels.xla.softmax import Softmax, probabilities
-from pallas_attn.kernels.xla.tiles import Cut, Program
+from pallas_attn.kernels.xla.softmax import SoftmaxState, probabilities
+from pallas_attn.kernels.xla.tiles import QueryTile, Tiling
 
 # KV heads that a step works on, in all lanes together; and how many lanes there are at most.
 _HEADS = 16
@@ -100,29 +100,33 @@ def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tup
     logits are kept.
     """
     query, key, value, block_mask, scores, sinks, _ = call
-    cut = Cut.of(query, key, block_mask)
-    tile, value_dim = (cut.heads, cut.group, cut.q_block), value.shape[-1]
-    rows, width, chunk = cut.batch * cut.list_heads, block_mask.indices.shape[-1], block_mask.block_sizes.chunk
-    num_active = jnp.broadcast_to(block_mask.num_active[..., 0], (cut.batch, cut.list_heads)).reshape(-1)
+    tiling = Tiling.of(query, key, block_mask)
+    tile, value_dim = (tiling.heads, tiling.group, tiling.q_block), value.shape[-1]
+    rows, width, chunk = tiling.batch * tiling.list_heads, block_mask.indices.shape[-1], block_mask.block_sizes.chunk
+    num_active = jnp.broadcast_to(block_mask.num_active[..., 0], (tiling.batch, tiling.list_heads)).reshape(-1)
     # With a fixed chunk the same number whatever the batch: products of another shape may round otherwise.
-    lanes = min(max(1, _HEADS // cut.heads), _LANES)
+    lanes = min(max(1, _HEADS // tiling.heads), _LANES)
     if chunk is None:
         lanes = min(lanes, rows * width)
-    cached = 4 * lanes * cut.heads * cut.kv_block * key.shape[-1] <= _CACHED_BYTES
+    cached = 4 * lanes * tiling.heads * tiling.kv_block * key.shape[-1] <= _CACHED_BYTES
     pieces = _Pieces.of(num_active, lanes, chunk)
     spare = rows + lanes - 1 if chunk is None else rows * -(-width // chunk)
-    q_of_rows = _queries_of_rows(query, cut)
+    q_of_rows = _queries_of_rows(query, tiling)
 
-    def program_of(visit: _Visit) -> Program:
-        return Program(cut, block_mask, scores, (visit.row // cut.list_heads, visit.row % cut.list_heads, jnp.int32(0)))
+    def program_of(visit: _Visit) -> QueryTile:
+        return QueryTile(
+            tiling, block_mask, scores, (visit.row // tiling.list_heads, visit.row % tiling.list_heads, jnp.int32(0))
+        )
 
-    def attend(state: Softmax, visit: _Visit) -> tuple[Softmax, Array]:
+    def attend(state: SoftmaxState, visit: _Visit) -> tuple[SoftmaxState, Array]:
         program = program_of(visit)
-        keys = program.partial_block(visit.slot, visit.live).with_known_mask(not cached)
+        keys = program.partial_block(visit.slot, visit.live).materialize_mask(not cached)
         logits = keys.mask(program.logits(q_of_rows[visit.row], key, keys, scale))
-        return state.where(~visit.fresh).attend(logits, program.values(value, keys), cut.precision), logits
+        return state.where(~visit.fresh).attend(logits, program.values(value, keys), tiling.precision), logits
 
-    def step(n: Array, carry: tuple[Softmax, Softmax, Array | None]) -> tuple[Softmax, Softmax, Array | None]:
+    def step(
+        n: Array, carry: tuple[SoftmaxState, SoftmaxState, Array | None]
+    ) -> tuple[SoftmaxState, SoftmaxState, Array | None]:
         state, parts, kept = carry
         visit = pieces.visit(n, spare)
         state, logits = jax.vmap(attend)(state, visit)
@@ -136,29 +140,29 @@ def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tup
     kept = None
     if return_key_weights:
         steps = -(-rows * width // lanes) + (chunk or 1) - 1
-        kept = jnp.zeros((steps, lanes, *tile, cut.kv_block), jnp.float32)
-    state, parts = (Softmax.empty((n, *tile), value_dim) for n in (lanes, spare + 1))
+        kept = jnp.zeros((steps, lanes, *tile, tiling.kv_block), jnp.float32)
+    state, parts = (SoftmaxState.empty((n, *tile), value_dim) for n in (lanes, spare + 1))
     _, parts, kept = lax.fori_loop(0, pieces.steps, step, (state, parts, kept))
 
-    def merge(n: Array, state: Softmax) -> Softmax:
+    def merge(n: Array, state: SoftmaxState) -> SoftmaxState:
         has_it = (n < pieces.count)[:, None, None, None]
         return state.merge(parts.at(pieces.first + n).where(has_it))
 
-    state = lax.fori_loop(0, pieces.count.max(), merge, Softmax.empty((rows, *tile), value_dim))
-    is_token = jnp.repeat(block_mask.q_positions >= 0, cut.list_heads, axis=0)[:, None, None]
+    state = lax.fori_loop(0, pieces.count.max(), merge, SoftmaxState.empty((rows, *tile), value_dim))
+    is_token = jnp.repeat(block_mask.q_positions >= 0, tiling.list_heads, axis=0)[:, None, None]
     sink = None
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(cut.list_heads, cut.heads, cut.group, 1)
-        sink = jnp.tile(sink, (cut.batch, 1, 1, 1))
+        sink = sinks.astype(jnp.float32).reshape(tiling.list_heads, tiling.heads, tiling.group, 1)
+        sink = jnp.tile(sink, (tiling.batch, 1, 1, 1))
     out, lse = state.finish(jnp.tile(is_token, (rows // is_token.shape[0], 1, 1, 1)), sink)
-    results = cut.join_queries(out.astype(query.dtype)), cut.join_lse(lse)
+    results = tiling.join_queries(out.astype(query.dtype)), tiling.join_lse(lse)
     if kept is None:
         return results
 
     def weigh(logits: Array, visit: _Visit) -> Array:
         """The part ``[heads, kv_block]`` that a block's keys have, all queries together."""
         row = jax.tree.map(lambda x: x[visit.row][..., None], lse)
-        seen = visit.live & (row.peak != -jnp.inf) & (logits != -jnp.inf)  # not >: what is not a number shows
+        seen = visit.live & (row.peak != -jnp.inf) & (logits != -jnp.inf)  # !=, not >, so that NaN propagates
         return jnp.where(seen, probabilities(logits, row), 0.0).sum((1, 2))
 
     def add(n: Array, sums: Array) -> Array:
@@ -170,12 +174,16 @@ def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tup
             sums = program.add_to_keys(sums, program.partial_block(one.slot).start, weights[lane][..., None])
         return sums
 
-    sums = lax.fori_loop(0, pieces.steps, add, jnp.zeros((cut.batch, cut.kv_len, cut.kv_heads, 1), jnp.float32))
-    return *results, sums[..., 0].swapaxes(1, 2) / (cut.q_heads // cut.kv_heads)
+    sums = lax.fori_loop(
+        0, pieces.steps, add, jnp.zeros((tiling.batch, tiling.kv_len, tiling.kv_heads, 1), jnp.float32)
+    )
+    return *results, sums[..., 0].swapaxes(1, 2) / (tiling.q_heads // tiling.kv_heads)
 
 
-def _queries_of_rows(query: Array, cut: Cut) -> Array:
+def _queries_of_rows(query: Array, tiling: Tiling) -> Array:
     """``[B, T, N, D]`` to float32 ``[rows, heads, group * T, D]``."""
     q = query.astype(jnp.float32)
-    q = q.reshape(cut.batch, cut.q_len, cut.list_heads, cut.heads, cut.group, -1)
-    return jnp.moveaxis(q, 1, 4).reshape(cut.batch * cut.list_heads, cut.heads, cut.group * cut.q_len, -1)
+    q = q.reshape(tiling.batch, tiling.q_len, tiling.list_heads, tiling.heads, tiling.group, -1)
+    return jnp.moveaxis(q, 1, 4).reshape(
+        tiling.batch * tiling.list_heads, tiling.heads, tiling.group * tiling.q_len, -1
+    )

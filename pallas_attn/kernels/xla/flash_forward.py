@@ -12,8 +12,8 @@ from jax import Array, lax
 
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
-from pallas_attn.kernels.xla.softmax import Softmax
-from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
+from pallas_attn.kernels.xla.softmax import SoftmaxState
+from pallas_attn.kernels.xla.tiles import KeyBlock, QueryTile, Tiling
 
 
 # jit: outside of jit, too, a call with known shapes compiles nothing.
@@ -21,20 +21,20 @@ from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
 def forward(call: Call, *, scale: float) -> tuple[Array, Lse]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
     query, key, value, block_mask, scores, sinks, _ = call
-    cut = Cut.of(query, key, block_mask)
+    tiling = Tiling.of(query, key, block_mask)
 
     def run(at: tuple[Array, ...]) -> tuple[Array, Lse]:
-        program = Program(cut, block_mask, scores, at)
-        q = program.queries(query).astype(jnp.float32).reshape(cut.heads, cut.group * cut.q_block, -1)
+        program = QueryTile(tiling, block_mask, scores, at)
+        q = program.queries(query).astype(jnp.float32).reshape(tiling.heads, tiling.group * tiling.q_block, -1)
 
-        def attend(state: Softmax, keys: Keys) -> Softmax:
+        def attend(state: SoftmaxState, keys: KeyBlock) -> SoftmaxState:
             logits = keys.mask(program.logits(q, key, keys, scale))
-            return state.attend(logits, program.values(value, keys), cut.precision)
+            return state.attend(logits, program.values(value, keys), tiling.precision)
 
-        state = Softmax.empty((cut.heads, cut.group, cut.q_block), value.shape[-1])
+        state = SoftmaxState.empty((tiling.heads, tiling.group, tiling.q_block), value.shape[-1])
         state = program.walk(attend, state)
         sink = None if sinks is None else program.heads(sinks.astype(jnp.float32))[..., None]
         return state.finish(program.is_token, sink)
 
-    out, lse = lax.map(run, cut.programs())
-    return cut.join_queries(out.astype(query.dtype)), cut.join_lse(lse)
+    out, lse = lax.map(run, tiling.programs())
+    return tiling.join_queries(out.astype(query.dtype)), tiling.join_lse(lse)

@@ -9,30 +9,30 @@ from jax import Array, lax
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.xla.softmax import probabilities
-from pallas_attn.kernels.xla.tiles import Cut, Keys, Program
+from pallas_attn.kernels.xla.tiles import KeyBlock, QueryTile, Tiling
 
 
 @functools.partial(jax.jit, static_argnames=("scale",))
 def key_weights(call: Call, lse: Lse, *, scale: float) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     query, key, _, block_mask, scores, *_ = call
-    cut = Cut.of(query, key, block_mask)
+    tiling = Tiling.of(query, key, block_mask)
     lse = jax.tree.map(lambda x: x.swapaxes(1, 2), lse)  # [B, T, N], as the queries
 
     def run(sums: Array, at: tuple[Array, ...]) -> tuple[Array, None]:
-        program = Program(cut, block_mask, scores, at)
-        q = program.queries(query).astype(jnp.float32).reshape(cut.heads, cut.group * cut.q_block, -1)
+        program = QueryTile(tiling, block_mask, scores, at)
+        q = program.queries(query).astype(jnp.float32).reshape(tiling.heads, tiling.group * tiling.q_block, -1)
         row_lse = jax.tree.map(lambda x: program.queries(x)[..., None], lse)
-        counts = program.is_own[..., None] & (row_lse.peak != -jnp.inf)  # not >: what is not a number shows
+        q_valid = program.is_own[..., None] & (row_lse.peak != -jnp.inf)  # !=, not >, so that NaN propagates
 
-        def add(sums: Array, keys: Keys) -> Array:
+        def add(sums: Array, keys: KeyBlock) -> Array:
             logits = program.logits(q, key, keys, scale)
-            seen = counts if keys.allowed is None else counts & keys.allowed
+            seen = q_valid if keys.allowed is None else q_valid & keys.allowed
             weights = jnp.where(seen, probabilities(logits, row_lse), 0.0)
             return program.add_to_keys(sums, keys.start, weights.sum((1, 2))[..., None])
 
         return program.walk(add, sums), None
 
-    zeros = jnp.zeros((cut.batch, cut.kv_len, cut.kv_heads, 1), jnp.float32)
-    sums, _ = lax.scan(run, zeros, cut.programs())
-    return sums[..., 0].swapaxes(1, 2) / (cut.q_heads // cut.kv_heads)
+    zeros = jnp.zeros((tiling.batch, tiling.kv_len, tiling.kv_heads, 1), jnp.float32)
+    sums, _ = lax.scan(run, zeros, tiling.programs())
+    return sums[..., 0].swapaxes(1, 2) / (tiling.q_heads // tiling.kv_heads)

@@ -17,27 +17,27 @@ def probabilities(logits: Array, lse: Lse) -> Array:
     return jnp.exp(jnp.minimum(logits - lse.peak, 0.0) - lse.log_total)
 
 
-class Softmax(NamedTuple):
-    """What some keys give to queries ``[...]``: largest logit, sum of weights, half the sum of values; float32."""
+class SoftmaxState(NamedTuple):
+    """The partial online-softmax state of queries ``[...]``, float32; ``acc`` is half the weighted sum of values."""
 
     peak: Array  # [...]
     total: Array  # [...]
     acc: Array  # [..., Dv]
 
     @staticmethod
-    def empty(shape: tuple[int, ...], value_dim: int) -> "Softmax":
-        """What no key gives."""
+    def empty(shape: tuple[int, ...], value_dim: int) -> "SoftmaxState":
+        """The state before the first key."""
         acc = jnp.zeros((*shape, value_dim), jnp.float32)
-        return Softmax(jnp.full(shape, _LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32), acc)
+        return SoftmaxState(jnp.full(shape, _LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32), acc)
 
-    def at(self, index: Array | int) -> "Softmax":
+    def at(self, index: Array | int) -> "SoftmaxState":
         """That of one entry of the first axis."""
         return jax.tree.map(lambda x: x[index], self)
 
-    def where(self, kept: Array) -> "Softmax":
-        """What no key gives, except where ``kept``, bool ``[...]``."""
-        nothing = Softmax.empty(self.peak.shape, self.acc.shape[-1])
-        return Softmax(
+    def where(self, kept: Array) -> "SoftmaxState":
+        """Reset to the state before the first key, except where ``kept``, bool ``[...]``."""
+        nothing = SoftmaxState.empty(self.peak.shape, self.acc.shape[-1])
+        return SoftmaxState(
             jnp.where(kept, self.peak, nothing.peak),
             jnp.where(kept, self.total, nothing.total),
             jnp.where(kept[..., None], self.acc, nothing.acc),
@@ -48,20 +48,20 @@ class Softmax(NamedTuple):
         peak = jnp.maximum(self.peak, logits.max(-1))
         return peak, jnp.exp(self.peak - peak), jnp.exp(logits - peak[..., None])
 
-    def attend(self, logits: Array, value: Array, precision: lax.Precision) -> "Softmax":
+    def attend(self, logits: Array, value: Array, precision: lax.Precision) -> "SoftmaxState":
         """What came before, and keys of logits ``[heads, group, T, keys]`` and halved values ``[heads, keys, Dv]``."""
         peak, decay, weights = self.weigh(logits)
         total = self.total * decay + weights.sum(-1)
         heads, *_, keys = weights.shape
         update = jnp.einsum("hrk,hkd->hrd", weights.reshape(heads, -1, keys), value, precision=precision)
-        return Softmax(peak, total, self.acc * decay[..., None] + update.reshape(self.acc.shape))
+        return SoftmaxState(peak, total, self.acc * decay[..., None] + update.reshape(self.acc.shape))
 
-    def merge(self, other: "Softmax") -> "Softmax":
-        """What the keys of both give."""
+    def merge(self, other: "SoftmaxState") -> "SoftmaxState":
+        """The state after the keys of both."""
         peak = jnp.maximum(self.peak, other.peak)
         mine, theirs = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
         total = self.total * mine + other.total * theirs
-        return Softmax(peak, total, self.acc * mine[..., None] + other.acc * theirs[..., None])
+        return SoftmaxState(peak, total, self.acc * mine[..., None] + other.acc * theirs[..., None])
 
     def finish(self, is_token: Array, sink: Array | None) -> tuple[Array, Lse]:
         """``(out, lse)``, normalised. A query that is padding, or that sees nothing, gets 0 and -inf.
@@ -75,7 +75,7 @@ class Softmax(NamedTuple):
             peak = jnp.maximum(self.peak, sink)
             decay = jnp.exp(self.peak - peak)
             total, acc = total * decay + jnp.exp(sink - peak), acc * decay[..., None]
-        seen = (total != 0) & is_token  # not > 0: what is not a number shows
+        seen = (total != 0) & is_token  # !=, not >, so that NaN propagates
         total = jnp.where(seen, total, 1.0)
         out = jnp.where(seen[..., None], 2.0 * acc / total[..., None], 0.0)
         return out, Lse(jnp.where(seen, peak, -jnp.inf), jnp.log(total))

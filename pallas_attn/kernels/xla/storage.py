@@ -18,7 +18,7 @@ from pallas_attn.quantized import QuantizedArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PagedArray:
-    """Keys in pages: key ``s`` of row ``b`` lies in page ``table[b, s // page]`` at ``s % page``.
+    """KeyBlock in pages: key ``s`` of row ``b`` lies in page ``table[b, s // page]`` at ``s % page``.
 
     Attributes:
       pool: ``[P, page, K, D]``.

@@ -38,7 +38,7 @@ ZERO = np.int32(0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Tiling:
     """The static shape of a call."""
 
     batch: int
@@ -53,7 +53,7 @@ class Cut:
     precision: lax.Precision  # of products; a CPU has but one
 
     @classmethod
-    def of(cls, query: Array, key: Stored, block_mask: BlockMask) -> "Cut":
+    def of(cls, query: Array, key: Stored, block_mask: BlockMask) -> "Tiling":
         (batch, q_len, q_heads, _), (_, kv_len, kv_heads, _) = query.shape, key.shape
         _, list_heads, q_blocks = block_mask.num_full.shape
         q_block, kv_block = min(block_mask.q_block, q_len), min(block_mask.kv_block, kv_len)
@@ -95,7 +95,7 @@ class Cut:
         return jax.tree.map(lambda x: self.join_queries(x).swapaxes(1, 2), tiles)
 
 
-def as_it_is(keys: Array) -> Array:
+def keep_layout(keys: Array) -> Array:
     """Key tiles ``[..., kv_block, D]`` for a product over D: else XLA on a CPU copies them as ``[..., D, kv_block]``.
 
     That copy takes longer than the product.
@@ -103,7 +103,7 @@ def as_it_is(keys: Array) -> Array:
     return lax.optimization_barrier(keys)
 
 
-class Keys(NamedTuple):
+class KeyBlock(NamedTuple):
     """One KV block of a program.
 
     Attributes:
@@ -118,13 +118,13 @@ class Keys(NamedTuple):
     real: Array | None
     allowed: Array | None
 
-    def with_known_mask(self, before_keys: bool) -> "Keys":
+    def materialize_mask(self, before_keys: bool) -> "KeyBlock":
         """The same, with the mask in memory: else XLA on a CPU evaluates it again for every column of the values.
 
         ``before_keys``: it is known before keys are read. XLA then reads values next to keys, else after their product.
         """
         if before_keys:
-            return Keys(*lax.optimization_barrier(tuple(self)))
+            return KeyBlock(*lax.optimization_barrier(tuple(self)))
         real, allowed = lax.optimization_barrier((self.real, self.allowed))
         return self._replace(real=real, allowed=allowed)
 
@@ -133,57 +133,57 @@ class Keys(NamedTuple):
         return logits if self.allowed is None else jnp.where(self.allowed, logits, -jnp.inf)
 
 
-class Program:
+class QueryTile:
     """What one program knows: its coordinates, its lists, and how to read its tiles."""
 
-    def __init__(self, cut: Cut, block_mask: BlockMask, scores: Scores, at: tuple[Array, ...]):
-        self._cut, self._block_mask, self._scores = cut, block_mask, scores
+    def __init__(self, tiling: Tiling, block_mask: BlockMask, scores: Scores, at: tuple[Array, ...]):
+        self._tiling, self._block_mask, self._scores = tiling, block_mask, scores
         self._b, self._m, i = at
-        self._q_start = jnp.minimum(i * cut.q_block, cut.q_len - cut.q_block)
-        self._kv_head = self._m * cut.kv_heads // cut.list_heads
+        self._q_start = jnp.minimum(i * tiling.q_block, tiling.q_len - tiling.q_block)
+        self._kv_head = self._m * tiling.kv_heads // tiling.list_heads
         row = (self._b if block_mask.num_full.shape[0] > 1 else ZERO, self._m, i)
         self.num_full, self.num_active = block_mask.num_full[row], block_mask.num_active[row]
         self._indices = block_mask.indices[row]
         self._q_positions = self._tile(block_mask.q_positions[:, None, :, None])  # [q_block, 1]
         # bool [1, 1, q_block]: the query is a token, and no earlier program has it too.
-        self.is_token = (self._q_positions >= 0).reshape(1, 1, cut.q_block)
+        self.is_token = (self._q_positions >= 0).reshape(1, 1, tiling.q_block)
         self.is_own = self.is_token & (
-            self._q_start + jnp.arange(cut.q_block, dtype=jnp.int32)[None, None] >= i * cut.q_block
+            self._q_start + jnp.arange(tiling.q_block, dtype=jnp.int32)[None, None] >= i * tiling.q_block
         )
 
     def queries(self, x: Array) -> Array:
         """The tile ``[heads, group, q_block, ...]`` of ``[B, T, N, ...]``."""
-        cut = self._cut
-        x = x.reshape(*x.shape[:2], cut.list_heads, cut.heads, cut.group, *x.shape[3:])
+        tiling = self._tiling
+        x = x.reshape(*x.shape[:2], tiling.list_heads, tiling.heads, tiling.group, *x.shape[3:])
         at = (self._b, self._q_start, self._m, *(ZERO,) * (x.ndim - 3))
-        tile = lax.dynamic_slice(x, at, (1, cut.q_block, 1, *x.shape[3:]))[0, :, 0]
+        tile = lax.dynamic_slice(x, at, (1, tiling.q_block, 1, *x.shape[3:]))[0, :, 0]
         return jnp.moveaxis(tile, 0, 2)
 
     def heads(self, x: Array) -> Array:
         """The entries ``[heads, group]`` of ``[N]``."""
-        return x.reshape(self._cut.list_heads, self._cut.heads, self._cut.group)[self._m]
+        return x.reshape(self._tiling.list_heads, self._tiling.heads, self._tiling.group)[self._m]
 
-    def walk(self, visit: Callable[[Carry, "Keys"], Carry], carry: Carry) -> Carry:
+    def walk(self, visit: Callable[[Carry, "KeyBlock"], Carry], carry: Carry) -> Carry:
         """Visits the full blocks of the list, then the partial ones."""
         carry = lax.fori_loop(0, self.num_full, lambda slot, carry: visit(carry, self._full_block(slot)), carry)
         return lax.fori_loop(
             self.num_full, self.num_active, lambda slot, carry: visit(carry, self.partial_block(slot)), carry
         )
 
-    def _full_block(self, slot: Array) -> "Keys":
+    def _full_block(self, slot: Array) -> "KeyBlock":
         start = self._first_key(slot)
-        return Keys(start, self._key_positions(start), None, None)
+        return KeyBlock(start, self._key_positions(start), None, None)
 
-    def partial_block(self, slot: Array, exists: Array | bool = True) -> "Keys":
+    def partial_block(self, slot: Array, exists: Array | bool = True) -> "KeyBlock":
         """The block in a slot of the list, which may reach beyond the end; without a key unless it ``exists``."""
         first = self._first_key(slot)
-        start = jnp.minimum(first, self._cut.kv_len - self._cut.kv_block)
+        start = jnp.minimum(first, self._tiling.kv_len - self._tiling.kv_block)
         positions = self._key_positions(start)
-        real = (positions[0] >= 0) & (start + jnp.arange(self._cut.kv_block, dtype=jnp.int32) >= first) & exists
-        return Keys(start, positions, real, self._allowed(start, positions, real))
+        real = (positions[0] >= 0) & (start + jnp.arange(self._tiling.kv_block, dtype=jnp.int32) >= first) & exists
+        return KeyBlock(start, positions, real, self._allowed(start, positions, real))
 
     def _first_key(self, slot: Array) -> Array:
-        return self._indices[slot] * self._cut.kv_block
+        return self._indices[slot] * self._tiling.kv_block
 
     def _key_positions(self, start: Array) -> Array:
         return self._tile(self._block_mask.kv_positions[:, :, None, :], start)
@@ -192,17 +192,17 @@ class Program:
         """The float32 tile ``[heads, kv_block, D]`` of ``[B, S, K, D]``, times a factor."""
 
         def head(h: Array) -> Array:
-            return storage.read(x, self._b, start, h, self._cut.kv_block, 1)[:, 0]
+            return storage.read(x, self._b, start, h, self._tiling.kv_block, 1)[:, 0]
 
-        return jax.vmap(head)(self._kv_head + jnp.arange(self._cut.heads, dtype=jnp.int32)) * factor
+        return jax.vmap(head)(self._kv_head + jnp.arange(self._tiling.heads, dtype=jnp.int32)) * factor
 
-    def values(self, x: Stored, keys: "Keys") -> Array:
+    def values(self, x: Stored, keys: "KeyBlock") -> Array:
         """Half of the values of a block ``[heads, kv_block, Dv]``, and 0 where there is no key."""
         tile = self.keys(x, keys.start, HALF)
         # An empty slot may hold anything, NaN included, and 0 * NaN is NaN.
         return tile if keys.real is None else jnp.where(keys.real[:, None], tile, 0.0)
 
-    def logits(self, q: Array, key: Stored, keys: "Keys", scale: float) -> Array:
+    def logits(self, q: Array, key: Stored, keys: "KeyBlock", scale: float) -> Array:
         """``[heads, group, q_block, kv_block]``, scores applied, of float32 queries ``[heads, group * q_block, D]``."""
         products = self.products(q, self.keys(key, keys.start, scale))
         if not self._scores:
@@ -214,13 +214,13 @@ class Program:
 
         Both passes take their products from here, of the same factors: large ones must round to the same numbers.
         """
-        cut, k = self._cut, as_it_is(k)
+        tiling, k = self._tiling, keep_layout(k)
         # XLA on a CPU turns the right-hand side over: better the smaller one.
         if q.shape[1] < k.shape[1]:
-            logits = jnp.einsum("hkd,hrd->hkr", k, q, precision=cut.precision).swapaxes(1, 2)
+            logits = jnp.einsum("hkd,hrd->hkr", k, q, precision=tiling.precision).swapaxes(1, 2)
         else:
-            logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=cut.precision)
-        return logits.reshape(cut.heads, cut.group, cut.q_block, cut.kv_block)
+            logits = jnp.einsum("hrd,hkd->hrk", q, k, precision=tiling.precision)
+        return logits.reshape(tiling.heads, tiling.group, tiling.q_block, tiling.kv_block)
 
     def add_to_keys(self, x: Array, start: Array, tile: Array) -> Array:
         """Adds a tile ``[heads, kv_block, D]`` to its place in float32 ``[B, S, K, D]``."""
@@ -230,11 +230,11 @@ class Program:
     def _allowed(self, start: Array, kv_positions: Array, real: Array) -> Array:
         mask = pointwise.map_operands(lambda x: self._tile(x, start), self._block_mask.mask)
         allowed = mask.allowed(self._q_positions, kv_positions) & real[None]
-        return jnp.broadcast_to(allowed, (1, 1, self._cut.q_block, self._cut.kv_block))
+        return jnp.broadcast_to(allowed, (1, 1, self._tiling.q_block, self._tiling.kv_block))
 
     def score(self, logits: Array, kv_positions: Array, operands: Scores) -> Array:
         """Applies the scores to logits ``[heads, group, q_block, kv_block]``, given their tiles of this block."""
-        heads = self.heads(jnp.arange(self._cut.q_heads, dtype=jnp.int32))[..., None, None]
+        heads = self.heads(jnp.arange(self._tiling.q_heads, dtype=jnp.int32))[..., None, None]
         positions = self._q_positions[None, None], kv_positions[None, None]
         return score_algebra.apply(operands, logits, *positions, heads, self._b)
 
@@ -247,10 +247,10 @@ class Program:
 
     def _score_place(self, x: Array, start: Array) -> tuple[tuple, tuple[int, ...], tuple[int, ...]]:
         """Of an operand: where its tile begins, the shape of the split operand, and that of the tile."""
-        cut = self._cut
-        heads = (1, 1, 1) if x.shape[1] == 1 else (cut.list_heads, cut.heads, cut.group)
+        tiling = self._tiling
+        heads = (1, 1, 1) if x.shape[1] == 1 else (tiling.list_heads, tiling.heads, tiling.group)
         split = (x.shape[0], *heads, *x.shape[2:])
-        tile = (1, 1, *heads[1:], min(cut.q_block, x.shape[2]), min(cut.kv_block, x.shape[3]))
+        tile = (1, 1, *heads[1:], min(tiling.q_block, x.shape[2]), min(tiling.kv_block, x.shape[3]))
         at = (self._b, self._m, ZERO, ZERO, self._q_start, start)
         return tuple(place if size > 1 else ZERO for place, size in zip(at, split, strict=True)), split, tile
 
@@ -267,8 +267,8 @@ class Program:
 
     def _tile(self, x: Array, start: Array | np.int32 = ZERO) -> Array:
         """``[q_block|1, kv_block|1]`` of an operand ``[B|1, M|1, T|1, S|1]``; an axis of size 1 is shared."""
-        cut = self._cut
-        at = (self._b, self._m * x.shape[1] // cut.list_heads, self._q_start, start)
+        tiling = self._tiling
+        at = (self._b, self._m * x.shape[1] // tiling.list_heads, self._q_start, start)
         at = tuple(place if size > 1 else ZERO for place, size in zip(at, x.shape, strict=True))
-        size = (1, 1, min(cut.q_block, x.shape[2]), min(cut.kv_block, x.shape[3]))
+        size = (1, 1, min(tiling.q_block, x.shape[2]), min(tiling.kv_block, x.shape[3]))
         return lax.dynamic_slice(x, at, size)[0, 0]
