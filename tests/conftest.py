@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import pallas_attn as pa
+from tests import default_suite
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,8 +45,12 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by marks
 def pytest_collection_modifyitems(items):
-    """On a machine without a GPU, says why the tests of compiled kernels are skipped."""
+    """Marks what the default suite leaves out, and, without a GPU, the tests of compiled kernels as skipped."""
+    for item in default_suite.left_out(items):
+        item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.matrix)
     reason = pa.implementations()["triton"]
     if reason is None:
         return

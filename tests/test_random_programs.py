@@ -66,7 +66,7 @@ def quickly_compiled():
 @pytest.mark.parametrize(
     ("implementation", "examples"),
     [
-        ("xla", 15),
+        ("xla", 4),
         pytest.param("xla", 500, marks=pytest.mark.slow),
         pytest.param("interpreted", 60, marks=pytest.mark.slow),
         pytest.param("triton", 100, marks=[pytest.mark.gpu, pytest.mark.slow]),

@@ -89,9 +89,12 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=150)
-@given(st.lists(steps, min_size=1, max_size=12))
-def test_any_program_leaves_what_a_list_would_hold(program):
+@pytest.mark.parametrize("examples", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_any_program_leaves_what_a_list_would_hold(examples):
+    settings(max_examples=examples)(given(st.lists(steps, min_size=1, max_size=12))(run_program))()
+
+
+def run_program(program):
     cache, model = empty(), Model()
     for seed, (name, argument) in enumerate(program):
         if name == "append":
