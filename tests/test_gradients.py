@@ -34,6 +34,7 @@ from tests.attention_check import (
     segments,
 )
 from tests.gradient_check import Case, backward_blocks, check, implementations, normal
+from tests.marks import default_emitters
 from tests.oracle import positions
 
 # Each thing once, at small odd sizes.
@@ -161,6 +162,7 @@ def test_the_same_call_gives_the_same_bits(implementation):
             assert_same_bits(program(*inputs), expected)
 
 
+@default_emitters
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_bit(side):
     """A block of padding before or after everything."""
