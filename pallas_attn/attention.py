@@ -308,7 +308,7 @@ def _choose(
             implementation=name,
             head_dim=max(head_dim, value_dim),
             dtype=query.dtype,
-            fine=mask.is_fine(),
+            fine=mask.has_fine_edges(),
         )
         spec = CallSpec(
             head_dim,

@@ -312,7 +312,7 @@ def test_it_prints_as_a_picture():
         "      4 ██▒·",
         "      6 ███▒",
         "█ full  ▒ partial  · empty",
-        "a character is 2 queries x 2 keys",
+        "one character = 2 queries x 2 keys",
     ]
 
 

@@ -418,7 +418,7 @@ REFUSED_SCORES = {
     ),
     "a row": (
         *(lambda s, q, k, h, p: s * TABLE, ValueError),
-        r"expected a floating-point logit for a pair, got an array of shape \(4,\)",
+        r"expected a floating-point logit per pair, got an array of shape \(4,\)",
     ),
     "a NumPy array": (lambda s, q, k, h, p: s * NUMPY[h], TypeError, "expected jax.numpy .* got a NumPy array"),
     "sorted rows": (lambda s, q, k, h, p: s + jnp.sort(TABLE + s)[k], NotImplementedError, "elementwise .* got sort"),
@@ -440,7 +440,7 @@ REFUSED_SCORES = {
     ),
     "batch too early": (
         *(lambda s, batch, h, q, k: s, TypeError),
-        r"expected \(logit, .*, params\), and batch after these .* got \(s, batch, h, q, k\)",
+        r"expected \(logit, .*, params\) and optionally batch after these, got \(s, batch, h, q, k\)",
     ),
 }
 REFUSED_MASKS = {
@@ -450,7 +450,7 @@ REFUSED_MASKS = {
     "a row": (
         lambda q, k: q == jnp.arange(4),
         ValueError,
-        r"expected a boolean for a pair, got an array of shape \(4,\)",
+        r"expected a boolean per pair, got an array of shape \(4,\)",
     ),
     "sorted": (lambda q, k: jnp.sort(TABLE * q.astype(jnp.float32))[k] > 0, NotImplementedError, "got sort"),
 }
@@ -490,8 +490,8 @@ def test_what_a_function_raises_itself_passes_through():
             ValueError,
             "expected floating-point numbers, got dtype complex64",
         ),
-        (np.array([2**31]), ValueError, "expected integers that 32 bits hold, got 2147483648"),
-        ([1, -(2**40)], ValueError, "expected integers that 32 bits hold, got -1099511627776"),
+        (np.array([2**31]), ValueError, "expected integers that fit in 32 bits, got 2147483648"),
+        ([1, -(2**40)], ValueError, "expected integers that fit in 32 bits, got -1099511627776"),
     ],
 )
 def test_parameters_of_another_kind(params, error, message):

@@ -425,9 +425,9 @@ def test_scores_of_the_wrong_kind_are_refused_at_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mask": jnp.ones((B, 1, T, S + 1))}, r"mask: expected what broadcasts to \[2, 4, 9, 12\]"),
-        ({"mask": jnp.ones((1, B, 1, T, S))}, r"mask: expected what broadcasts to"),
-        ({"bias": jnp.ones((B, K, T, S))}, r"bias: expected what broadcasts to"),
+        ({"mask": jnp.ones((B, 1, T, S + 1))}, r"mask: expected a shape that broadcasts to \[2, 4, 9, 12\]"),
+        ({"mask": jnp.ones((1, B, 1, T, S))}, r"mask: expected a shape that broadcasts to"),
+        ({"bias": jnp.ones((B, K, T, S))}, r"bias: expected a shape that broadcasts to"),
         ({"value": KEY[:1]}, r"value: expected the batch axes of query, \[2\], got \[1\]"),
         ({"key": KEY[0]}, r"key: expected the batch axes of query, \[2\], got \[\]"),
     ],

@@ -98,7 +98,7 @@ def test_a_start_that_does_not_fit():
         pa.masks.tree(TREES, start=np.zeros(2))
     with pytest.raises(ValueError, match=r"tree: start: expected rank 1, got shape \(\)"):
         pa.masks.tree(TREES, start=np.int32(3))
-    with pytest.raises(ValueError, match=r"tree: start: expected \[2\], as ancestors, got \[3\]"):
+    with pytest.raises(ValueError, match=r"tree: start: expected \[2\], the batch size of ancestors, got \[3\]"):
         pa.masks.tree(TREES, start=np.zeros(3, np.int32))
 
 

@@ -102,7 +102,7 @@ def old_tokens(policy, storage, dtype) -> KVCache:
 
 
 def with_buffers(cache: KVCache, buffers) -> KVCache:
-    key, value = bits.hold_with_derivatives(buffers)
+    key, value = bits.pack_with_derivatives(buffers)
     return dataclasses.replace(cache, key=key, value=value)
 
 
@@ -442,7 +442,7 @@ def test_rounding_has_no_gradient_and_says_so(kind):
         lambda x: quantize(x).scales.sum(),
         lambda x: x.sum() + quantize(x).scales.sum(),
     ):
-        with pytest.raises(NotImplementedError, match=r"^QuantizedArray\.quantize has no gradient, for it rounds"):
+        with pytest.raises(NotImplementedError, match=r"^QuantizedArray\.quantize has no gradient, because it rounds"):
             jax.make_jaxpr(jax.grad(loss))(x)
         assert not jax.grad(lambda x: loss(jax.lax.stop_gradient(x)))(x).any()  # noqa: B023
     quantized = quantize(x)
@@ -453,9 +453,9 @@ def test_rounding_has_no_gradient_and_says_so(kind):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_what_is_held_without_derivatives_says_so(dtype):
     cache = empty(Dense(), dtype=dtype)
-    if not bits.is_held(cache.key):
+    if not bits.is_packed(cache.key):
         pytest.skip(f"{dtype} is held as it is here")
-    held = bits.hold(cache)
+    held = bits.pack(cache)
     key = numbers(dtype, dtype)[1][:, :T]
     new = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
 
@@ -463,8 +463,8 @@ def test_what_is_held_without_derivatives_says_so(dtype):
         return cache.append(key, key, new).view().key.astype(jnp.float32).sum()
 
     assert jax.grad(loss, 1)(cache, key).any()
-    with pytest.raises(NotImplementedError, match=r"^what is held as integers .* has no gradient"):
+    with pytest.raises(NotImplementedError, match=r"^a packed array .* has no gradient"):
         jax.grad(loss, 1)(held, key)
-    with pytest.raises(NotImplementedError, match=r"^what is held as integers .* has no gradient"):
-        jax.grad(lambda key: loss(bits.hold(cache.append(key, key, new)), jax.lax.stop_gradient(key)))(key)
+    with pytest.raises(NotImplementedError, match=r"^a packed array .* has no gradient"):
+        jax.grad(lambda key: loss(bits.pack(cache.append(key, key, new)), jax.lax.stop_gradient(key)))(key)
     assert not jax.grad(lambda key: loss(held, jax.lax.stop_gradient(key)))(key).astype(jnp.float32).any()

@@ -207,7 +207,7 @@ BAD = {
     ),
     "a capacity that is no page": (
         lambda: empty(capacity=24).view(ROWS),
-        *(ValueError, "rows: expected None, for pages are multiples of 16 slots, got capacity 24"),
+        *(ValueError, "rows: expected None, or a capacity that is a multiple of 16, got capacity 24"),
     ),
     "sources, bool": (lambda: empty().copy_rows(ROWS == 1, ROWS, 1), ValueError, r"sources: .* got bool \[2\]"),
     "targets, fewer": (lambda: empty().copy_rows(ROWS, ROWS[:1], 1), ValueError, r"targets: .* got int32 \[1\]"),

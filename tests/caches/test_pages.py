@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cache_models import NearTieError, Row
 
 import pallas_attn as pa
 from pallas_attn.caches import H2O, Dense, Int8, Paged, Window
 from tests import cache_models
+from tests.cache_models import NearTieError, Row
 
 B, CAPACITY, PAGE, K, D = 3, 48, 16, 2, 2
 CHUNKS = (1, 20)
