@@ -77,9 +77,9 @@ def test_table_of_bytes():
 
 
 class SnapKV(cache_models.HeavyHitters):
-    """The score of a token is the most that it or one of its neighbours got from the last queries that there were."""
+    """The score of a token is the most that it or one of its neighbors got from the last queries that there were."""
 
-    neighbours = 1
+    neighbors = 1
 
     def observe(self, key_weights):
         for slots, weights in zip(self.slots, key_weights, strict=True):
@@ -88,12 +88,12 @@ class SnapKV(cache_models.HeavyHitters):
             if not any(got):
                 continue
             for i, (_, slot) in enumerate(in_order):
-                slots[slot].score = max(got[max(i - self.neighbours, 0) : i + self.neighbours + 1])
+                slots[slot].score = max(got[max(i - self.neighbors, 0) : i + self.neighbors + 1])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_snapkv_keeps_what_a_loop_over_tokens_would_keep(names, normalize):
-    policy = names["SnapKV"](3, normalize, neighbours=1)
+    policy = names["SnapKV"](3, normalize, neighbors=1)
     sizes = {"batch_size": B, "capacity": CAPACITY, "kv_heads": K, "head_dim": D}
     cache = pa.caches.init(policy, **sizes, dtype="float32")
     rows = [SnapKV(CAPACITY, K, 3, normalize) for _ in range(B)]
