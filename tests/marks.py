@@ -1,4 +1,4 @@
-"""Parameters of tests of which some are for ``-m slow`` alone."""
+"""Test parameters, some of which run only with ``-m slow``."""
 
 from collections.abc import Iterable
 
