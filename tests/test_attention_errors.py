@@ -41,7 +41,7 @@ def assert_explains(error: pytest.ExceptionInfo, argument: str, came: str) -> No
     assert came in after.split(", got ", 1)[1], f"does not say what came: {message}"
 
 
-# What is changed of a good call -> (exception, argument named, what came).
+# Changes to a valid call -> (exception, name of the argument, what the message says it got).
 BAD_CALLS = {
     # Arrays.
     "query, a list": ({"query": [[1.0]]}, TypeError, "query", "list"),
@@ -115,7 +115,7 @@ BAD_CALLS = {
     "kv_positions, another S, per head": ({"kv_positions": int32(B, K, T)}, ValueError, "kv_positions", "(2, 2, 5)"),
     "kv_positions, another batch": ({"kv_positions": int32(3, S)}, ValueError, "kv_positions", "(3, 7)"),
     "kv_positions, query heads": ({"kv_positions": int32(B, N, S)}, ValueError, "kv_positions", "(2, 4, 7)"),
-    # A BlockMask carries its own.
+    # A BlockMask has its own positions.
     "BlockMask and q_positions": (
         {"mask": BLOCK_MASK, "q_positions": int32(B, T)},
         ValueError,
@@ -174,7 +174,7 @@ def test_a_call_that_does_not_fit(name, compilations):
 
 
 def test_the_good_call_is_good():
-    """Else the bad ones would prove nothing."""
+    """Otherwise the invalid calls would prove nothing."""
     assert pa.attention(**GOOD, mask=MASK).shape == (B, T, N, D)
 
 
@@ -294,7 +294,7 @@ QUANTIZED_CALL = {
     "scores": pa.scores.bias(array(1, 1, T, S)),
     "sinks": array(N),
 }
-# The one argument that is differentiated: floats of a call with quantised keys or values.
+# The differentiated argument: floats in a call with quantized keys or values.
 DIFFERENTIATED = {
     "query": ("query", QUANTIZED_CALL),
     "scales of keys": ("key", {**QUANTIZED_CALL, "value": array(B, S, K, D)}),
@@ -382,7 +382,7 @@ def test_a_named_implementation_that_cannot_run_here_says_why(compilations):
     assert not compilations
 
 
-# Masks, BlockMask and BlockSizes: (call, exception, argument named, what came).
+# Masks, BlockMask and BlockSizes: (call, exception, name of the argument, what the message says it got).
 BAD_PARTS = {
     "sliding_window, float": (lambda: pa.masks.sliding_window(2.0), TypeError, "left", "float"),
     "sliding_window, bool": (lambda: pa.masks.sliding_window(True), TypeError, "left", "bool"),

@@ -1,4 +1,4 @@
-"""A BlockMask as text and as a picture: nothing that is there is lost, and what is drawn is what the lists say."""
+"""A BlockMask as text and as a picture: complete, and in agreement with the lists."""
 
 import builtins
 import re
@@ -28,16 +28,16 @@ def build(mask: oracle.Mask, q_positions, kv_positions, q_block=4, kv_block=4) -
 
 
 def of_classes(classes: np.ndarray) -> pa.BlockMask:
-    """With just these classes, in blocks of 2 x 2."""
+    """A BlockMask with these classes, in blocks of 2 x 2."""
     wanted = np.kron(classes > 0, np.ones((2, 2), bool))
-    wanted[::2, ::2] &= classes == FULL  # of a partial block, one pair is missing
+    wanted[::2, ::2] &= classes == FULL  # a partial block misses one pair
     bm = build(oracle.dense(wanted[None, None]), *wanted.shape, 2, 2)
     np.testing.assert_array_equal(bm.bitmap()[0, 0], classes)
     return bm
 
 
 def shown_grids(text: str) -> list[tuple[list[int], np.ndarray]]:
-    """Of each grid in a text: the first query of each row, and the classes of its characters."""
+    """For each grid in a text: the first query of each row, and the classes of its characters."""
     found, rows = [], []
     for line in [*text.splitlines(), ""]:
         if match := re.fullmatch(r" *(\d+) ([·▒█]+)", line):
@@ -133,9 +133,9 @@ def test_a_single_block_shows_at_any_scale(wanted):
 
 
 def colors(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """The color in the middle of each cell of a PNG whose grid has so many rows and columns."""
+    """The color in the middle of each cell of a PNG whose grid has the given rows and columns."""
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
-    # Lines of pixels across the grid hold much more ink than lines through text.
+    # Lines of pixels across the grid have much more ink than lines through text.
     ink = (pixels < 250).any(-1)
     rows, columns = (np.flatnonzero(x > 0.8 * x.max()) for x in (ink.mean(1), ink.mean(0)))
     top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
@@ -187,7 +187,7 @@ def test_the_chosen_row_and_head_are_drawn(tmp_path):
 
 
 def svg_text(bm: pa.BlockMask, path: Path, **options) -> str:
-    """What is written in an SVG: matplotlib notes each text beside its outlines."""
+    """The texts of an SVG: matplotlib adds each as a comment beside its outlines."""
     pa.save_picture(bm, path, **options)
     return "\n".join(re.findall(r"<!-- (.*?) -->", path.read_text()))
 
@@ -211,7 +211,7 @@ def test_a_picture_says_what_it_shows(tmp_path):
 def test_padding_is_hatched_and_the_rest_is_not(tmp_path):
     bm = build(oracle.full(), positions(8, right=4)[None], positions(8, left=4)[None])
     pa.save_picture(bm, tmp_path / "mask.png")
-    # In cells a sixteenth of a block wide, some pixels must be of the hatch, none of which is a tone.
+    # Among cells a sixteenth of a block wide, some must show the hatch, which has none of the tones.
     cells = colors(tmp_path / "mask.png", (160, 160))
     tones = np.array([rgb(x) for x in (picture._EMPTY_COLOR, picture._FULL_COLOR, "#ffffff")])
     other = np.abs(cells[:, :, None] - tones).max(-1).min(-1) > 20
