@@ -118,7 +118,7 @@ def test_under_jit_values_are_no_other_program_and_bits_repeat(implementation):
 
 
 @EVERY_IMPLEMENTATION
-def test_a_row_does_not_depend_on_its_neighbours(implementation):
+def test_a_row_does_not_depend_on_other_rows(implementation):
     """Bit for bit, whatever other rows of the batch contain, padding included."""
     query, key, value = SMALL.arrays(0)
     mask = pa.masks.causal()

@@ -173,7 +173,7 @@ def test_a_call_that_does_not_fit(name, compilations):
     assert not compilations, "refused before anything is compiled"
 
 
-def test_the_good_call_is_good():
+def test_the_valid_call_passes():
     """Otherwise the invalid calls would prove nothing."""
     assert pa.attention(**GOOD, mask=MASK).shape == (B, T, N, D)
 
@@ -272,7 +272,7 @@ BAD_QUANTIZED_CALLS = {
 
 
 @pytest.mark.parametrize("name", BAD_QUANTIZED_CALLS)
-def test_a_quantised_call_that_does_not_fit(name, compilations):
+def test_a_quantized_call_that_does_not_fit(name, compilations):
     change, exception, argument, came = BAD_QUANTIZED_CALLS[name]
     with pytest.raises(exception) as error:
         pa.attention(**{**GOOD, **change})
@@ -280,7 +280,7 @@ def test_a_quantised_call_that_does_not_fit(name, compilations):
     assert not compilations, "refused before anything is compiled"
 
 
-def test_the_good_paged_and_quantised_calls_are_good():
+def test_the_valid_paged_and_quantized_calls_pass():
     assert jax.eval_shape(lambda: pa.attention(**PAGED, mask=MASK)).shape == (B, T, N, D)
     for kind in ("int8", "float8_e4m3fn", "int4"):
         call = {**GOOD, "key": quantized(B, S, K, D, kind=kind), "value": quantized(B, S, K, D)}
@@ -308,7 +308,7 @@ DIFFERENTIATED = {
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_a_quantised_call_has_no_gradient_and_says_so(name, implementation):
+def test_a_quantized_call_has_no_gradient_and_raises(name, implementation):
     argument, call = DIFFERENTIATED[name]
     leaves, structure = jax.tree.flatten(call[argument])
     floats = [x for x in leaves if x.dtype == jnp.float32]
@@ -361,7 +361,7 @@ CANNOT_SERVE = {
 
 @pytest.mark.parametrize("how", [{"interpret": True}, {"interpret": True, "implementation": "triton"}], ids=str)
 @pytest.mark.parametrize("name", CANNOT_SERVE)
-def test_a_named_implementation_that_cannot_serve_says_why(name, how, compilations):
+def test_a_named_implementation_that_cannot_serve_raises_its_reason(name, how, compilations):
     change, reason = CANNOT_SERVE[name]
     with pytest.raises(NotImplementedError, match=re.escape(reason)) as error:
         pa.attention(**{**GOOD, **change}, **how)
@@ -370,13 +370,13 @@ def test_a_named_implementation_that_cannot_serve_says_why(name, how, compilatio
 
 
 @pytest.mark.parametrize("name", CANNOT_SERVE)
-def test_what_one_implementation_cannot_serve_the_next_does(name):
+def test_an_unsupported_call_falls_back_to_the_next_implementation(name):
     change, _ = CANNOT_SERVE[name]
     assert jax.eval_shape(lambda: pa.attention(**{**GOOD, **change})).shape[:3] == (B, T, N)
 
 
 @pytest.mark.skipif(pa.implementations()["triton"] is None, reason="here the compiled kernels can run")
-def test_a_named_implementation_that_cannot_run_here_says_why(compilations):
+def test_a_named_implementation_that_cannot_run_here_raises_its_reason(compilations):
     with pytest.raises(NotImplementedError, match="triton: needs an NVIDIA GPU, and JAX sees none"):
         pa.attention(**GOOD, implementation="triton")
     assert not compilations

@@ -163,7 +163,7 @@ def test_arrays_that_offsets_cannot_reach_are_refused_by_name_and_served_by_defa
     assert jax.eval_shape(call, *arguments).shape == (1, 2**16, 1, 16)
 
 
-def test_quantised_keys_that_offsets_cannot_reach_are_refused_by_name_and_served_by_default(no_gpu_needed):
+def test_quantized_keys_that_offsets_cannot_reach_are_refused_by_name_and_served_by_default(no_gpu_needed):
     def call(query, values, scales, **how):
         key = pa.QuantizedArray(values, scales)
         return pa.attention(query, key, key, **how)

@@ -57,10 +57,10 @@ class H2O(Policy):
         return state
 
     def observe(self, slots: Slots, key_weights: Array) -> State:
-        held = slots.positions >= 0
-        paid = jnp.where(held, key_weights, 0.0)
+        filled = slots.positions >= 0
+        paid = jnp.where(filled, key_weights, 0.0)
         if self.value_norm:
-            weighed = jnp.where(held, slots.state["value_norm"] * paid, 0.0)
+            weighed = jnp.where(filled, slots.state["value_norm"] * paid, 0.0)
             total = weighed.sum(-1, keepdims=True)
             paid = weighed * paid.sum(-1, keepdims=True) / jnp.where(total > 0, total, 1.0)
         return slots.state | {"score": slots.state["score"] + paid}
@@ -102,8 +102,8 @@ class QHitter(H2O):
         return super().new_state(tokens) | {"error": error}
 
     def score(self, slots: Slots) -> Array:
-        held = slots.positions >= 0
-        score, error = _zero_to_one(super().score(slots), held), _zero_to_one(slots.state["error"], held)
+        filled = slots.positions >= 0
+        score, error = _zero_to_one(super().score(slots), filled), _zero_to_one(slots.state["error"], filled)
         return self.balance * score - (1 - self.balance) / 2 * error
 
 
@@ -111,7 +111,7 @@ def _distance(x: Array, stored: KVArray) -> Array:
     return jnp.linalg.norm(x.astype(jnp.float32) - decode(stored), axis=-1)
 
 
-def _zero_to_one(x: Array, held: Array) -> Array:
-    least = jnp.where(held, x, jnp.inf).min(-1, keepdims=True)
-    most = jnp.where(held, x, -jnp.inf).max(-1, keepdims=True)
+def _zero_to_one(x: Array, filled: Array) -> Array:
+    least = jnp.where(filled, x, jnp.inf).min(-1, keepdims=True)
+    most = jnp.where(filled, x, -jnp.inf).max(-1, keepdims=True)
     return (x - least) / jnp.where(most > least, most - least, 1.0)

@@ -391,7 +391,7 @@ def attended(cache: KVCache, key, value, query, implementation="xla"):
 
 @pytest.mark.parametrize("argument", ["key", "value", "query"])
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_a_quantised_cache_has_no_gradient_and_says_so(name, argument):
+def test_a_quantized_cache_has_no_gradient_and_raises(name, argument):
     cache = empty(H2O(4), QUANTIZED[name])
     query, key, value, _ = (x[:, :T] for x in numbers(name, "float32"))
     arrays = {"key": key, "value": value, "query": query}
@@ -431,7 +431,7 @@ def test_a_gradient_that_only_the_cache_carries_is_refused(name):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8_e4m3fn"])
-def test_rounding_has_no_gradient_and_says_so(kind):
+def test_rounding_has_no_gradient_and_raises(kind):
     x = numbers(kind, "float32")[1]
 
     def quantize(x):
@@ -451,7 +451,7 @@ def test_rounding_has_no_gradient_and_says_so(kind):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
-def test_what_is_held_without_derivatives_says_so(dtype):
+def test_a_packed_array_refuses_gradients(dtype):
     cache = empty(Dense(), dtype=dtype)
     if not bits.is_packed(cache.key):
         pytest.skip(f"{dtype} is held as it is here")
