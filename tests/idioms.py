@@ -1,4 +1,4 @@
-"""Custom scores and masks in many idioms, and attention from its definition with such functions."""
+"""Functions of one query and one key as users write them, and attention of its definition with such functions."""
 
 import functools
 from typing import NamedTuple
@@ -13,7 +13,7 @@ BUCKETS = 17
 
 
 class Closed(NamedTuple):
-    """The arrays that they close over."""
+    """What they close over."""
 
     number: Array  # float32 []
     slopes: Array  # float32 [N]
@@ -45,7 +45,7 @@ def closed(seed: int = 0) -> Closed:
 
 
 def split(c: Closed) -> tuple[Closed, Closed]:
-    """The arrays with gradients, and the others; None in the remaining fields."""
+    """The arrays that have gradients, and the others; None in their place."""
     is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in c]
     floats, rest = ([x if y == wanted else None for x, y in zip(c, is_float, strict=True)] for wanted in (True, False))
     return Closed(*floats), Closed(*rest)
@@ -84,7 +84,7 @@ def f32(x) -> np.float32:
     return np.float32(x)
 
 
-# From the closure: functions of (logit, q_position, kv_position, head, params).
+# Given what they close over: functions of (logit, q_position, kv_position, head, params).
 SCORES = {
     "a slope per head": lambda c: lambda s, q, k, h, p: s * c.slopes[h],
     "a number": lambda c: lambda s, q, k, h, p: s * c.number,
@@ -161,19 +161,19 @@ MASKS = {
 
 
 def normal(name: str, *shape: int) -> Array:
-    """Random numbers seeded by the name."""
+    """Numbers that depend on the name alone."""
     return jnp.asarray(np.random.default_rng(list(name.encode())).standard_normal(shape), jnp.float32)
 
 
 def pairs(function, *axes: Array) -> Array:
-    """Applies a function of numbers to all combinations of entries of vectors."""
+    """A function of numbers for all combinations of the entries of vectors."""
     for axis in reversed(range(len(axes))):
         function = jax.vmap(function, [0 if n == axis else None for n in range(len(axes))])
     return function(*axes)
 
 
 def attention(query: Array, key: Array, value: Array, score, visible, q_positions: Array) -> Array:
-    """Attention by definition, with functions of numbers: ``score(logit, q, k, head, batch)``, ``visible(q, k)``."""
+    """By its definition, of functions of numbers: ``score(logit, q, k, head, batch)`` and ``visible(q, k)``."""
     key, value = (jnp.repeat(x, N // K, axis=2) for x in (key, value))
     logits = jnp.einsum("btnd,bsnd->bnts", query, key, precision="highest") * f32(D**-0.5)
     keys = jnp.arange(S, dtype=jnp.int32)
