@@ -41,15 +41,15 @@ class Schedule:
         """
         chunk = jnp.maximum(-(-num_active.sum(dtype=jnp.int32) // shares), 1)
         rows = num_active.shape[0]
-        return Schedule._cut(num_active, chunk, min(shares + rows, rows * width))
+        return Schedule._split(num_active, chunk, min(shares + rows, rows * width))
 
     @staticmethod
     def fixed(num_active: Array, width: int, chunk: int) -> "Schedule":
         """Splits every row into pieces of ``chunk`` blocks, independent of the other rows. G suffices for full rows."""
-        return Schedule._cut(num_active, jnp.int32(chunk), num_active.shape[0] * -(-width // chunk))
+        return Schedule._split(num_active, jnp.int32(chunk), num_active.shape[0] * -(-width // chunk))
 
     @staticmethod
-    def _cut(num_active: Array, chunk: Array, programs: int) -> "Schedule":
+    def _split(num_active: Array, chunk: Array, programs: int) -> "Schedule":
         count = -(-num_active // chunk)
         end = jnp.cumsum(count, dtype=jnp.int32)
         begin = end - count
