@@ -10,8 +10,8 @@ from jax import Array
 from pallas_attn import checks, masks, pointwise, tuning
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.call import Call, CallShape, CallSpec, KVArray
-from pallas_attn.quantized import Kind, QuantizedArray
+from pallas_attn.kernels.call import Call, CallShape, CallSpec
+from pallas_attn.quantized import Kind, KVArray, QuantizedArray
 from pallas_attn.scores import Score, Scores
 from pallas_attn.tuning import BlockSizes
 

@@ -7,7 +7,7 @@ from jax import Array
 
 from pallas_attn import arguments, checks, dispatch, masks, tuning
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.call import KVArray
+from pallas_attn.quantized import KVArray
 from pallas_attn.refusal import without_derivative
 from pallas_attn.scores import Score
 
@@ -161,7 +161,7 @@ def attention(
       TypeError: the wrong kind of object; forward-mode differentiation (``jax.jvp``) of another implementation than
         "reference", in JAX's own words.
       NotImplementedError: the named implementation cannot serve the call, with the reason; a derivative with
-        quantised keys or values, or of key weights; or a second derivative of another implementation than
+        quantized keys or values, or of key weights; or a second derivative of another implementation than
         "reference".
     """
     flags = {"return_lse": return_lse, "return_key_weights": return_key_weights, "interpret": interpret}

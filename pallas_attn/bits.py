@@ -1,12 +1,12 @@
-"""Small floats held as integers, for XLA on a CPU cannot read or write a part of an array of them.
+"""Small floats stored as integers, because XLA on a CPU cannot read or write a part of an array of them.
 
-It has no slice, gather or scatter of 8-bit floats, and before JAX 0.11 none of bfloat16: it converts the whole array to
-larger floats and back. Nor does it see that integers of the same bits lie in memory already: to turn an array into them
-is a pass over it, too. But there and back again is nothing. So what is kept is held as integers, and who reads a part
-takes the integers of the whole, then the part, then the floats.
+XLA's CPU backend has no slice, gather or scatter of 8-bit floats, and before JAX 0.11 none of bfloat16: it converts the
+whole array to larger floats and back. A bitcast to integers is also a pass over the array, but a bitcast there and back
+is elided. So buffers are stored as integers; to read a part, code takes the integers of the whole array, slices them,
+and converts the slice to floats.
 
-Integers have no derivative. Where one is wanted, an array of floats goes with them: its own derivative is that of the
-numbers that the integers stand for, and nobody looks at what it holds.
+Integers have no derivative. Where one is needed, an array of floats (the *carrier*) accompanies them: its tangent is
+that of the floats that the integers encode, and its values are never read.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ if jax.__version_info__ < (0, 11):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bits:
-    """An array of small floats, held as integers.
+class BitcastArray:
+    """An array of small floats, stored as integers.
 
     Attributes:
       integers: unsigned, as wide as the floats.
-      carrier: zeros of :attr:`dtype` and :attr:`shape`, whose derivative is that of the floats; None: these have none.
+      carrier: zeros of :attr:`dtype` and :attr:`shape` that carry the derivative of the floats; None: no derivative.
       dtype: of the floats; static.
     """
 
@@ -41,82 +41,84 @@ class Bits:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of either."""
+        """Shape of the integers and of the floats."""
         return self.integers.shape
 
     @property
     def ndim(self) -> int:
-        """Of :attr:`shape`."""
+        """Rank of :attr:`shape`."""
         return self.integers.ndim
 
 
 def integers(x: Array) -> Array:
-    """``x`` in a dtype of which parts can be read and written: unsigned integers, or as it is.
+    """Bitcasts ``x`` to unsigned integers if XLA cannot read and write parts of it; otherwise returns ``x``.
 
     Raises:
-      NotImplementedError: a derivative is asked for, and it would be lost.
+      NotImplementedError: differentiation, because the derivative would be lost.
     """
     return _to_integers(x) if _is_converted(x) else x
 
 
-def hold(x: Tree) -> Tree:
-    """The same tree with :class:`Bits`, without carriers, for every array that :func:`integers` changes.
+def pack(x: Tree) -> Tree:
+    """Replaces every array that :func:`integers` changes by a :class:`BitcastArray` without a carrier.
 
-    It raises as that does.
+    Raises as :func:`integers` does.
     """
 
-    def held(x: Array | Bits) -> Array | Bits:
-        if isinstance(x, Bits):
-            return x if x.carrier is None else Bits(_without_carrier(x.integers, x.carrier), None, x.dtype)
-        return Bits(integers(x), None, x.dtype) if _is_converted(x) else x
+    def packed(x: Array | BitcastArray) -> Array | BitcastArray:
+        if isinstance(x, BitcastArray):
+            return x if x.carrier is None else BitcastArray(_without_carrier(x.integers, x.carrier), None, x.dtype)
+        return BitcastArray(integers(x), None, x.dtype) if _is_converted(x) else x
 
-    return jax.tree.map(held, x, is_leaf=is_held)
-
-
-def hold_with_derivatives(x: Tree) -> Tree:
-    """The same tree with :class:`Bits` and their carriers for every array that :func:`integers` changes."""
-    return jax.tree.map(lambda x: _held(x) if _is_converted(x) else x, x)
+    return jax.tree.map(packed, x, is_leaf=is_packed)
 
 
-def floats(x: Tree) -> Tree:
-    """What is held, as floats."""
+def pack_with_derivatives(x: Tree) -> Tree:
+    """Replaces every array that :func:`integers` changes by a :class:`BitcastArray` with a carrier."""
+    return jax.tree.map(lambda x: _packed(x) if _is_converted(x) else x, x)
 
-    def array(x: Array | Bits) -> Array:
-        if not isinstance(x, Bits):
+
+def unpack(x: Tree) -> Tree:
+    """Converts every :class:`BitcastArray` in a tree back to floats."""
+
+    def array(x: Array | BitcastArray) -> Array:
+        if not isinstance(x, BitcastArray):
             return x
         as_floats = lax.bitcast_convert_type(x.integers, x.dtype)
         return as_floats if x.carrier is None else _with_derivative_of(as_floats, x.carrier)
 
-    return jax.tree.map(array, x, is_leaf=is_held)
+    return jax.tree.map(array, x, is_leaf=is_packed)
 
 
-def like(x: Tree, moved: Tree) -> Tree:
-    """``moved``, what became of :func:`hold` of ``x``, in the form of ``x`` and with its carriers."""
+def repack(x: Tree, moved: Tree) -> Tree:
+    """Returns ``moved``, computed from ``pack(x)``, with each leaf in the form it has in ``x``, carriers included."""
 
-    def restored(x: Array | Bits, moved: Any) -> Array | Bits:
-        return Bits(moved.integers, x.carrier, x.dtype) if isinstance(x, Bits) else floats(moved)
+    def restored(x: Array | BitcastArray, moved: Any) -> Array | BitcastArray:
+        return BitcastArray(moved.integers, x.carrier, x.dtype) if isinstance(x, BitcastArray) else unpack(moved)
 
-    return jax.tree.map(restored, x, moved, is_leaf=is_held)
+    return jax.tree.map(restored, x, moved, is_leaf=is_packed)
 
 
-def move(function: Callable[..., Array], arrays: tuple[Array | Bits, ...], *indices: Array) -> Array | Bits:
-    """``function(*arrays, *indices)``, which moves numbers and changes none; integers, where that is faster.
+def move(
+    function: Callable[..., Array], arrays: tuple[Array | BitcastArray, ...], *indices: Array
+) -> Array | BitcastArray:
+    """Returns ``function(*arrays, *indices)`` of a function that only moves elements, on integers where that is faster.
 
     Args:
-      function: linear in its arrays, and such that JAX can transpose it. So it is its own derivative.
-      arrays: of one dtype; the result is held as the first of them is.
+      function: linear in its arrays, so that it is its own derivative, and transposable by JAX.
+      arrays: of one dtype; the result has the form of the first.
       indices: integers.
 
     Raises:
-      NotImplementedError: a derivative is asked for, and the first array has none.
+      NotImplementedError: differentiation, if the first array is packed without a carrier.
     """
     first = arrays[0]
-    if not isinstance(first, Bits):
+    if not isinstance(first, BitcastArray):
         if not _is_converted(first):
             return function(*arrays, *indices)
-        return floats(move(function, hold_with_derivatives(arrays), *indices))
+        return unpack(move(function, pack_with_derivatives(arrays), *indices))
     if first.carrier is None:
-        return Bits(function(*jax.tree.leaves(hold(arrays)), *indices), None, first.dtype)
+        return BitcastArray(function(*jax.tree.leaves(pack(arrays)), *indices), None, first.dtype)
 
     @jax.custom_jvp
     def carry(carriers: tuple[Array, ...], indices: tuple[Array, ...]) -> Array:
@@ -127,18 +129,18 @@ def move(function: Callable[..., Array], arrays: tuple[Array | Bits, ...], *indi
     def derivative(primals, tangents):
         return carry(*primals), function(*tangents[0], *primals[1])
 
-    held = [x if isinstance(x, Bits) else _held(x) for x in arrays]
-    carrier = carry(tuple(x.carrier for x in held), indices)
-    return Bits(function(*(x.integers for x in held), *indices), carrier, first.dtype)
+    packed = [x if isinstance(x, BitcastArray) else _packed(x) for x in arrays]
+    carrier = carry(tuple(x.carrier for x in packed), indices)
+    return BitcastArray(function(*(x.integers for x in packed), *indices), carrier, first.dtype)
 
 
-def is_held(x: object) -> bool:
-    """Whether it is :class:`Bits`: a leaf of the trees here."""
-    return isinstance(x, Bits)
+def is_packed(x: object) -> bool:
+    """Whether ``x`` is a :class:`BitcastArray`, which this module treats as a leaf."""
+    return isinstance(x, BitcastArray)
 
 
-def _held(x: Array) -> Bits:
-    return Bits(integers(lax.stop_gradient(x)), _to_carrier(x), x.dtype)
+def _packed(x: Array) -> BitcastArray:
+    return BitcastArray(integers(lax.stop_gradient(x)), _to_carrier(x), x.dtype)
 
 
 def _is_converted(x: Array) -> bool:
@@ -147,8 +149,8 @@ def _is_converted(x: Array) -> bool:
 
 def _refuse(*_):
     raise NotImplementedError(
-        "what is held as integers (pallas_attn.bits.hold) has no gradient: stop it by jax.lax.stop_gradient, or give"
-        " what is held with derivatives"
+        "a packed array (pallas_attn.bits.pack) has no gradient: stop the gradient with jax.lax.stop_gradient, or pack"
+        " with bits.pack_with_derivatives"
     )
 
 

@@ -1,7 +1,7 @@
-"""Arguments, checked before anything is compiled: ``name: expected X, got Y``.
+"""Validates arguments before anything is compiled: ``name: expected X, got Y``.
 
 A TypeError is about the kind of object, a ValueError about its value, dtype or shape. Kernels compute in int32 and
-float32, so wider numbers become these. One that they cannot hold is refused where its value is known: in a Python
+float32, so wider numbers are converted to these. A number that does not fit raises if its value is known: a Python
 number, a NumPy array, or a JAX array that is not being traced.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 from jax import Array
 
 SMALLEST_INT32, LARGEST_INT32 = -(2**31), 2**31 - 1
-# Positions, and the places of tokens in whole blocks, have 32 bits.
+# Positions, and token indices padded to whole blocks, have 32 bits.
 LONGEST_AXIS = 2**30
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-_SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)  # what is smaller may count as 0
+_SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)  # subnormals may be flushed to 0
 
 
 def describe(value: Any) -> str:
-    """A value, as an error message shows it."""
+    """Formats a value for an error message."""
     kind = type(value).__name__
     if isinstance(value, type):
         return repr(value)
@@ -39,7 +39,7 @@ def describe(value: Any) -> str:
 
 
 def integer(name: str, value: Any, *, least: int, most: int = LARGEST_INT32) -> int:
-    """A Python or NumPy integer within the limits; a bool is none."""
+    """Returns a Python or NumPy integer, not a bool, from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
     if value < least:
@@ -50,28 +50,28 @@ def integer(name: str, value: Any, *, least: int, most: int = LARGEST_INT32) -> 
 
 
 def number(name: str, value: Any, *, most: float = _LARGEST_FLOAT32) -> float:
-    """A finite Python or NumPy number that float32 holds, neither as infinity nor, if it is not 0, as 0."""
+    """Returns a finite Python or NumPy number that float32 represents without overflow or underflow."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a Python number, known when the call is traced, got {describe(value)}")
     value = value.item() if isinstance(value, np.number) else value
     if not abs(value) <= most or 0 < abs(value) < _SMALLEST_FLOAT32:
-        wanted = f"a number that float32 holds, 0 or of magnitude {_SMALLEST_FLOAT32:.3g} to {most:.3g}"
+        wanted = f"a number in the range of float32, 0 or of magnitude {_SMALLEST_FLOAT32:.3g} to {most:.3g}"
         raise ValueError(f"{name}: expected {wanted}, got {describe(value)}")
     return float(value)
 
 
 def boolean(name: str, value: Any) -> bool:
-    """A Python or NumPy bool."""
+    """Returns a Python or NumPy bool."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected a bool, got {describe(value)}")
     return bool(value)
 
 
 def float_dtype(name: str, value: Any) -> np.dtype:
-    """A dtype of floating point, of at most 32 bits."""
+    """Returns a floating-point dtype of at most 32 bits."""
     wanted = "a floating-point dtype of at most 32 bits"
     try:
-        # NumPy takes more for a dtype, None for float64.
+        # NumPy accepts more as a dtype: None, for example, as float64.
         dtype = jnp.dtype(value) if isinstance(value, str | type | np.dtype) else None
     except (TypeError, ValueError):
         dtype = None
@@ -83,10 +83,10 @@ def float_dtype(name: str, value: Any) -> np.dtype:
 
 
 def array(name: str, value: Any, wanted: str = "an array") -> Array:
-    """An array of NumPy or JAX, or what has one (a variable of Flax)."""
+    """Returns a NumPy or JAX array, or the array of a wrapper such as a Flax variable."""
     if not isinstance(value, Array | type) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
-    # The mask of a masked array would be lost.
+    # A masked array would lose its mask.
     if not isinstance(value, np.ndarray | np.generic | Array) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected {wanted} (NumPy or JAX), got {describe(value)}")
     x: Any = np.asarray(value) if isinstance(value, np.generic) else value
@@ -94,14 +94,14 @@ def array(name: str, value: Any, wanted: str = "an array") -> Array:
 
 
 def array_or_list(name: str, value: Any, wanted: str) -> Array:
-    """The same, or (nested) lists of numbers as an array."""
+    """Like :func:`array`, but also accepts numbers and (nested) lists of them."""
     if not isinstance(value, bool | int | float | Sequence) or isinstance(value, str | bytes | np.generic):
         return array(name, value, wanted)
     is_traced = any(isinstance(x, Array) for x in jax.tree.leaves(value))
     try:
         x: Any = jnp.asarray(value) if is_traced else np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name}: expected {wanted}, got a {type(value).__name__} that makes no array") from error
+        raise TypeError(f"{name}: expected {wanted}, got a {type(value).__name__} that is not an array") from error
     if x.dtype.kind == "O" and all(isinstance(number, int) for number in x.flat):
         raise ValueError(f"{name}: expected {wanted} of at most 64 bits, got {describe(max(x.flat, key=abs))}")
     if not is_traced and x.dtype.kind not in "biuf":
@@ -110,27 +110,27 @@ def array_or_list(name: str, value: Any, wanted: str) -> Array:
 
 
 def is_integer(x: Array) -> bool:
-    """Whether its elements are integers; bools and times are none."""
+    """Whether the elements are integers; bools and time differences are not."""
     return jnp.issubdtype(x.dtype, jnp.integer) and not jnp.issubdtype(x.dtype, np.timedelta64)
 
 
 def int32(name: str, x: Array) -> Array:
-    """Integers as int32; wider ones that are being traced come back as they are.
+    """Converts integers to int32; traced arrays of wider integers are returned unchanged.
 
     Raises:
-      ValueError: 32 bits do not hold a value.
+      ValueError: a value does not fit 32 bits.
     """
     if not fits_int32(x):
         values = known(x)
         if values is None:
             return jnp.asarray(x)
         largest = max(values.min(), values.max(), key=lambda value: abs(int(value)))
-        raise ValueError(f"{name}: expected integers that 32 bits hold, got {largest}")
+        raise ValueError(f"{name}: expected integers that fit in 32 bits, got {largest}")
     return jnp.asarray(x.astype(np.int32))
 
 
 def fits_int32(x: Array) -> bool:
-    """Whether 32 bits are known to hold every element of an array of integers."""
+    """Whether every element of an integer array is known to fit 32 bits."""
     if _has_int32_range(x):
         return True
     values = known(x)
@@ -140,7 +140,7 @@ def fits_int32(x: Array) -> bool:
 
 
 def positions(name: str, value: Any, *, ranks: tuple[int, ...]) -> Array:
-    """Positions as int32; one that is being traced, and that 32 bits do not hold, becomes -1: there is no token."""
+    """Validates positions and converts them to int32; traced ones that do not fit 32 bits become -1 (padding)."""
     x = array(name, value, "an integer array")
     if not is_integer(x):
         raise ValueError(f"{name}: expected integers, got dtype {x.dtype}")
@@ -155,7 +155,7 @@ def positions(name: str, value: Any, *, ranks: tuple[int, ...]) -> Array:
 
 
 def clipped(x: Array) -> Array:
-    """The int32 that is nearest to each integer, for those that are compared with nothing beyond."""
+    """Clips integers to int32, for values that are only compared with int32 values."""
     if _has_int32_range(x):
         return jnp.asarray(x.astype(np.int32))
     least, most = _common_range(x)
@@ -169,16 +169,16 @@ def _has_int32_range(x: Array) -> bool:
 
 
 def _common_range(x: Array) -> tuple[int, int]:
-    """Of its dtype and int32."""
+    """The intersection of the ranges of its dtype and int32."""
     limits = jnp.iinfo(x.dtype)
     return max(int(limits.min), SMALLEST_INT32), min(int(limits.max), LARGEST_INT32)
 
 
 def floats(name: str, x: Array) -> Array:
-    """Floating-point numbers, those of 64 bits as float32.
+    """Validates floating-point numbers; converts float64 to float32.
 
     Raises:
-      ValueError: other numbers, or float32 does not hold a finite value.
+      ValueError: another dtype, or a finite value that overflows float32.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name}: expected floating-point numbers, got dtype {x.dtype}")
@@ -188,12 +188,12 @@ def floats(name: str, x: Array) -> Array:
     if values is not None:
         beyond = np.isfinite(values) & (np.abs(values) > _LARGEST_FLOAT32)
         if beyond.any():
-            raise ValueError(f"{name}: expected numbers that float32 holds, got {values[beyond].flat[0]}")
+            raise ValueError(f"{name}: expected numbers in the range of float32, got {values[beyond].flat[0]}")
     return jnp.asarray(x.astype(np.float32))
 
 
 def known(x: Array) -> np.ndarray | None:
-    """The values, if they can be had."""
+    """Returns the values on the host, or None if the array is traced or not fully addressable."""
     if isinstance(x, np.ndarray):
         return x
     if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:

@@ -20,7 +20,7 @@ from pallas_attn.tuning import BlockSizes
 # (why it cannot run on this machine) and `unsupported(spec)` (why it cannot serve a call).
 IMPLEMENTATIONS: dict[str, ModuleType] = {"triton": triton, "xla": xla, "reference": reference}
 _NO_GRADIENT = (
-    "quantised keys and values have no gradient: give plain ones (QuantizedArray.dequantize()), or stop the gradient by"
+    "quantized keys and values have no gradient: give plain ones (QuantizedArray.dequantize()), or stop the gradient by"
     " jax.lax.stop_gradient"
 )
 
@@ -65,7 +65,7 @@ def choose(
             implementation=name,
             head_dim=max(shape.head_dim, shape.value_dim),
             dtype=arguments.query.dtype,
-            fine=arguments.mask.is_fine(),
+            fine=arguments.mask.has_fine_edges(),
         )
         unavailable = None if interpret else module.unavailable()
         reasons[name] = unavailable or module.unsupported(arguments.spec(sizes, key_weights=key_weights))

@@ -1,8 +1,8 @@
 """:func:`pallas_attn.attention` as the ``attention_fn`` of Flax's attention modules, NNX and linen.
 
-Flax itself is not imported: what its modules pass is described by the signature of the function made here. NNX passes
-every keyword it knows. Linen passes only keywords that the signature names, so one that is missing there would be lost
-without a word.
+This module does not import Flax: the signature of the returned function lists the arguments that Flax's modules pass.
+NNX passes every keyword it knows. Linen passes only keywords named in the signature, so it would silently drop a
+missing one.
 """
 
 import functools
@@ -32,33 +32,33 @@ def attention_fn(
     interpret: bool = False,
     block_sizes: tuning.BlockSizes | None = None,
 ) -> Callable[..., Array]:
-    """A function for ``attention_fn=`` of ``nnx.MultiHeadAttention`` and linen's ``MultiHeadDotProductAttention``.
+    """Returns an ``attention_fn=`` for ``nnx.MultiHeadAttention`` and linen's ``MultiHeadDotProductAttention``.
 
-    It serves training, prefill and decoding; grouped K/V heads are not repeated. Make it once and share it: it is
-    static to NNX, so another one means another compilation.
+    It supports training, prefill and decoding, and does not repeat grouped K/V heads. Make it once and share it: it is
+    static to NNX, so each new function compiles again.
 
-    Positions are places in the sequence: query ``t`` is at ``t``, key ``s`` at ``s``. Flax decodes one token at a time,
-    with the whole cache as keys and a mask that says which slots are filled. So a *single* query that comes with a mask
-    is at the last key that the mask leaves to any row of the batch. Keys that a mask ``[B|1, N|1, 1, S]`` takes from
-    every head, empty slots above all, are as good as not there: whatever they hold does not reach the output.
+    Positions are indices in the sequence: query ``t`` is at ``t``, key ``s`` at ``s``. Flax decodes one token at a
+    time, with the whole cache as keys and a mask of the filled slots. So a *single* query with a mask is placed at the
+    last key that the mask allows in any row of the batch. Keys that a mask ``[B|1, N|1, 1, S]`` hides from every head,
+    such as empty slots, are treated as padding: their contents never reach the output.
 
-    Two things differ from Flax's own function. A query that sees no key gets 0, not the mean of all values. And
-    ``is_causal`` in decoding means every filled slot, where some versions of Flax attend to key 0 alone (google/flax,
+    Two things differ from Flax's own function. A query that sees no key gets 0, not the mean of all values. And in
+    decoding, ``is_causal`` allows every filled slot, where some versions of Flax attend to key 0 alone (google/flax,
     issue 5591).
 
     Args:
-      mask: who may see whom, combined (``&``) with what each call brings: a mask, or a bool array
-        ``[B|1, N|K|1, T, S]`` or ``[T, S]``. Several batch axes count as one. A :class:`~pallas_attn.BlockMask` is
-        refused, for it is bound to the positions of one call; pass its ``mask``.
+      mask: combined (``&``) with the mask of each call: a mask, or a bool array ``[B|1, N|K|1, T, S]`` or ``[T, S]``.
+        Several batch axes count as one. A :class:`~pallas_attn.BlockMask` raises, because it is bound to the positions
+        of one call; pass its ``mask``.
       scores, sinks, scale, implementation, interpret, block_sizes: as in :func:`pallas_attn.attention`.
 
     Returns:
       a function of query ``[..., T, N, D]``, key ``[..., S, K, D]``, value ``[..., S, K, Dv]`` and Flax's options that
-      gives ``[..., T, N, Dv]``. It raises NotImplementedError, naming the option, for what it cannot do: dropout that
-      is not switched off, sown attention weights, other products than the kernels' own, and options it does not know.
+      returns ``[..., T, N, Dv]``. It raises NotImplementedError, naming the option, if it does not support one: active
+      dropout, sown attention weights, replaced products (einsums), and unknown options.
 
     Raises:
-      TypeError: ``mask`` or ``scores`` is something else; an option of ``attention`` that has no meaning here.
+      TypeError: ``mask`` or ``scores`` is of the wrong kind, or an option of ``attention`` does not apply here.
     """
     own_mask = _as_mask(mask)
     own_scores = score_algebra.as_scores(scores)
@@ -71,30 +71,30 @@ def attention_fn(
         value: Array,
         bias: Array | None = None,
         mask: Array | None = None,
-        broadcast_dropout: bool = True,  # says nothing where dropout is off
-        dropout_rng: Array | None = None,  # the same
+        broadcast_dropout: bool = True,  # ignored: dropout is off
+        dropout_rng: Array | None = None,  # ignored too
         dropout_rate: float = 0.0,
         deterministic: bool = False,
         dtype: DTypeLike | None = None,
         precision: Any = None,
         module: Any = None,
-        force_fp32_for_softmax: bool = False,  # the softmax always is float32
+        force_fp32_for_softmax: bool = False,  # the softmax is always float32
         einsum_dot_general: Callable | None = None,
         qk_attn_weights_einsum: Callable | None = None,
         attn_weights_value_einsum: Callable | None = None,
         is_causal: bool = False,
         **unknown: Any,
     ) -> Array:
-        _refuse("it is not an option that pallas_attn knows", **unknown)
+        _refuse("pallas_attn does not know this option", **unknown)
         is_causal = checks.boolean("is_causal", is_causal)
         if not 0 <= checks.number("dropout_rate", dropout_rate) <= 1:
             raise ValueError(f"dropout_rate: expected a number from 0 to 1, got {dropout_rate}")
         if dropout_rate > 0 and not checks.boolean("deterministic", deterministic):
-            why = "attention probabilities are never dropped; pass deterministic=True or dropout_rate=0"
+            why = "dropout of attention probabilities is not supported; pass deterministic=True or dropout_rate=0"
             _refuse(why, dropout_rate=dropout_rate)
-        _refuse("attention weights are never in memory and cannot be sown (sow_weights=True)", module=module)
+        _refuse("attention weights are never in memory, so they cannot be sown (sow_weights=True)", module=module)
         _refuse(
-            "the kernels compute their products themselves",
+            "the kernels compute their own products",
             einsum_dot_general=einsum_dot_general,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
@@ -115,11 +115,11 @@ def attention_fn(
             mask = _four_axes("mask", _as_bools(mask), extents)
             one_row, one_head = mask.shape[2] == 1, mask.shape[1] == 1
             if one_row:
-                # What it excludes is as good as not there, and no T x S array is needed to say so.
+                # Masked keys become empty slots, without a T x S array.
                 slots = jnp.arange(extents[-1], dtype=jnp.int32)[None]
                 kv_positions = jnp.where(mask.any(axis=(1, 2)), slots, -1)
                 if q_len == 1:
-                    # Flax's cache has one index for all rows; a row may hide its own newest slot from itself.
+                    # Flax's cache has one index for all rows, so a mask may hide a row's own newest slot.
                     q_positions = kv_positions.max(keepdims=True)
             if not (one_row and one_head):
                 relations.append(masks.dense(mask))
@@ -150,7 +150,7 @@ def _as_mask(mask: Any) -> masks.Mask | None:
 
 
 def _as_bools(mask: Any) -> Array:
-    """Flax's masks are float32 as often as bool."""
+    """Converts a mask to bool; Flax's masks are often float32."""
     mask = checks.array("mask", mask)
     if mask.dtype != jnp.bool_ and not checks.is_integer(mask) and not jnp.issubdtype(mask.dtype, jnp.floating):
         raise ValueError(f"mask: expected bools or real numbers, got {checks.describe(mask)}")
@@ -164,9 +164,9 @@ def _refuse(why: str, **options: Any) -> None:
 
 
 def _check_precision(precision: Any) -> None:
-    """Any ``lax.Precision`` is kept: products of float32 have the highest, those of shorter floats are exact.
+    """Accepts any ``lax.Precision``: products of float32 use the highest, those of shorter floats are exact.
 
-    A named algorithm would have to be followed to the letter.
+    A named dot algorithm raises, since the kernels would have to follow it exactly.
     """
     for one in precision if isinstance(precision, tuple) else (precision,):
         try:
@@ -192,10 +192,11 @@ def _check_batch(query: Array, key: Array, value: Array) -> None:
 
 
 def _four_axes(name: str, x: Array, extents: tuple[int, ...]) -> Array:
-    """``[B|1, N|1, T|1, S|1]`` from what broadcasts to the extents ``[batch..., N, T, S]``, as Flax's masks do."""
+    """``[B|1, N|1, T|1, S|1]`` from an array that broadcasts to ``[batch..., N, T, S]``, as Flax's masks do."""
     shape = (1,) * (len(extents) - x.ndim) + x.shape
     if len(shape) != len(extents) or any(size not in (1, extent) for size, extent in zip(shape, extents, strict=True)):
-        raise ValueError(f"{name}: expected what broadcasts to {list(extents)} (batch, N, T, S), got {list(x.shape)}")
+        wanted = f"a shape that broadcasts to {list(extents)} (batch, N, T, S)"
+        raise ValueError(f"{name}: expected {wanted}, got {list(x.shape)}")
     *batch, heads, queries, keys = shape
     x = x.reshape(shape)
     if math.prod(batch) > 1:

@@ -1,4 +1,4 @@
-"""The grid of a BlockMask's blocks: as arrays, which a picture draws, and as characters for a terminal."""
+"""The block grid of a BlockMask: as arrays for pictures, and as text for terminals."""
 
 from typing import NamedTuple, Protocol
 
@@ -9,12 +9,12 @@ from jax import Array
 
 from pallas_attn.tuning import BlockSizes
 
-PARTIAL = 1  # of the classes 0 empty, 1 partial, 2 full, as in `BlockMask.bitmap`
+PARTIAL = 1  # block classes as in `BlockMask.bitmap`: 0 empty, 1 partial, 2 full
 _CHARACTERS = np.array(["·", "▒", "█"])
 
 
 class Blocks(Protocol):
-    """What is read of a BlockMask."""
+    """The part of BlockMask that this module reads."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]: ...
@@ -33,7 +33,7 @@ class Blocks(Protocol):
 
 
 class Grid(NamedTuple):
-    """What there is to show of one batch row and one head."""
+    """The blocks and the padding of one batch row and one head."""
 
     name: str
     classes: np.ndarray  # uint8 [nq, nk]
@@ -51,11 +51,11 @@ class Grid(NamedTuple):
 
 
 def as_text(block_mask: Blocks, *, max_rows: int = 32, max_columns: int = 64, max_grids: int = 4) -> str:
-    """Blocks as characters (``█`` full, ``▒`` partial, ``·`` empty), one grid for each batch row and head.
+    """Draws blocks as characters (``█`` full, ``▒`` partial, ``·`` empty), one grid for each batch row and head.
 
-    A grid larger than ``max_rows`` x ``max_columns`` is scaled down: a character is full or empty only where all the
-    blocks under it are. Of more than ``max_grids`` grids the first are shown, and the number of the others. Under jit,
-    where the lists have no values yet, only the shape is told.
+    A grid larger than ``max_rows`` x ``max_columns`` is scaled down: a character is full or empty only if all its
+    blocks are. After ``max_grids`` grids, only the number of the remaining ones is printed. Under jit, where the lists
+    have no values yet, the text gives only the shape.
     """
     batch, heads, q_len, kv_len = block_mask.shape
     sizes = block_mask.block_sizes
@@ -64,7 +64,7 @@ def as_text(block_mask: Blocks, *, max_rows: int = 32, max_columns: int = 64, ma
         return title + ", traced)"
     lines = [f"{title}, density {float(block_mask.density()):.1%})"]
     q_step, kv_step = step(block_mask.grid[0], max_rows), step(block_mask.grid[1], max_columns)
-    q_tokens, kv_tokens = q_step * sizes.q, kv_step * sizes.kv  # of a character
+    q_tokens, kv_tokens = q_step * sizes.q, kv_step * sizes.kv  # per character
     which = list(np.ndindex(block_mask.num_full.shape[:2]))
     for b, h in which[:max_grids]:
         grid = grid_of(block_mask, b, h)
@@ -76,12 +76,12 @@ def as_text(block_mask: Blocks, *, max_rows: int = 32, max_columns: int = 64, ma
     scale = f"{q_tokens} queries x {kv_tokens} keys"
     if q_step * kv_step > 1:
         scale += f" ({q_step}x{kv_step} blocks, partial where mixed)"
-    lines += ["█ full  ▒ partial  · empty", f"a character is {scale}"]
+    lines += ["█ full  ▒ partial  · empty", f"one character = {scale}"]
     return "\n".join(lines)
 
 
 def grid_of(block_mask: Blocks, batch: int, head: int) -> Grid:
-    """The blocks that one batch row and one head of the lists have, and the padding along both axes."""
+    """The blocks and the padding of one batch row and one head of the lists."""
     rows, heads = block_mask.num_full.shape[:2]
     classes = block_mask.classes(batch, head)
     q_positions, kv_positions = np.asarray(block_mask.q_positions), np.asarray(block_mask.kv_positions)
@@ -92,12 +92,12 @@ def grid_of(block_mask: Blocks, batch: int, head: int) -> Grid:
 
 
 def step(blocks: int, most: int) -> int:
-    """How many blocks become one cell, so that there are at most so many cells."""
+    """How many blocks to merge into one cell for at most ``most`` cells."""
     return -(-blocks // most)
 
 
 def merged(classes: np.ndarray, q_step: int, kv_step: int) -> np.ndarray:
-    """Every ``q_step`` x ``kv_step`` blocks as one cell; a cell of mixed classes is partial."""
+    """Merges every ``q_step`` x ``kv_step`` blocks into one cell; a cell of mixed classes is partial."""
     starts = np.arange(0, classes.shape[0], q_step), np.arange(0, classes.shape[1], kv_step)
     lowest, highest = (
         reduce.reduceat(reduce.reduceat(classes, starts[0], axis=0), starts[1], axis=1)
@@ -107,11 +107,11 @@ def merged(classes: np.ndarray, q_step: int, kv_step: int) -> np.ndarray:
 
 
 def _with_axes(cells: np.ndarray, q_tokens: int, kv_tokens: int) -> list[str]:
-    """Rows of characters, each with its first query at the left, under the first keys of some columns."""
+    """Lines of characters, labeled with each row's first query and the first keys of some columns."""
     q_labels = [str(i * q_tokens) for i in range(cells.shape[0])]
     kv_labels = [str(j * kv_tokens) for j in range(cells.shape[1])]
     margin = max(len("queries"), len(q_labels[-1]))
-    every = 1 << len(kv_labels[-1]).bit_length()  # the power of two that leaves room between labels
+    every = 1 << len(kv_labels[-1]).bit_length()  # a power of two that leaves space between labels
     header = "".join(label.ljust(every) for label in kv_labels[::every]).rstrip()
     rows = (f"{label:>{margin}} {''.join(row)}" for label, row in zip(q_labels, _CHARACTERS[cells], strict=True))
     return [f"{'':{margin}} keys", f"{'queries':>{margin}} {header}", *rows]

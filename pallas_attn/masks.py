@@ -1,17 +1,17 @@
-"""The mask algebra: who may attend to whom, as a relation on positions.
+"""The mask algebra: which query may attend to which key, as a relation on positions.
 
-A mask answers two questions. ``allowed`` is exact and elementwise: may this query see this key? It is traced into the
-kernels, the reference and the oracle alike. ``bounds`` is cheap and per block: may *any* query of this block see a key
-of that one, and may *all* of them? ``any`` may say yes too often and ``all`` no too often, never the reverse, so that
-``&``, ``|`` and ``~`` of masks stay sound.
+A mask has two methods. ``allowed`` is exact and elementwise: may this query see this key? The kernels, the reference
+and the oracle all trace it. ``bounds`` is cheap and per pair of blocks: may *any* query of one block see a key of the
+other, and may *all* of them see all keys? ``any`` may be True too often and ``all`` False too often, never the reverse,
+so that ``&``, ``|`` and ``~`` of masks stay sound.
 
-Padding is not a mask: a token at position -1 is not there (see :mod:`pallas_attn.block_mask`). Masks are therefore only
-ever asked about positions >= 0.
+Padding is not a mask: position -1 marks a missing token (see :mod:`pallas_attn.block_mask`). Masks are evaluated only
+at positions >= 0.
 
 An array that a mask needs (its *operand*: prefix lengths, segment ids, a boolean array) is stored with rank 4, aligned
 with ``[B, M, T, S]``, with size 1 along every axis on which it does not depend. A kernel that works on a tile replaces
-each operand by its tile; ``bounds`` sees each operand replaced by its :class:`Interval` per block. What the function of
-:func:`custom` closes over has any shape, and kernels see it whole (:mod:`pallas_attn.pointwise`).
+each operand by its tile; ``bounds`` sees each operand replaced by its :class:`Interval` per block. Arrays in the
+closure of a :func:`custom` function may have any shape; kernels see them whole (:mod:`pallas_attn.pointwise`).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ Operand = Any
 
 
 class Interval(NamedTuple):
-    """The smallest and the largest value of something within each block."""
+    """The smallest and the largest value within each block."""
 
     min: Array
     max: Array
@@ -40,7 +40,7 @@ class Mask:
     """A relation between query positions and key positions. Combine masks with ``&``, ``|`` and ``~``."""
 
     def allowed(self, q: Array, kv: Array) -> Array:
-        """Exact and elementwise: bool that broadcasts with positions ``q`` ``[.., T, 1]``, ``kv`` ``[.., 1, S]``."""
+        """Exact and elementwise: bool, broadcast from positions ``q`` ``[.., T, 1]`` and ``kv`` ``[.., 1, S]``."""
         raise NotImplementedError(type(self).__name__)
 
     def bounds(self, q: Interval, kv: Interval) -> tuple[Array, Array]:
@@ -48,15 +48,15 @@ class Mask:
         raise NotImplementedError(type(self).__name__)
 
     def span(self) -> int | None:
-        """How many consecutive positions one query can see at most, or None where there is no such bound."""
+        """An upper bound on the consecutive positions that one query sees, or None if there is none."""
         return None
 
-    def is_fine(self) -> bool:
-        """Whether what a query sees may begin and end anywhere, so that small blocks skip more than large ones."""
+    def has_fine_edges(self) -> bool:
+        """Whether a query's visible range may begin and end anywhere, so that small blocks skip more than large."""
         return True
 
     def dense_array(self, q_positions: Array, kv_positions: Array) -> Array:
-        """The mask with padding, written out: bool ``[B, M, T, S]``. For tests, pictures and the reference.
+        """The mask and padding as a dense bool array ``[B, M, T, S]``, for tests, pictures and the reference.
 
         Args:
           q_positions: int32 ``[B|1, T]``; -1 is padding.
@@ -87,29 +87,29 @@ class Mask:
 
 
 def operands(mask: Mask) -> list[Array]:
-    """The arrays that a mask (or a composition of masks) needs, each ``[B|1, M|1, T|1, S|1]``, in a fixed order."""
+    """The operands of a mask (or a composition of masks), each ``[B|1, M|1, T|1, S|1]``, in a fixed order."""
     return pointwise.operands(mask)
 
 
 def with_keys(mask: Mask, kv_len: int) -> Mask:
-    """The same mask for S = ``kv_len`` keys, ready for kernels.
+    """Prepares a mask for kernels over S = ``kv_len`` keys.
 
-    A tree, which is about keys and not positions, becomes a dense mask, and a custom mask the program of its function.
+    A tree, which relates keys rather than positions, becomes a dense mask; a custom mask becomes its traced program.
 
     Raises:
-      ValueError: a tree of more nodes than there are keys.
+      ValueError: a tree has more nodes than there are keys.
     """
 
-    def ready(x: Any) -> Any:
+    def prepared(x: Any) -> Any:
         if isinstance(x, Tree):
             return x.as_dense(kv_len)
         return x.traced() if isinstance(x, Custom) else x
 
-    return jax.tree.map(ready, mask, is_leaf=lambda x: isinstance(x, Tree | Custom))
+    return jax.tree.map(prepared, mask, is_leaf=lambda x: isinstance(x, Tree | Custom))
 
 
 def repeat_heads(x: Array, heads: int) -> Array:
-    """``[B, h, ...]`` -> ``[B, heads, ...]``, each head repeated for its group; one head for all (h = 1) stays so."""
+    """``[B, h, ...]`` -> ``[B, heads, ...]``, each head repeated for its group; h = 1 (shared by all heads) stays 1."""
     return x if x.shape[1] in (1, heads) else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
@@ -121,7 +121,7 @@ def _checked(operator: str, other: Any) -> Mask:
 
 @dataclass_transform(frozen_default=True)
 def _mask(*, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
-    """Makes a frozen dataclass a pytree: ``data`` fields are traced, ``static`` fields are part of the structure."""
+    """Makes a class a frozen dataclass and pytree: ``data`` fields are traced, ``static`` ones are in the structure."""
 
     def register(cls):
         # eq=False: comparing masks would compare traced arrays; static fields are compared by the pytree structure.
@@ -139,7 +139,7 @@ class Full(Mask):
     def bounds(self, q, kv):
         return jnp.ones_like(kv.min, jnp.bool_), jnp.ones_like(kv.min, jnp.bool_)
 
-    def is_fine(self):
+    def has_fine_edges(self):
         return False
 
 
@@ -151,7 +151,7 @@ class Causal(Mask):
     def bounds(self, q, kv):
         return kv.min <= q.max, kv.max <= q.min
 
-    def is_fine(self):
+    def has_fine_edges(self):
         return False
 
 
@@ -185,7 +185,7 @@ class Prefix(Mask):
     def bounds(self, q, kv):
         return kv.min < self.lengths.max, kv.max < self.lengths.min
 
-    def is_fine(self):
+    def has_fine_edges(self):
         return False
 
 
@@ -199,7 +199,7 @@ class Sink(Mask):
     def bounds(self, q, kv):
         return kv.min < self.n, kv.max < self.n
 
-    def is_fine(self):
+    def has_fine_edges(self):
         return False
 
 
@@ -225,7 +225,7 @@ class Segments(Mask):
         return self.q_ids == self.kv_ids
 
     def bounds(self, q, kv):
-        # Exact for sorted ids: an id between the smallest and the largest of a block either occurs in it or nowhere.
+        # Exact for sorted ids: an id between a block's smallest and largest occurs in that block or nowhere.
         return _may_be_equal(self.q_ids, self.kv_ids), _must_be_equal(self.q_ids, self.kv_ids)
 
 
@@ -248,7 +248,7 @@ class Tree(Mask):
     def as_dense(self, kv_len: int) -> Dense:
         nodes = self.ancestors.shape[-1]
         if self.start is not None:
-            # What runs past the last key is cut off.
+            # Nodes past the last key are cut off.
             shape = (self.start.shape[0], 1, nodes, kv_len + nodes)
             earlier = jax.lax.broadcasted_iota(jnp.int32, shape, 3) < self.start
             ancestors = jnp.broadcast_to(self.ancestors, (shape[0], *self.ancestors.shape[1:]))
@@ -272,12 +272,12 @@ class Custom(Mask):
         return self.traced().bounds(q, kv)
 
     def traced(self) -> "Traced":
-        """With what the function closes over now."""
+        """Traces the function with the current values of its closure."""
         program, tables = self._trace()
         return Traced(self.arrays, tables(), program)
 
     def check(self) -> None:
-        """Raises what is wrong with the function."""
+        """Traces the function, which raises if kernels cannot evaluate it."""
         self._trace()
 
     def _trace(self) -> pointwise.Trace:
@@ -294,7 +294,7 @@ class Custom(Mask):
 
 @_mask(data=("arrays", "tables"), static=("program",))
 class Traced(Mask):
-    """A custom mask as kernels evaluate it."""
+    """A traced custom mask, which kernels evaluate."""
 
     arrays: tuple[Operand, ...]
     tables: pointwise.Tables
@@ -305,7 +305,7 @@ class Traced(Mask):
         return allowed if np.ndim(allowed) else jnp.full(jnp.broadcast_shapes(q.shape, kv.shape), allowed)
 
     def bounds(self, q, kv):
-        # Nothing is known of the function: every block is partial.
+        # The function is opaque: every block is partial.
         return jnp.ones_like(kv.min, jnp.bool_), jnp.zeros_like(kv.min, jnp.bool_)
 
 
@@ -324,8 +324,8 @@ class And(Mask):
     def span(self):
         return min((s for s in (self.left.span(), self.right.span()) if s is not None), default=None)
 
-    def is_fine(self):
-        return self.left.is_fine() or self.right.is_fine()
+    def has_fine_edges(self):
+        return self.left.has_fine_edges() or self.right.has_fine_edges()
 
 
 @_mask(data=("left", "right"))
@@ -340,8 +340,8 @@ class Or(Mask):
         left, right = self.left.bounds(q, kv), self.right.bounds(q, kv)
         return left[0] | right[0], left[1] | right[1]
 
-    def is_fine(self):
-        return self.left.is_fine() or self.right.is_fine()
+    def has_fine_edges(self):
+        return self.left.has_fine_edges() or self.right.has_fine_edges()
 
 
 @_mask(data=("mask",))
@@ -355,8 +355,8 @@ class Not(Mask):
         some, every = self.mask.bounds(q, kv)
         return ~every, ~some
 
-    def is_fine(self):
-        return self.mask.is_fine()
+    def has_fine_edges(self):
+        return self.mask.has_fine_edges()
 
 
 def _may_be_equal(a: Interval, b: Interval) -> Array:
@@ -378,10 +378,10 @@ def causal() -> Mask:
 
 
 def sliding_window(left: int, right: int = 0) -> Mask:
-    """Keys near the query: ``q - left < k <= q + right``; with ``right=0`` the last ``left`` keys, its own included.
+    """Keys near the query: ``q - left < k <= q + right``; with ``right=0`` the last ``left`` keys, including its own.
 
     Raises:
-      ValueError: a negative bound, or a window that holds no key.
+      ValueError: a negative bound, or an empty window.
     """
     left, right = checks.integer("left", left, least=0), checks.integer("right", right, least=0)
     if left + right < 1:
@@ -390,10 +390,10 @@ def sliding_window(left: int, right: int = 0) -> Mask:
 
 
 def prefix(lengths: Array) -> Mask:
-    """Keys at positions below each row's length, whatever the query (prefix-LM: ``prefix(lengths) | causal()``).
+    """Keys at positions below each row's length, for every query (prefix-LM: ``prefix(lengths) | causal()``).
 
     Args:
-      lengths: integers ``[B]``; known ones that 32 bits do not hold are refused.
+      lengths: integers ``[B]``; known values that do not fit in 32 bits raise a ValueError.
     """
     lengths = _integers("prefix: lengths", lengths, rank=1)
     return Prefix(checks.clipped(checks.int32("prefix: lengths", lengths))[:, None, None, None])
@@ -412,8 +412,8 @@ def chunked(size: int) -> Mask:
 def segments(q_ids: Array, kv_ids: Array | None = None) -> Mask:
     """Keys of the query's own segment, for packed documents.
 
-    A value that is NaN reaches the other documents of its row that share a KV block with it, for a probability of 0
-    times NaN is NaN, as in every attention that masks logits. Rows of the batch never reach each other.
+    A NaN value reaches the other documents of its row that share its KV block, because a probability of 0 times NaN is
+    NaN, as in every attention that masks logits. Rows of the batch never affect each other.
 
     Args:
       q_ids: integers ``[B|1, T]``, of any width.
@@ -426,7 +426,7 @@ def segments(q_ids: Array, kv_ids: Array | None = None) -> Mask:
 
 
 def dense(array: Array) -> Mask:
-    """An explicit mask, True where attention is allowed. Its fully masked blocks are skipped like any other's.
+    """An explicit mask, True where attention is allowed. Fully masked blocks are skipped.
 
     Args:
       array: bool ``[B|1, N|K|1, T, S]`` or ``[T, S]``.
@@ -439,10 +439,10 @@ def tree(ancestors: Array, start: Array | None = None) -> Mask:
     """A draft tree in verification (SpecInfer, arXiv:2305.09781): T keys are its nodes, in the queries' order.
 
     Args:
-      ancestors: bool ``[T, T]`` or ``[B|1, T, T]``: True where the node of the column is the node of the row or one of
-        its ancestors. All keys before the nodes are visible, and none after them.
-      start: integers ``[B]``, 0 to S: the key that is node 0 of each row, where a row has fewer keys left than nodes
-        the last nodes have none; default S - T: the nodes are the last keys.
+      ancestors: bool ``[T, T]`` or ``[B|1, T, T]``: True where the column's node is the row's node or one of its
+        ancestors. All keys before the nodes are visible, and none after them.
+      start: integers ``[B]``, 0 to S: the index of each row's key for node 0; nodes past the last key are ignored.
+        Default S - T: the nodes are the last keys.
     """
     ancestors = _bools("tree: ancestors", ancestors, rank=3, or_rank=2)
     if ancestors.shape[-1] != ancestors.shape[-2]:
@@ -451,34 +451,34 @@ def tree(ancestors: Array, start: Array | None = None) -> Mask:
         start = _integers("tree: start", start, rank=1)
         values = checks.known(start)
         if values is not None and values.min() < 0:
-            raise ValueError(f"tree: start: expected keys, from 0 on, got {values.min()}")
+            raise ValueError(f"tree: start: expected at least 0, got {values.min()}")
         start = checks.clipped(start)[:, None, None, None]
         if ancestors.ndim == 3 and ancestors.shape[0] not in (1, start.shape[0]):
-            raise ValueError(f"tree: start: expected [{ancestors.shape[0]}], as ancestors, got [{start.shape[0]}]")
+            wanted = f"[{ancestors.shape[0]}], the batch size of ancestors"
+            raise ValueError(f"tree: start: expected {wanted}, got [{start.shape[0]}]")
     return Tree(ancestors[None, None] if ancestors.ndim == 2 else ancestors[:, None], start)
 
 
 def custom(function: Callable[..., Any], *arrays: Array) -> Mask:
     """Any elementwise relation: ``function(q_position, kv_position, *arrays) -> bool``.
 
-    Nothing is known of its blocks, so alone it skips none: combine it by ``&`` with a mask that bounds it.
+    The function is opaque, so alone it skips no block: combine it (``&``) with a mask that bounds it.
 
-    The function is written in JAX for a single query and key, as numbers: int32 positions, and the arrays' elements at
-    the place. It may close over arrays of any shape, as ``document[q_position] == document[kv_position]`` does; what
-    they hold when :func:`attention` is called, or a BlockMask made, counts. See :func:`pallas_attn.scores.custom` for
-    what may be done with them. What differs by head or by row of the batch is given by ``arrays``.
+    Write the function in JAX for a single query and key, as scalars: int32 positions and the arrays' elements for that
+    pair. It may close over arrays of any shape, as in ``document[q_position] == document[kv_position]``; their values
+    are read at each :func:`attention` or BlockMask call. :func:`pallas_attn.scores.custom` lists the operations allowed
+    on them. Pass data that differs by head or batch row as ``arrays``.
 
     Args:
-      function: its result is a boolean. To compile once, pass the same function in every call, or one of the same
-        operations.
-      *arrays: bool or integers ``[B|1, N|K|1, T|1, S|1]``. Integers become int32: those that it cannot hold are refused
-        where their values are known, and stay as they are where they are being traced.
+      function: returns a boolean. To compile once, pass the same function, or one with the same operations, each time.
+      *arrays: bool or integers ``[B|1, N|K|1, T|1, S|1]``. Integers are converted to int32: known values that do not
+        fit raise a ValueError, traced ones keep their dtype.
 
     Raises:
-      TypeError: not a function; a result that is no boolean; a NumPy array in its closure that it indexes by an
-        argument. What the function itself raises passes through.
-      ValueError: a result that is an array; ``arrays`` of another dtype or rank.
-      NotImplementedError: a function that kernels cannot evaluate, on every implementation.
+      TypeError: not a function; a non-boolean result; a NumPy array in the closure that is indexed by an argument.
+        Exceptions of the function itself propagate.
+      ValueError: the result is an array; ``arrays`` of another dtype or rank.
+      NotImplementedError: kernels cannot evaluate the function; raised for every implementation.
     """
     if not callable(function):
         raise TypeError(f"custom: function: expected a callable, got {type(function).__name__}")
@@ -488,7 +488,6 @@ def custom(function: Callable[..., Any], *arrays: Array) -> Mask:
 
 
 def _integers(name: str, value: Any, *, rank: int) -> Array:
-    """Of any width."""
     x = checks.array_or_list(name, value, "integers")
     if not checks.is_integer(x):
         raise ValueError(f"{name}: expected integers, got dtype {x.dtype}")
@@ -518,14 +517,14 @@ def _of_rank(name: str, x: Array, rank: int) -> Array:
 
 
 def _same_ids(q_ids: Array, kv_ids: Array) -> tuple[Array, Array]:
-    """The ids as int32. Where 32 bits may not hold them, each becomes its rank among all: equal as they were equal."""
+    """The ids as int32. If they may not fit, each id becomes its rank among all ids, which preserves equality."""
     if checks.fits_int32(q_ids) and checks.fits_int32(kv_ids):
         return jnp.asarray(q_ids.astype(np.int32)), jnp.asarray(kv_ids.astype(np.int32))
     known = isinstance(q_ids, np.ndarray) and isinstance(kv_ids, np.ndarray)
     dtype = np.promote_types(q_ids.dtype, kv_ids.dtype)
     if dtype.kind == "f" or (not known and jax.dtypes.canonicalize_dtype(dtype) != dtype):
         got = f"{q_ids.dtype} for q_ids and {kv_ids.dtype} for kv_ids"
-        raise ValueError(f"segments: expected ids of one dtype, or such as 32 bits hold, got {got}")
+        raise ValueError(f"segments: expected ids of one dtype, or that fit in 32 bits, got {got}")
     module = np if known else jnp
     both: Any = [module.asarray(x).astype(dtype) for x in (q_ids, kv_ids)]
     in_order = module.sort(module.concatenate([x.reshape(-1) for x in both]))

@@ -1,7 +1,7 @@
-"""A BlockMask as a picture for a page, PNG or SVG.
+"""Draws a BlockMask as a PNG or SVG picture.
 
-It shows one grid of blocks, of one batch row and one head of the lists, with axes that count tokens. A grid too large
-to show is scaled down: neighboring blocks become one cell, which is empty only if all of them are.
+The picture shows the block grid of one batch row and one head, with axes in tokens. A grid too large to show is scaled
+down: neighboring blocks become one cell, which is full or empty only if all of them are.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Light to dark by the work that a block takes, so that they read in grey and to colour-blind eyes too.
-_EMPTY_COLOUR, _PARTIAL_COLOUR, _FULL_COLOUR = "#edf1f5", "#f2a65a", "#1f4e79"
-_PADDING_COLOUR, _LINE_COLOUR, _TEXT_COLOUR = "#b4bdc7", "#8a94a0", "#4a5561"
-_MAX_CELLS = 256  # along an axis of a picture, so that a cell is some pixels wide
-_METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # nothing that changes by the day
+# Light to dark by the work of a block, so that they are distinct in gray and to color-blind readers.
+_EMPTY_COLOR, _PARTIAL_COLOR, _FULL_COLOR = "#edf1f5", "#f2a65a", "#1f4e79"
+_PADDING_COLOR, _LINE_COLOR, _TEXT_COLOR = "#b4bdc7", "#8a94a0", "#4a5561"
+_MAX_CELLS = 256  # along an axis of a picture, so that a cell is several pixels wide
+_METADATA = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}  # for reproducible bytes
 
 
 def save_picture(
@@ -37,21 +37,20 @@ def save_picture(
     head: int = 0,
     title: str | None = None,
 ) -> None:
-    """Draws which blocks are full, partial and empty, and where there is padding. Needs the extra ``plots``.
+    """Draws full, partial and empty blocks, and padding. Needs the extra ``plots``, but no display.
 
-    The same mask gives the same bytes, whatever the day and the user's settings of matplotlib, with the same version of
-    matplotlib. No display is needed.
+    With one version of matplotlib, the same mask gives the same bytes on any day and with any user settings.
 
     Args:
-      block_mask: any size; a grid of more than 256 blocks along an axis is scaled down, and the picture says so.
-      path: a file that ends in ``.png`` or ``.svg``, in a directory that exists.
+      block_mask: any size; a grid of more than 256 blocks along an axis is scaled down, which the picture states.
+      path: a file that ends in ``.png`` or ``.svg``, in an existing directory.
       batch: the batch row to draw, below the B of the lists (1 if all rows share them).
       head: the head to draw, below the M of the lists (1 if all heads share them).
       title: default "BlockMask".
 
     Raises:
-      ValueError: a path of another kind, no such directory, batch row or head, or a BlockMask that is being traced.
-      TypeError: not a BlockMask, or another kind of object than is said above.
+      ValueError: another suffix; no such directory, batch row or head; or a traced BlockMask.
+      TypeError: an argument is of the wrong kind.
       ImportError: matplotlib is not installed.
     """
     if not isinstance(block_mask, BlockMask):
@@ -63,14 +62,14 @@ def save_picture(
     rows, heads = block_mask.num_full.shape[:2]
     batch, head = _checked_index("batch", batch, rows), _checked_index("head", head, heads)
     if isinstance(block_mask.num_full, jax.core.Tracer):
-        raise ValueError("block_mask: expected one with values, got one that is being traced; draw it outside of jit")
+        raise ValueError("block_mask: expected concrete values, got a traced BlockMask; draw it outside of jit")
     with plain_style():
         save_figure(_figure(grids.grid_of(block_mask, batch, head), block_mask, title or "BlockMask"), path)
 
 
 @contextlib.contextmanager
 def plain_style() -> Iterator[None]:
-    """Within it, figures of matplotlib depend on nothing that a user has configured.
+    """A context in which matplotlib ignores the user's configuration.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -81,13 +80,13 @@ def plain_style() -> Iterator[None]:
         raise ImportError('pictures need matplotlib: pip install "pallas-attn[plots]"') from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # SVG names its parts by a hash, which without a salt of our own would be random.
+        # SVG ids are hashes with a salt, random by default.
         matplotlib.rcParams["svg.hashsalt"] = "pallas_attn"
         yield
 
 
 def save_figure(figure: "Figure", path: Path, dpi: int = 160) -> None:
-    """Writes a PNG or an SVG, by the suffix, without a date and without the name of the program in it."""
+    """Writes a PNG or SVG, by the suffix, without date and program name in its metadata."""
     figure.savefig(path, dpi=dpi, metadata=_METADATA[path.suffix.lower()])
 
 
@@ -115,7 +114,7 @@ def _figure(grid: Grid, block_mask: BlockMask, title: str) -> "Figure":
     from matplotlib.patches import Patch
 
     q_len, kv_len = grid.q_padding.size, grid.kv_padding.size
-    # In inches. A grid much wider than high, or higher than wide, keeps a shape that can be looked at.
+    # In inches. The aspect ratio is clipped, so that a very wide or tall grid stays legible.
     width, height = 5.2, 5.2 * float(np.clip(q_len / kv_len, 0.22, 1.4))
     left, right, bottom, top = 1.0, 0.4, 0.95, 1.0
     size = (left + width + right, bottom + height + top)
@@ -130,11 +129,11 @@ def _figure(grid: Grid, block_mask: BlockMask, title: str) -> "Figure":
     facts = f"density {grid.density:.1%}: {active:,} of {blocks:,} blocks of {sizes.q} x {sizes.kv} are visited"
     steps = grids.step(grid.classes.shape[0], _MAX_CELLS), grids.step(grid.classes.shape[1], _MAX_CELLS)
     if steps != (1, 1):
-        facts += f" (a cell is {steps[0]} x {steps[1]} of them)"
+        facts += f" (one cell = {steps[0]} x {steps[1]} blocks)"
     where = f"{grid.name}; padding: {grid.padding}" if grid.padding else grid.name
     write(0.22, title, fontsize=_title_size(title), fontweight="bold", color="#1b2733")
-    write(0.50, facts, fontsize=9, color=_TEXT_COLOUR)
-    write(0.69, where, fontsize=9, color=_TEXT_COLOUR)
+    write(0.50, facts, fontsize=9, color=_TEXT_COLOR)
+    write(0.69, where, fontsize=9, color=_TEXT_COLOR)
 
     _draw_cells(axes, grids.merged(grid.classes, *steps), steps[0] * sizes.q, steps[1] * sizes.kv)
     _draw_padding(axes, grid)
@@ -144,16 +143,16 @@ def _figure(grid: Grid, block_mask: BlockMask, title: str) -> "Figure":
     axes.set_yticks(_ticks(q_len, max(2, round(8 * height / width))))
     for axis, name in ((axes.xaxis, "keys"), (axes.yaxis, "queries")):
         axis.set_major_formatter("{x:,.0f}")
-        axis.set_label_text(f"{name} (tokens)", color=_TEXT_COLOUR, fontsize=9)
-    axes.tick_params(colors=_TEXT_COLOUR, labelsize=8)
+        axis.set_label_text(f"{name} (tokens)", color=_TEXT_COLOR, fontsize=9)
+    axes.tick_params(colors=_TEXT_COLOR, labelsize=8)
     for spine in axes.spines.values():
-        spine.set_edgecolor(_LINE_COLOUR)
+        spine.set_edgecolor(_LINE_COLOR)
         spine.set_linewidth(0.8)
-        spine.set_position(("outward", 0.4))  # around the outermost cells, not over them
-    colours = {"full": _FULL_COLOUR, "partial": _PARTIAL_COLOUR, "empty": _EMPTY_COLOUR}
-    patches = [Patch(facecolor=c, edgecolor=_LINE_COLOUR, linewidth=0.5, label=name) for name, c in colours.items()]
+        spine.set_position(("outward", 0.4))  # around the outer cells, not over them
+    colors = {"full": _FULL_COLOR, "partial": _PARTIAL_COLOR, "empty": _EMPTY_COLOR}
+    patches = [Patch(facecolor=c, edgecolor=_LINE_COLOR, linewidth=0.5, label=name) for name, c in colors.items()]
     if grid.padding:
-        hatched = {"facecolor": "white", "edgecolor": _PADDING_COLOUR, "hatch": "/////", "linewidth": 0.5}
+        hatched = {"facecolor": "white", "edgecolor": _PADDING_COLOR, "hatch": "/////", "linewidth": 0.5}
         patches.append(Patch(**hatched, label="padding"))
     figure.legend(
         handles=patches,
@@ -164,13 +163,13 @@ def _figure(grid: Grid, block_mask: BlockMask, title: str) -> "Figure":
         ncols=len(patches),
         frameon=False,
         fontsize=9,
-        labelcolor=_TEXT_COLOUR,
+        labelcolor=_TEXT_COLOR,
     )
     return figure
 
 
 def _title_size(title: str) -> float:
-    """In points: a long title is written smaller, so that it stays within the picture."""
+    """Font size in points, smaller for a long title so that it fits."""
     return float(np.clip(13 * 44 / max(len(title), 1), 6, 13))
 
 
@@ -180,7 +179,7 @@ def _draw_cells(axes: "Axes", cells: np.ndarray, q_tokens: int, kv_tokens: int) 
     rows, columns = cells.shape
     axes.imshow(
         cells,
-        cmap=ListedColormap([_EMPTY_COLOUR, _PARTIAL_COLOUR, _FULL_COLOUR]),
+        cmap=ListedColormap([_EMPTY_COLOR, _PARTIAL_COLOR, _FULL_COLOR]),
         vmin=0,
         vmax=2,
         extent=(0, columns * kv_tokens, rows * q_tokens, 0),
@@ -194,8 +193,8 @@ def _draw_cells(axes: "Axes", cells: np.ndarray, q_tokens: int, kv_tokens: int) 
 
 
 def _draw_padding(axes: "Axes", grid: Grid) -> None:
-    """Hatches the rows and columns where there is no token."""
-    style = {"facecolor": (1, 1, 1, 0.55), "edgecolor": _PADDING_COLOUR, "hatch": "/////", "linewidth": 0}
+    """Hatches the rows and columns of padding."""
+    style = {"facecolor": (1, 1, 1, 0.55), "edgecolor": _PADDING_COLOR, "hatch": "/////", "linewidth": 0}
     for first, last in _runs(grid.q_padding):
         axes.axhspan(first, last, **style)
     for first, last in _runs(grid.kv_padding):
@@ -203,10 +202,10 @@ def _draw_padding(axes: "Axes", grid: Grid) -> None:
 
 
 def _runs(padding: np.ndarray) -> np.ndarray:
-    """``[runs, 2]``: where each run of padding begins and ends, in tokens.
+    """``[runs, 2]``: start and end of each run of padding, in tokens.
 
-    More than 1024 tokens are looked at in 1024 groups, each padding if all of it is: less than a pixel is lost, and
-    slots that are empty here and there do not hide the others.
+    Longer axes are split into at most 1024 groups, each padding if all its tokens are: the error is below a pixel, and
+    scattered empty slots do not hide the others.
     """
     starts = np.arange(0, padding.size, grids.step(padding.size, 1024))
     whole = np.logical_and.reduceat(padding, starts).astype(int)
@@ -215,5 +214,5 @@ def _runs(padding: np.ndarray) -> np.ndarray:
 
 
 def _ticks(length: int, most: int) -> np.ndarray:
-    """At most about so many, at multiples of a power of two."""
+    """At most about ``most`` ticks, at multiples of a power of two."""
     return np.arange(0, length + 1, 1 << max(0, -(-length // most) - 1).bit_length())

@@ -1,8 +1,7 @@
-"""Dataclasses as pytrees, where classes with the same fields stand in the same place.
+"""Registers dataclasses as pytrees whose structures differ between classes with the same fields.
 
-``jax.tree_util.register_dataclass`` is not enough there: it calls two structures equal whose classes differ and whose
-fields do not. Causal and Full are such a pair. Where, by chance, their hashes meet in a table as well, ``jax.jit`` runs
-the program of the one for the other.
+``jax.tree_util.register_dataclass`` is not enough: it treats the structures of two classes with equal fields, such as
+Causal and Full, as equal. If their hashes also collide in a table, ``jax.jit`` runs the program of one for the other.
 """
 
 from collections.abc import Iterable
@@ -13,12 +12,12 @@ from jax.tree_util import GetAttrKey
 
 
 def register(cls: type, *, data: tuple[str, ...], static: tuple[str, ...]) -> type:
-    """Makes a dataclass a pytree whose structure knows its class; returns the class.
+    """Registers a dataclass as a pytree whose structure includes its class; returns the class.
 
     Args:
-      cls: a dataclass that is made from its fields by keyword.
-      data: fields that are traced.
-      static: fields that are part of the structure, with ``==`` and a hash.
+      cls: a dataclass whose constructor takes its fields by keyword.
+      data: traced fields.
+      static: fields in the structure; they need ``==`` and a hash.
     """
 
     def flatten(x: Any) -> tuple[tuple, tuple]:

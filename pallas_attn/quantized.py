@@ -1,7 +1,7 @@
-"""Keys and values in 8 or 4 bits, symmetric: a number times a float32 scale.
+"""Keys and values quantized to 8 or 4 bits, symmetrically: a number times a float32 scale.
 
 An 8-bit array has one scale per token and head. Four bits are too few for that, so an int4 array has one per group of
-neighbouring columns of each token and head (compare KIVI, arXiv:2402.02750, and FlexGen, arXiv:2303.06865).
+neighboring columns of each token and head (compare KIVI, arXiv:2402.02750, and FlexGen, arXiv:2303.06865).
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from pallas_attn.refusal import without_derivative
 
 Kind = Literal["int8", "float8_e4m3fn", "int4"]
 
-# What the largest magnitude of a vector (int4: of a group) becomes.
+# The quantized value of the largest magnitude in a vector (int4: in a group).
 _LARGEST: dict[Kind, float] = {"int8": 127.0, "float8_e4m3fn": 448.0, "int4": 7.0}
 _NO_GRADIENT = (
-    "QuantizedArray.quantize has no gradient, for it rounds: stop it by jax.lax.stop_gradient, or do without it (in a"
-    " cache: Plain storage)"
+    "QuantizedArray.quantize has no gradient, because it rounds: stop the gradient with jax.lax.stop_gradient, or do"
+    " not quantize (in a cache: Plain storage)"
 )
 _KIND_OF_DTYPE: dict[str, Kind] = {"int8": "int8", "float8_e4m3fn": "float8_e4m3fn", "uint8": "int4"}
 
@@ -29,10 +29,10 @@ _KIND_OF_DTYPE: dict[str, Kind] = {"int8": "int8", "float8_e4m3fn": "float8_e4m3
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """``x = values * scales``, as :func:`~pallas_attn.attention` takes keys and values. Make one with :meth:`quantize`.
+    """``x = values * scales``, for the keys and values of :func:`~pallas_attn.attention`; see :meth:`quantize`.
 
     Two columns of int4 share a byte: its low four bits hold column ``c`` of the first half, its high four bits column
-    ``c`` of the second half, each in two's complement, -7 to 7. So both halves are read without interleaving them.
+    ``c`` of the second half, each in two's complement, -7 to 7. Kernels read both halves without interleaving them.
 
     Attributes:
       values: int8 or float8_e4m3fn ``[.., K, D]``; int4: uint8 ``[.., K, D // 2]``.
@@ -44,21 +44,20 @@ class QuantizedArray:
 
     @staticmethod
     def quantize(x: Array, kind: Kind, group: int = 32) -> "QuantizedArray":
-        """The nearest that can be said in so few bits. What is not finite makes its vector (or group) NaN.
+        """Rounds to the nearest representable values. A non-finite element makes its vector (or group) NaN.
 
-        It rounds, so it has no gradient: one that reaches it is refused. That of :meth:`dequantize` is with respect to
-        values and scales.
+        Rounding has no gradient, so differentiating this function raises. The gradient of :meth:`dequantize` is with
+        respect to values and scales.
 
         Args:
           x: floating-point ``[.., K, D]``.
           kind: "int8", "float8_e4m3fn" or "int4".
-          group: columns that share a scale, for int4 alone; it divides D / 2.
+          group: int4 only: columns per scale, a divisor of D / 2.
 
         Raises:
           TypeError: x is not an array, kind not a string, or group not an int.
-          ValueError: another kind, x is empty, of rank 0 or not of floating point, or a group that does not divide
-            D / 2.
-          NotImplementedError: a gradient, with the way out.
+          ValueError: an unknown kind, x is empty, of rank 0 or not floating-point, or group does not divide D / 2.
+          NotImplementedError: a gradient reaches it; the message says how to stop it.
         """
         x = checks.array("x", x)
         if not isinstance(kind, str):
@@ -79,11 +78,11 @@ class QuantizedArray:
         return without_derivative(quantized, _NO_GRADIENT)(x)
 
     def dequantize(self) -> Array:
-        """float32 ``[.., K, D]``."""
+        """Returns float32 ``[.., K, D]``."""
         if self.kind != "int4":
             return self.values.astype(jnp.float32) * self.scales[..., None]
-        # By shifts, which spread the sign. Decode by XLA on a CPU takes half of the time where a byte is put next
-        # to itself first, and not its two halves later.
+        # Shifts extend the sign. XLA decode on a CPU takes half the time when this concatenates the bytes first
+        # instead of the two unpacked halves later.
         head_dim = self.shape[-1]
         twice = jnp.concatenate([self.values, self.values], axis=-1).astype(jnp.int32)
         in_first_half = lax.broadcasted_iota(jnp.int32, twice.shape, twice.ndim - 1) < head_dim // 2
@@ -92,11 +91,11 @@ class QuantizedArray:
         return (groups * self.scales[..., None]).reshape(self.shape)
 
     def check(self, name: str) -> None:
-        """Raises unless values and scales make an array; ``name`` is that of the argument.
+        """Validates values and scales; ``name`` is the argument's name in messages.
 
         Raises:
           TypeError: values or scales are not arrays.
-          ValueError: their dtypes or shapes do not belong together.
+          ValueError: their dtypes or shapes do not match.
         """
         for part, x in (("values", self.values), ("scales", self.scales)):
             if not checks.array(f"{name}.{part}", x).ndim:
@@ -109,7 +108,7 @@ class QuantizedArray:
         wanted = f"{list(leading)}"
         if self.kind == "int4":
             half = self.values.shape[-1]
-            # Groups do not reach across the middle.
+            # No group crosses the middle.
             fits = shape[:-1] == leading and shape[-1] % 2 == 0 and shape[-1] > 0 and half % (shape[-1] // 2) == 0
             wanted = f"{[*leading, 'groups']} with an even number of groups that divides {2 * half}"
         if self.scales.dtype != jnp.float32 or not fits:
@@ -122,18 +121,18 @@ class QuantizedArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[.., K, D]``, of what it stands for."""
+        """``[.., K, D]``, the shape of the dequantized array."""
         *leading, columns = self.values.shape
         return (*leading, 2 * columns if self.kind == "int4" else columns)
 
     @property
     def ndim(self) -> int:
-        """Of :attr:`shape`."""
+        """Rank of :attr:`shape`."""
         return self.values.ndim
 
     @property
     def group(self) -> int:
-        """Columns that share a scale: D, but for int4."""
+        """Columns that share a scale: D, except for int4."""
         return self.shape[-1] // self.scales.shape[-1] if self.kind == "int4" else self.shape[-1]
 
     @property
@@ -142,13 +141,16 @@ class QuantizedArray:
         return sum(x.size * x.dtype.itemsize for x in (self.values, self.scales))
 
 
+KVArray = Array | QuantizedArray
+
+
 def _quantize(x: Array, *, kind: Kind, columns: int) -> QuantizedArray:
-    """``x`` ``[.., K, D]`` with a scale for so many columns."""
+    """Quantizes ``x`` ``[.., K, D]`` with one scale for every ``columns`` columns."""
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, columns)
     largest = jnp.abs(groups).max(-1) / _LARGEST[kind]
-    # At least the smallest normal number: zeros stay zeros, and no scale is lost where subnormals are flushed.
+    # At least the smallest normal number, so that zeros stay zeros and flushing subnormals loses no scale.
     scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)
-    # In words, since XLA on a CPU forgets NaN in some maxima.
+    # Explicitly, since XLA on a CPU drops NaN in some maxima.
     scales = jnp.where(jnp.isfinite(groups).all(-1), scales, jnp.nan)
     values = (groups / scales[..., None]).reshape(x.shape)
     if kind == "float8_e4m3fn":

@@ -1,4 +1,4 @@
-"""Functions without a derivative, which say so: a gradient of 0 would pass for a number."""
+"""Functions that refuse differentiation: a silent gradient of 0 would pass for a result."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ import jax
 
 
 def without_derivative(function: Callable, reason: str) -> Callable:
-    """``function``; a gradient that comes to what it returns is refused, and so is forward mode.
+    """Returns ``function`` with a derivative that raises NotImplementedError, in reverse and in forward mode.
 
-    Nothing is refused where no gradient comes: where arguments are constants, or ``jax.lax.stop_gradient`` stands
-    before or behind.
+    It does not raise when no gradient reaches it: with constant arguments, or with ``jax.lax.stop_gradient`` on its
+    arguments or its result.
 
     Args:
-      function: of pytrees of arrays.
+      function: takes and returns pytrees of arrays.
       reason: the message of the NotImplementedError.
     """
     call = jax.custom_vjp(function)

@@ -1,9 +1,9 @@
-"""Decode's work in shares: the live KV blocks of the whole batch, cut into pieces of at most ``chunk`` blocks.
+"""Splits decode among programs: the live KV blocks of the whole batch, in pieces of at most ``chunk`` blocks.
 
 A row (a batch row and a head of the lists) with ``n`` live blocks gets ``ceil(n / chunk)`` programs, each of which
-visits a stretch of the row's list. With ``chunk = ceil(total / shares)`` one long row among short ones is spread over
-the whole chip (compare FlashInfer, arXiv:2501.01005, section 3.3); with a fixed chunk, how a row is cut does not depend
-on the other rows, so neither do its bits. How many programs there are is static: those to spare have nothing to visit.
+visits a contiguous piece of the row's list. With ``chunk = ceil(total / shares)`` a long row among short ones is spread
+over the whole GPU (compare FlashInfer, arXiv:2501.01005, section 3.3). With a fixed chunk the split of a row, and thus
+every bit of its result, is independent of the other rows. The number of programs is static; spare ones visit nothing.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """Which stretch of which row each of G programs visits. Rows are numbered ``b * M + m``.
+    """The row, and the piece of its list, that each of G programs visits. Rows are numbered ``b * M + m``.
 
     Attributes:
       row: int32 ``[G]``; 0 for a spare program.
-      first, last: int32 ``[G]``: the slots ``first .. last - 1`` of the row's list; equal for a spare program.
-      begin, count: int32 ``[R]``: the programs of a row are ``begin .. begin + count - 1``.
+      first, last: int32 ``[G]``: entries ``first .. last - 1`` of the row's list; equal for a spare program.
+      begin, count: int32 ``[R]``: programs ``begin .. begin + count - 1`` visit the row.
     """
 
     row: Array
@@ -32,24 +32,24 @@ class Schedule:
 
     @staticmethod
     def balanced(num_active: Array, width: int, shares: int) -> "Schedule":
-        """Shares of equal size over all rows, but for the last one of each row. G is ``shares`` and one more per row.
+        """Splits all rows into pieces of one size, except for the last of each row. G is at most ``shares + R``.
 
         Args:
           num_active: int32 ``[R]``, live blocks of each row, at most ``width``.
-          width: of the lists, static.
-          shares: how many programs are to be busy, static.
+          width: length of the lists, static.
+          shares: target number of busy programs, static.
         """
         chunk = jnp.maximum(-(-num_active.sum(dtype=jnp.int32) // shares), 1)
         rows = num_active.shape[0]
-        return Schedule._cut(num_active, chunk, min(shares + rows, rows * width))
+        return Schedule._split(num_active, chunk, min(shares + rows, rows * width))
 
     @staticmethod
     def fixed(num_active: Array, width: int, chunk: int) -> "Schedule":
-        """Shares of ``chunk`` blocks, whatever the other rows hold. G is what full rows would need."""
-        return Schedule._cut(num_active, jnp.int32(chunk), num_active.shape[0] * -(-width // chunk))
+        """Splits every row into pieces of ``chunk`` blocks, independent of the other rows. G suffices for full rows."""
+        return Schedule._split(num_active, jnp.int32(chunk), num_active.shape[0] * -(-width // chunk))
 
     @staticmethod
-    def _cut(num_active: Array, chunk: Array, programs: int) -> "Schedule":
+    def _split(num_active: Array, chunk: Array, programs: int) -> "Schedule":
         count = -(-num_active // chunk)
         end = jnp.cumsum(count, dtype=jnp.int32)
         begin = end - count
@@ -63,5 +63,5 @@ class Schedule:
 
     @property
     def total(self) -> Array:
-        """int32: how many programs are not spare."""
+        """Number of programs that are not spare, int32."""
         return self.count.sum(dtype=jnp.int32)

@@ -1,12 +1,12 @@
-"""What changes a logit before the softmax: soft caps, linear biases, any bias, or a function of your own.
+"""Functions of logits, applied before the softmax: soft caps, linear biases, dense biases, or your own function.
 
-A score is elementwise: it maps a scaled logit, its query's and its key's position, and its head to another logit. The
-kernels trace it into their loops and differentiate it there, so the logits are never written to memory.
+A score is elementwise: it maps a scaled logit, its query and key positions, and its head to another logit. The kernels
+trace it into their loops and differentiate it there, so the logits are never written to memory.
 
 Arrays of a score come in two kinds. An *operand* is stored with rank 4, aligned with ``[B, N, T, S]``, with size 1
 along every axis on which it does not depend; a kernel that works on a tile replaces it by its tile. *Tables* have any
-shape, and a kernel sees them whole: they are what the function of :func:`custom` looks up, among its parameters and
-what it closes over (:mod:`pallas_attn.pointwise`).
+shape, and a kernel sees them whole: a :func:`custom` function looks numbers up in them. They come from its parameters
+and its closure (:mod:`pallas_attn.pointwise`).
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from pallas_attn import checks, pointwise, pytrees
 
 
 class Score:
-    """A change of logits. Pass one, or a sequence that is applied in order, as ``attention(scores=...)``."""
+    """A function of logits. Pass one, or a sequence to apply in order, as ``attention(scores=...)``."""
 
     def apply(self, logits: Array, q_positions: Array, kv_positions: Array, head: Array, row: Array) -> Array:
         """Elementwise, float32; all arguments, and the operands in the fields, broadcast to ``logits``.
 
-        ``head`` is the query head and ``row`` the row of the batch, int32.
+        ``head`` is the query head and ``row`` the batch row, int32.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -38,7 +38,7 @@ _LARGEST_CAP = 1e30
 
 
 def apply(scores: Scores, logits: Array, *where: Array) -> Array:
-    """All scores, in order; ``where`` is the rest of the arguments of :meth:`Score.apply`."""
+    """Applies all scores in order; ``where`` holds the remaining arguments of :meth:`Score.apply`."""
     for score in scores:
         logits = score.apply(logits, *where)
     return logits
@@ -46,7 +46,7 @@ def apply(scores: Scores, logits: Array, *where: Array) -> Array:
 
 @dataclass_transform(frozen_default=True)
 def _score(*, data: tuple[str, ...] = (), static: tuple[str, ...] = ()):
-    """Makes a frozen dataclass a pytree: ``data`` fields are traced, ``static`` fields are part of the structure."""
+    """Makes a class a frozen dataclass and pytree: ``data`` fields are traced, ``static`` ones are in the structure."""
 
     def register(cls):
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
@@ -89,12 +89,12 @@ class Custom(Score):
         return self.traced().apply(logits, q_positions, kv_positions, head, row)
 
     def traced(self) -> "Traced":
-        """With what the function closes over now."""
+        """Traces the function with the current values of its closure."""
         program, tables = self._trace()
         return Traced(tables(), program)
 
     def check(self) -> None:
-        """Raises what is wrong with the function."""
+        """Traces the function, which raises if kernels cannot evaluate it."""
         self._trace()
 
     def _trace(self) -> pointwise.Trace:
@@ -114,14 +114,14 @@ class Custom(Score):
 
 @_score(data=("tables",), static=("program",))
 class Traced(Score):
-    """A custom score as kernels evaluate it."""
+    """A traced custom score, which kernels evaluate."""
 
     tables: pointwise.Tables
     program: pointwise.Program
 
     @property
     def reads_row(self) -> bool:
-        """Whether it differs between the rows of a batch."""
+        """Whether the result depends on the batch row."""
         return self.program.reads(4)
 
     def apply(self, logits, q_positions, kv_positions, head, row):
@@ -130,7 +130,7 @@ class Traced(Score):
 
 
 def traced(scores: Scores) -> Scores:
-    """The same with custom scores ready for kernels."""
+    """Replaces custom scores by their traced programs, for kernels."""
     return tuple(score.traced() if isinstance(score, Custom) else score for score in scores)
 
 
@@ -138,7 +138,7 @@ def softcap(cap: float) -> Score:
     """``cap * tanh(logit / cap)``: bounded logits (Gemma 2, arXiv:2408.00118, section 2).
 
     Args:
-      cap: a positive number, at most 1e30: float32 would take a logit divided by more for 0.
+      cap: a positive number, at most 1e30, since a logit divided by more may underflow in float32.
     """
     cap = checks.number("softcap: cap", cap, most=_LARGEST_CAP)
     if cap <= 0:
@@ -150,7 +150,7 @@ def alibi(slopes: Array) -> Score:
     """``logit - slope * |q - k|``, one slope per query head (ALiBi, arXiv:2108.12409, section 3).
 
     Args:
-      slopes: floating-point ``[N]``. Gradients reach them.
+      slopes: floating-point ``[N]``, differentiable.
     """
     return Alibi(_floating("alibi: slopes", slopes, rank=1)[None, :, None, None])
 
@@ -159,7 +159,7 @@ def bias(array: Array) -> Score:
     """``logit + array``.
 
     Args:
-      array: floating-point ``[B|1, N|1, T|1, S|1]``. Its gradient is summed over the axes of size 1.
+      array: floating-point ``[B|1, N|1, T|1, S|1]``; its gradient is summed over the axes of size 1.
     """
     return Bias(_floating("bias: array", array, rank=4))
 
@@ -167,33 +167,33 @@ def bias(array: Array) -> Score:
 def custom(function: Callable[..., Any], params: Any = None) -> Score:
     """Any elementwise function: ``function(logit, q_position, kv_position, head, params) -> logit``.
 
-    It is written in JAX for a single query and key, as numbers: the logit float32, positions and head int32. A function
-    that names a parameter ``batch`` after these gets the row of the batch too, int32: within ``jax.vmap`` the row of
+    Write it in JAX for a single query and key, as scalars: the logit is float32, positions and head are int32. If
+    another parameter, after these, is named ``batch``, it receives the batch row, int32: within ``jax.vmap`` the row of
     one element, within ``jax.shard_map`` the row of one shard.
 
-    Arrays that it closes over serve as those of ``params`` do, and what they hold when :func:`attention` is called
-    counts; gradients reach both. They have any shape, and are indexed down to a number (``slope[head]``,
-    ``params["table"][head, bucket[kv_position]]``, also by ``jnp.take``, slices and ``.at[...].get``). What depends on
-    arrays alone may be computed in any way, and is computed once (``jax.nn.softmax(table)[head]``). What depends on the
-    query, the key, the head or the row is a number, of elementwise operations, ``jnp.where``, ``lax.cond``, and
-    ``lax.fori_loop`` of up to 64 known turns; rows of a table may be compared, multiplied and summed
+    Arrays in the closure work like those of ``params``: :func:`attention` reads their values at each call, and both get
+    gradients. They may have any shape and must be indexed down to a number (``slope[head]``,
+    ``params["table"][head, bucket[kv_position]]``, also by ``jnp.take``, slices and ``.at[...].get``). Expressions of
+    arrays alone may use any operation, and are computed once (``jax.nn.softmax(table)[head]``). Expressions that depend
+    on the query, the key, the head or the row must be numbers: elementwise operations, ``jnp.where``, ``lax.cond``, and
+    ``lax.fori_loop`` of at most 64 iterations, a static count. Rows of a table may be compared, multiplied and summed
     (``jnp.dot(a[q_position], b[kv_position])``), up to 128 numbers.
 
-    A few operations (``erf``, ``lgamma``, ``round``; functions with a ``jax.custom_vjp``) have no lowering to Triton:
-    the other implementations serve them. Where an index is out of bounds, JAX's rules hold. A position of -1 (padding)
-    reaches the function, and its result does not count.
+    A few operations (``erf``, ``lgamma``, ``round``; functions with a ``jax.custom_vjp``) have no lowering to Triton;
+    the other implementations support them. Out-of-bounds indices follow JAX's rules. The function is also evaluated at
+    position -1 (padding), where its result is ignored.
 
     Args:
-      function: its result is a floating-point number. To compile once, pass the same function in every call, or one of
-        the same operations.
-      params: a pytree of arrays and numbers: floating-point ones, which come as float32, integers or bool. Gradients
-        reach the floating-point ones.
+      function: returns a floating-point number. To compile once, pass the same function, or one with the same
+        operations, each time.
+      params: a pytree of arrays and numbers: floating-point (passed to the function as float32), integers or bool.
+        Gradients reach the floating-point ones.
 
     Raises:
-      TypeError: not a function; a result that is no floating-point number; a NumPy array in its closure that it indexes
-        by an argument. What the function itself raises passes through.
-      ValueError: a result that is an array.
-      NotImplementedError: a function that kernels cannot evaluate, on every implementation.
+      TypeError: not a function; a result that is not a floating-point number; a NumPy array in the closure that is
+        indexed by an argument. Exceptions of the function itself propagate.
+      ValueError: the result is an array.
+      NotImplementedError: kernels cannot evaluate the function; raised for every implementation.
     """
     if not callable(function):
         raise TypeError(f"custom: function: expected a callable, got {type(function).__name__}")
@@ -203,21 +203,21 @@ def custom(function: Callable[..., Any], params: Any = None) -> Score:
 
 
 def _names_batch(function: Callable) -> bool:
-    """Whether a function takes the row of the batch."""
+    """Whether a function takes the batch row."""
     try:
         names = list(inspect.signature(function).parameters)
-    except ValueError:  # a built-in function does not tell
+    except ValueError:  # some built-in functions have no signature
         return False
     if "batch" in names[:5]:
         raise TypeError(
-            "custom: function: expected (logit, q_position, kv_position, head, params), and batch after these if it is"
-            f" wanted, got ({', '.join(names)})"
+            "custom: function: expected (logit, q_position, kv_position, head, params) and optionally batch after"
+            f" these, got ({', '.join(names)})"
         )
     return "batch" in names
 
 
 def _parameter(value: Any) -> Array:
-    """Floating-point numbers of at most 32 bits, int32, or bool."""
+    """Converts a parameter to floating point of at most 32 bits, int32, or bool."""
     x = checks.array_or_list("custom: params", value, "floating-point numbers, integers or bool")
     if x.dtype == jnp.bool_:
         return jnp.asarray(x)
@@ -225,18 +225,18 @@ def _parameter(value: Any) -> Array:
 
 
 def as_scores(scores: Score | Sequence[Score] | None) -> Scores:
-    """The argument of ``attention`` as a tuple.
+    """Converts the argument of ``attention`` to a tuple.
 
     Raises:
-      TypeError: something else than scores.
+      TypeError: not a Score or a sequence of Scores.
     """
     if scores is None:
         return ()
     listed = (scores,) if isinstance(scores, Score) else scores
     is_listed = isinstance(listed, Sequence) and not isinstance(listed, str)
-    strangers = [x for x in listed if not isinstance(x, Score)] if is_listed else [scores]
-    if strangers:
-        got = checks.describe(strangers[0])
+    others = [x for x in listed if not isinstance(x, Score)] if is_listed else [scores]
+    if others:
+        got = checks.describe(others[0])
         raise TypeError(f"scores: expected a pallas_attn.scores.Score or a sequence of them, got {got}")
     return tuple(listed)
 

@@ -1,4 +1,4 @@
-"""A call of attention at odd sizes, and whether what comes out is right: what many tests share."""
+"""Calls of attention at odd sizes, checked against the oracle; shared by many tests."""
 
 import dataclasses
 import zlib
@@ -13,7 +13,7 @@ from tests import oracle, tolerances
 from tests.oracle import positions
 
 NO_GPU = pa.implementations()["triton"]
-# With a GPU the compiled kernels are tested, without one the interpreted ones.
+# Tests run the compiled kernels on a GPU, and the interpreted ones elsewhere.
 INTERPRETED = pytest.param(
     "interpreted", marks=pytest.mark.skipif(NO_GPU is None, reason="the compiled kernels are tested instead")
 )
@@ -50,7 +50,7 @@ class Case:
         return q, positions(self.kv_len)[None] if self.kv_positions is None else self.kv_positions
 
     def arrays(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Query, key and value; what is not there is NaN."""
+        """Query, key and value; padding is NaN."""
         generator = np.random.default_rng(seed)
 
         def normal(*shape):
@@ -68,7 +68,7 @@ class Case:
         return tuple(x.astype(jnp.dtype(self.dtype)) for x in (query, key, value))
 
     def program(self, implementation: str):
-        """Compiled attention of query, key and value; positions that are the default are left out of the call."""
+        """Compiled attention of query, key and value; default positions are omitted from the call."""
 
         @jax.jit
         def call(query, key, value, mask, q_positions, kv_positions):
@@ -94,7 +94,7 @@ def options(implementation: str) -> dict:
 
 
 def seeded(*name) -> np.random.Generator:
-    """A generator for one piece of data, so that it depends on nothing else that a test or module draws."""
+    """A generator for one array, independent of everything else that a test or module draws."""
     return np.random.default_rng(zlib.crc32(repr(name).encode()))
 
 
@@ -135,7 +135,7 @@ def assert_same_bits(actual, expected, message: str = "") -> None:
 
 
 def check(case: Case, implementation: str, seed: int = 0) -> None:
-    """Output and lse against the oracle, allowing for what plain attention would lose."""
+    """Compares output and lse with the oracle, with limits from the error of plain attention."""
     query, key, value = case.arrays(seed)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     seen = oracle.visible(case.mask, *case.geometry, case.batch, case.q_heads)
@@ -149,8 +149,8 @@ def check(case: Case, implementation: str, seed: int = 0) -> None:
     assert actual.lse.dtype == jnp.float32
     blind = ~seen.any(-1)
     out, lse = (np.asarray(x, np.float64) for x in actual[:2])
-    assert (out.swapaxes(1, 2)[blind] == 0).all(), "a query that sees nothing gets 0"
-    assert (lse[blind] == -np.inf).all(), "a query that sees nothing gets -inf"
+    assert (out.swapaxes(1, 2)[blind] == 0).all(), "a query that sees no key gets 0"
+    assert (lse[blind] == -np.inf).all(), "a query that sees no key gets -inf"
     assert_error(out, expected[0], plain[0], case.dtype, "out")
     assert_error(lse[~blind], expected[1][~blind], plain[1][~blind], "float32", "lse")
 

@@ -1,6 +1,6 @@
-"""What caches must hold, as Python lists of one row: the policies written a second time, from papers and docstrings.
+"""Models of caches as Python lists, one row each: independent implementations from the papers and docstrings.
 
-Every head has a list of slots. Nothing is shared with the library; numbers are float64.
+Every head has a list of slots. The models share no code with the library; numbers are float64.
 """
 
 import copy
@@ -14,15 +14,15 @@ from tests import oracle, tolerances
 
 
 class NearTieError(Exception):
-    """The order of two scores is a matter of rounding."""
+    """Two scores are so close that rounding decides their order."""
 
 
 @dataclasses.dataclass
 class Token:
-    """A token as one head has it."""
+    """A token of one head."""
 
     position: int
-    number: int  # of the row's tokens, in order of arrival
+    number: int  # in the row, in order of arrival
     key: np.ndarray  # [D]
     value: np.ndarray
     score: float = 0.0
@@ -38,14 +38,14 @@ class Row:
         self.overflowed = False
 
     def append(self, positions, key, value) -> None:
-        """Real tokens alone: positions ``[n]``, key and value ``[n, K, D]``."""
+        """Appends valid tokens: positions ``[n]``, key and value ``[n, K, D]``."""
         raise NotImplementedError
 
     def truncate(self, length: int) -> None:
         raise NotImplementedError
 
     def observe(self, key_weights) -> None:
-        """``[K, capacity]``; most policies do not care."""
+        """``[K, capacity]``; most policies ignore it."""
 
     def reset(self) -> None:
         self.__init__(self.capacity, len(self.slots))
@@ -67,7 +67,7 @@ class Row:
 
 
 class Dense(Row):
-    """Slot n has the n-th token; what finds no room is not counted."""
+    """Slot n holds token n; tokens without room do not count."""
 
     def append(self, positions, key, value):
         for i, position in enumerate(positions):
@@ -78,12 +78,12 @@ class Dense(Row):
                 self.length += 1
 
     def truncate(self, length):
-        # What did not fit came last, so it is the first to be taken back.
+        # Dropped tokens came last, so truncation removes them first.
         self.overflowed &= length > self.length
         self.drop_from(min(max(length, 0), self.length))
 
     def keep(self, first, path):
-        """Of the tokens from number ``first`` on these nodes alone, which follow each other then."""
+        """Keeps only the nodes of ``path`` among the tokens from number ``first`` on, made contiguous."""
         first = min(max(first, 0), self.length)
         there = [first + node for node in path if first + node < self.length]
         self.overflowed &= len(there) < len(path)
@@ -94,7 +94,7 @@ class Dense(Row):
 
 
 class Window(Row):
-    """The first ``sinks`` tokens stay, all others go round in the slots behind them."""
+    """The first ``sinks`` tokens stay; all others share a ring buffer of the remaining slots."""
 
     def __init__(self, capacity, kv_heads, size: int, sinks: int = 0):
         super().__init__(capacity, kv_heads)
@@ -113,7 +113,7 @@ class Window(Row):
     def truncate(self, length):
         if length < self.length:
             self.drop_from(max(length, 0))
-            # The next token is seen by itself.
+            # The next token sees itself.
             self.overflowed |= not self._has_what_is_seen_from(self.length, but=self.length)
 
     def reset(self):
@@ -125,7 +125,7 @@ class Window(Row):
 
 
 class HeavyHitters(Row):
-    """H2O; with ``balance`` and ``hold``, what the storage makes of an array, Q-Hitter."""
+    """H2O; with ``balance`` and ``hold`` (encodes and decodes an array as the storage does), Q-Hitter."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class HeavyHitters(Row):
         count = len(positions) - surplus
         for head in range(len(self.slots)):
             order = self._first_to_go(head, count)
-            # Who is recent is decided before the first of them comes.
+            # Recency is judged before the first new token is stored.
             going = [slot for slot in order[:count] if self.slots[head][slot] is not None]
             self.overflowed |= any(self._is_recent(head, slot) for slot in going)
             for i, slot in enumerate(order[:count], start=surplus):
@@ -178,11 +178,11 @@ class HeavyHitters(Row):
         return free + others + recent
 
     def scores(self, head: int) -> dict[int, float]:
-        """Slot to what tokens are compared by."""
+        """The score of every filled slot."""
         held = {slot: token for slot, token in enumerate(self.slots[head]) if token is not None}
         score = {slot: token.score for slot, token in held.items()}
         if self.normalize:
-            # Queries at its own position and after could see it.
+            # Queries at the token's position and later could see it.
             score = {slot: x / (self._newest(head) - held[slot].position + 1) for slot, x in score.items()}
         if self.balance is None or self.hold is None:
             return score
@@ -230,13 +230,13 @@ def tokens_of(rows: list[Row], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(stored, page_table=None) -> np.ndarray:
-    """float32 ``[B, capacity, K, D]``: what is held, dequantised and its pages joined."""
+    """float32 ``[B, capacity, K, D]``: the contents, dequantized, with pages joined."""
     whole = oracle.dequantize(stored) if isinstance(stored, pa.QuantizedArray) else np.asarray(stored, np.float32)
     return (whole if page_table is None else oracle.gather(whole, np.asarray(page_table))).astype(np.float32)
 
 
 def assert_slots(cache: pa.caches.KVCache, rows: list[Row]) -> None:
-    """The same positions in the same slots, and as many tokens came in and were lost."""
+    """Compares the positions of all slots, ``lengths`` and ``overflowed``."""
     positions = positions_of(rows)
     assert np.asarray(cache.lengths).tolist() == [row.length for row in rows]
     assert np.asarray(cache.overflowed).tolist() == [row.overflowed for row in rows]
@@ -244,7 +244,7 @@ def assert_slots(cache: pa.caches.KVCache, rows: list[Row]) -> None:
 
 
 def assert_tokens(cache: pa.caches.KVCache, rows: list[Row], hold: Callable[[np.ndarray], np.ndarray] = np.asarray):
-    """Bit for bit, where a slot is not empty; ``hold`` is what the storage makes of tokens ``[.., K, D]``."""
+    """Compares filled slots bit for bit; ``hold`` encodes and decodes tokens ``[.., K, D]`` as the storage does."""
     view = cache.view()
     held = (positions_of(rows) >= 0).swapaxes(1, 2)[..., None]
     for stored, expected in zip((view.key, view.value), tokens_of(rows, cache.key.shape[-1]), strict=True):

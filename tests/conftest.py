@@ -1,12 +1,12 @@
-"""Shared by all tests: JAX at its strictest, data by name, and the tests that need a GPU."""
+"""Settings for all tests: JAX's strictest flags, data seeded by test name, and skips without a GPU."""
 
 import importlib.metadata
 import os
 import sys
 import zlib
 
-# XLA reads its flags when JAX is imported. Its older emitters compile the programs of the tests in half the time; newer
-# versions do not have the flag, and XLA aborts on a flag that it does not know.
+# XLA reads its flags when JAX is imported. The older emitters halve the compile time of the tests; newer versions lack
+# the flag, and XLA aborts on unknown flags.
 if importlib.metadata.version("jaxlib").startswith("0.10.") and "--optimize" not in sys.argv:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
@@ -21,7 +21,7 @@ from tests import default_suite
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples everywhere, however busy the machine is.
+# The same examples on every machine, without deadlines.
 settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -32,14 +32,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--optimize",
         action="store_true",
-        help="compile with LLVM's optimisations, as users do; it takes longer",
+        help="compile with LLVM's optimizations, as users do; slower",
     )
 
 
 def pytest_configure(config):
     if not config.getoption("--optimize"):
         jax.config.update("jax_disable_most_optimizations", True)
-    # The workers of a run, and the next run, share what is compiled; `pytest --cache-clear` removes it.
+    # Workers and later runs share compiled programs; `pytest --cache-clear` removes them.
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _data_by_name(request):
-    """A test draws the same data whatever ran before it: its name seeds its module's generator ``rng``."""
+    """Seeds the module's generator ``rng`` with the test's name, so that data does not depend on earlier tests."""
     rng = getattr(request.module, "rng", None)
     if isinstance(rng, np.random.Generator):
         seed = zlib.crc32(request.node.name.encode())
@@ -70,18 +70,18 @@ def _data_by_name(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forgotten_programs():
-    """What a module has compiled, no other needs: kept, it would grow to several gigabytes."""
+    """Drops the compiled programs of a module, which would otherwise grow to several gigabytes."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def compilations():
-    """A list that grows by the name of every program that XLA compiles."""
+    """A list that collects the name of every program that XLA compiles."""
     names = []
 
     def listen(event, _, *, fun_name="", **__):
-        # JAX moves NumPy arrays to the device by a program of its own, "stage".
+        # JAX moves NumPy arrays to the device with the program "stage".
         if event == "/jax/core/compile/backend_compile_duration" and fun_name != "jit(stage)":
             names.append(fun_name)
 

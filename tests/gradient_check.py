@@ -1,4 +1,4 @@
-"""One call of attention and its derivatives against the oracle, for every implementation."""
+"""Checks a call of attention and its derivatives against the oracle, for every implementation."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ def normal(*shape: int, dtype=np.float32) -> np.ndarray:
 
 
 class Arrays(NamedTuple):
-    """What has a derivative; ``scores`` holds an array for every score that has one."""
+    """The differentiable arguments; ``scores`` has an array for every score with one."""
 
     query: Any
     key: Any
@@ -40,7 +40,7 @@ class Case(attention_check.Case):
 
     @property
     def factor(self) -> float:
-        """Of the products."""
+        """The scale of the logits."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
@@ -56,7 +56,7 @@ class Case(attention_check.Case):
         query, key, *_ = self.complete()[0]
         key = np.repeat(key.astype(np.float64), self.q_heads // self.kv_heads, 2)
         logits = np.abs(np.einsum("btnd,bsnd->bnts", query.astype(np.float64), key))
-        return abs(self.factor) * logits[self.visible].max(initial=0.0)  # what is not there may be NaN
+        return abs(self.factor) * logits[self.visible].max(initial=0.0)  # padding may be NaN
 
     @property
     def missing_queries(self) -> np.ndarray:
@@ -87,7 +87,7 @@ class Case(attention_check.Case):
         return d_out.astype(jnp.dtype(self.dtype)), d_lse.astype(np.float32)
 
     def call(self, arrays: Arrays, mask, q_positions, kv_positions, implementation: str) -> pa.AttentionOutput:
-        """The library's attention, with lse; to be traced."""
+        """The library's attention with lse, to trace."""
         given = iter(arrays.scores)
         return pa.attention(
             *arrays[:3],
@@ -103,7 +103,7 @@ class Case(attention_check.Case):
         )
 
     def both_passes(self, implementation: str):
-        """Compiled: ``(output, gradients)`` of arrays and of the gradients of the output and of lse."""
+        """A compiled function of arrays and of the cotangents of output and lse: ``(outputs, gradients)``."""
 
         @jax.jit
         def run(arrays, d_out, d_lse, *rest):
@@ -116,24 +116,24 @@ class Case(attention_check.Case):
 
 @contextlib.contextmanager
 def backward_blocks(block_sizes: tuple[int, int] | None):
-    """Lets the Triton kernels of the backward pass, which have a table of their own, cut blocks of these sizes."""
+    """Sets the block sizes of the Triton backward kernels, which have their own tables."""
     if block_sizes is None:
         yield
         return
     kernels = ("d_query", "d_key_value")
     tables = {kernel: dict.fromkeys(tuning._TABLES[kernel], pa.BlockSizes(*block_sizes)) for kernel in kernels}
     with mock.patch.dict(tuning._TABLES, tables):
-        triton.backward.clear_cache()  # which may hold programs of other sizes
+        triton.backward.clear_cache()  # may hold programs of other sizes
         yield
     triton.backward.clear_cache()
 
 
 def check(case: Case, implementation: str, seed: int = 0, *, few_pairs: bool = False) -> None:
-    """Output, lse and every gradient; what takes no part in the output has a gradient of exactly 0.
+    """Checks output, lse and every gradient; arrays without influence on the output have a gradient of exactly 0.
 
-    Plain attention's error is a poor yardstick for a sum that cancels, or that has few terms: it may be 0 by luck. So
-    where a gradient is one (of a score's array, always; of the others, if they are made up of ``few_pairs``), errors
-    are compared to the worse of two ways to write plain attention, and rounding errors of the terms are allowed for.
+    Plain attention's error is a poor yardstick for a sum that cancels or has few terms: it may be 0 by luck. For such
+    gradients (always those of scores' arrays; the others if they have ``few_pairs``), the limit is the worse of two
+    ways to write plain attention, plus the rounding errors of the terms.
     """
     arrays, (d_out, d_lse) = case.all_arrays(seed), case.cotangents(seed)
     seen = case.visible
@@ -149,7 +149,7 @@ def check(case: Case, implementation: str, seed: int = 0, *, few_pairs: bool = F
         has_part = np.broadcast_to(~case.missing_queries[:, None], has_part.shape)
     out, lse = (np.asarray(x, np.float64) for x in (out, lse))
     assert (out.swapaxes(1, 2)[~seen.any(-1)] == 0).all(), "a query that sees no key gets 0"
-    assert (lse[~has_part] == -np.inf).all(), "a query that sees nothing gets -inf"
+    assert (lse[~has_part] == -np.inf).all(), "a query that sees neither key nor sink gets -inf"
     assert_error(out, expected[0], plain[0], case.dtype, "out")
     assert_error(lse[has_part], expected[1][has_part], plain[1][has_part], "float32", "lse")
 
@@ -196,7 +196,7 @@ def assert_gradient(
 
 
 def assert_zero_where_nothing_is_seen(case: Case, gradients: Arrays) -> None:
-    """Also where nothing was ever written: uninitialised memory would show."""
+    """Includes elements that no kernel writes, where uninitialized memory would show."""
     seen = case.visible
     blind = ~seen.any(3).swapaxes(1, 2)  # [B, T, N]
     unseen = ~seen.reshape(case.batch, case.kv_heads, -1, case.kv_len).any(2).swapaxes(1, 2)  # [B, S, K]
@@ -212,7 +212,7 @@ def assert_zero_where_nothing_is_seen(case: Case, gradients: Arrays) -> None:
 
 
 def implementations(*names: str, slow: tuple[str, ...] = ()) -> list:
-    """Parameters of a test: the interpreted kernels stand for the compiled ones where there is no GPU."""
+    """Parameters of a test: the interpreted kernels replace the compiled ones without a GPU."""
     marked = []
     for name in (*names, *slow):
         marks = [pytest.mark.slow] if name in slow else []

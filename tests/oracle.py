@@ -1,9 +1,9 @@
-"""What the library must compute, written a second time from the definitions: NumPy, float64, no code in common.
+"""The oracle: an independent implementation from the definitions, in NumPy and float64.
 
-A mask is described as data (``causal() & ~sliding_window(3, 0)``): it is evaluated here, on positions, and
-:meth:`Mask.build` makes the library's mask of the same name. Attention is a loop over queries that takes the visible
-keys out of the arrays, so that nothing else in them is ever touched. Gradients are the formulas of the chain rule over
-whole [T, S] matrices; finite differences of that loop check them.
+A mask is described as data (``causal() & ~sliding_window(3, 0)``): the oracle evaluates it on positions, and
+:meth:`Mask.build` makes the library's mask of the same name. Attention is a loop over queries that reads only the
+visible keys from the arrays. Gradients are the formulas of the chain rule over whole [T, S] matrices; finite
+differences of that loop check them.
 
 A score is data too (``softcap(3.0)``): a function of the logit, and of one element of its array for each pair of a
 query and a key.
@@ -40,7 +40,7 @@ class Mask:
         return f"{self.kind}({', '.join(args)})"
 
     def build(self, masks: Any) -> Any:
-        """The library's own; ``masks`` is ``pallas_attn.masks``."""
+        """The library's mask; ``masks`` is ``pallas_attn.masks``."""
         match self.kind, self.args:
             case "and", (a, b):
                 return a.build(masks) & b.build(masks)
@@ -51,7 +51,7 @@ class Mask:
         return getattr(masks, self.kind)(*self.args)
 
     def allowed(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
-        """Bool ``[B, heads, T, S]``; the positions ``q`` and ``k`` have that shape too."""
+        """Bool ``[B, heads, T, S]``, the shape of the positions ``q`` and ``k``."""
         match self.kind, self.args:
             case "and", (a, b):
                 return np.logical_and(a.allowed(q, k), b.allowed(q, k))
@@ -120,7 +120,7 @@ def positions(length: int, start: int = 0, left: int = 0, right: int = 0) -> np.
 
 
 def visible(mask: Mask, q_positions: np.ndarray, kv_positions: np.ndarray, batch: int, heads: int) -> np.ndarray:
-    """Who sees whom, padding included: bool ``[B, heads, T, S]``.
+    """The visible pairs, padding included: bool ``[B, heads, T, S]``.
 
     Args:
       q_positions: ints ``[B|1, T]``; a negative one is padding.
@@ -160,7 +160,7 @@ class Pairs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Score:
-    """The name of a score, and a number (``softcap``) or the array that has a gradient (all others)."""
+    """The name of a score, and a number (``softcap``) or a differentiable array (all others)."""
 
     kind: str
     argument: Any
@@ -178,14 +178,14 @@ class Score:
         return self.kind in _CUSTOM
 
     def build(self, scores: Any, array: Any = None) -> Any:
-        """The library's own; ``scores`` is ``pallas_attn.scores``. ``array`` may take the argument's place."""
+        """The library's score; ``scores`` is ``pallas_attn.scores``. ``array`` may replace the argument."""
         argument = self.argument if array is None else array
         if self.is_custom:
             return scores.custom(_CUSTOM[self.kind], {"array": argument})
         return getattr(scores, self.kind)(argument)
 
     def element(self, pairs: Pairs) -> np.ndarray:
-        """Which element of the flat array each pair reads."""
+        """The index into the flat array that each pair reads."""
         match self.kind:
             case "bias":
                 at = [pairs.b, pairs.n, pairs.t, pairs.s]
@@ -229,7 +229,7 @@ class Score:
         return np.ones_like(x)
 
     def slope_summed(self, slope: np.ndarray) -> np.ndarray:
-        """The same with what is added up in it taken as positive: softcap's ``1 - tanh^2`` cancels where it is flat."""
+        """The sum of the magnitudes of the slope's terms: softcap's ``1 - tanh^2`` cancels where it is flat."""
         return 2 - slope if self.kind == "softcap" else np.abs(slope)
 
     def slope_of_element(self, x: np.ndarray, pairs: Pairs) -> np.ndarray:
@@ -262,7 +262,7 @@ def factor(array: np.ndarray) -> Score:
 
 
 def buckets(array: np.ndarray) -> Score:
-    """``logit + array[head, distance]``, the last of the ``BUCKETS`` for all that is farther: such as T5's table."""
+    """``logit + array[head, distance]``, as T5's table; larger distances share the last of ``BUCKETS``."""
     return Score("buckets", np.asarray(array))
 
 
@@ -271,7 +271,7 @@ def saturated(array: np.ndarray) -> Score:
     return Score("saturated", np.asarray(array))
 
 
-# What a user writes: with operators alone, so that it needs no library.
+# As a user writes them: with operators alone, so that they need no library.
 _CUSTOM = {
     "factor": lambda logit, q, k, head, params: logit * params["array"][head],
     "buckets": lambda logit, q, k, head, params: logit + params["array"][head, abs(q - k).clip(0, BUCKETS - 1)],
@@ -280,10 +280,10 @@ _CUSTOM = {
 
 
 class Gradients(NamedTuple):
-    """Of everything that has one; ``scores`` holds an array for every score that has an array.
+    """Gradients of all differentiable arguments; ``scores`` has an array for every score with one.
 
-    ``summed`` has, for query, key, value and each of these arrays, the largest sum of what is added up in an element,
-    all of it taken as positive: much may come in and cancel, and what is rounded is what comes in.
+    ``summed`` has, for query, key, value and each of these arrays, the largest sum over an element's terms of their
+    magnitudes: terms may cancel, but their rounding errors do not.
     """
 
     query: np.ndarray
@@ -306,7 +306,7 @@ def attention(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``out [B, T, N, Dv]`` and ``lse [B, N, T]`` in float64; a query that sees nothing gets 0 and -inf.
 
-    With sinks ``[N]``, a real query sees at least its head's sink, which has no value; ``pairs`` says which are real.
+    With sinks ``[N]``, a valid query sees at least its head's sink, which has no value; ``pairs`` has the positions.
     """
     batch, q_len, q_heads, _ = query.shape
     group = q_heads // key.shape[2]
@@ -338,9 +338,9 @@ def key_weights(
     scores: Sequence[Score] = (),
     pairs: Pairs | None = None,
 ) -> np.ndarray:
-    """The probabilities that each key got, summed over queries, averaged over the heads of its group: ``[B, K, S]``.
+    """Each key's probabilities, summed over queries and averaged over the heads of its group: ``[B, K, S]``.
 
-    ``lse`` is that of :func:`attention`, with sinks where there are some.
+    ``lse`` is that of :func:`attention`, including sinks.
     """
     batch, kv_len, kv_heads, _ = key.shape
     group = query.shape[2] // kv_heads
@@ -354,7 +354,7 @@ def key_weights(
 
 
 def dequantize(quantized: Any) -> np.ndarray:
-    """What a quantised array stands for, exactly: a product of 8 and 24 bits."""
+    """The exact values of a quantized array: products of 8 and 24 bits."""
     values, scales = np.asarray(quantized.values), np.asarray(quantized.scales).astype(np.float64)
     if values.dtype == np.uint8:
         columns = np.concatenate([values % 16, values // 16], -1).astype(np.int64)
@@ -366,14 +366,14 @@ def dequantize(quantized: Any) -> np.ndarray:
 
 
 def gather(pool: np.ndarray, page_table: np.ndarray) -> np.ndarray:
-    """``[P, page, ...]`` to ``[B, S, ...]``; NaN where the pool has no such page."""
+    """``[P, page, ...]`` to ``[B, S, ...]``; NaN for out-of-range pages."""
     nothing = np.full_like(pool[0], np.nan)
     rows = [[pool[page] if 0 <= page < len(pool) else nothing for page in row] for row in page_table]
     return np.stack([np.concatenate(row) for row in rows])
 
 
 class _Forward(NamedTuple):
-    """Whole matrices: arrays by query head, ``[B, N, T|S, D]`` and ``[B, N, T, S]``; 0 for what nobody sees."""
+    """Whole matrices by query head, ``[B, N, T|S, D]`` and ``[B, N, T, S]``; 0 outside the visible pairs."""
 
     query: np.ndarray
     key: np.ndarray
@@ -395,7 +395,7 @@ def _forward(query, key, value, visible, scale, scores, sinks, pairs, dtype) -> 
     )
     logits = [np.matmul(query, key.swapaxes(2, 3)) * dtype(scale)]
     for score in scores:
-        # An array of a score may hold NaN where nobody looks.
+        # Arrays of scores may hold NaN in masked pairs.
         logits.append(np.where(visible, score.apply(logits[-1], pairs), zero).astype(dtype))
     real = np.zeros(query.shape[:3], bool) if pairs is None else pairs.q[..., 0] >= 0
     none = dtype(-1e30)
@@ -417,10 +417,10 @@ def plain_attention(
     sinks: np.ndarray | None = None,
     pairs: Pairs | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention as one writes it in the inputs' own dtype: the yardstick of rounding errors.
+    """The usual attention in the inputs' dtype: the yardstick of rounding errors.
 
     Products of that dtype are summed in float32, the softmax is float32, and its probabilities are rounded to the dtype
-    before they meet the values.
+    before the product with the values.
     """
     dtype = query.dtype
     f = _forward(query, key, value, visible, scale, scores, sinks, pairs, np.float32)
@@ -447,11 +447,11 @@ def gradients(
     plain: bool = False,
     from_output: bool = False,
 ) -> Gradients:
-    """Of ``sum(out * d_out) + sum(lse * d_lse)``, float64; with ``plain`` as one computes them in the inputs' dtype.
+    """Gradients of ``sum(out * d_out) + sum(lse * d_lse)``, float64; with ``plain`` in the inputs' dtype.
 
-    Softmax: ``dp = d_out v'``, ``ds = p (dp - sum_j p_j dp_j + d_lse)``, where a sink is a key without a value. What
-    comes through the scores is the chain rule, one after the other from the last. With ``from_output`` the sum is
-    ``d_out . out``, which is the same but for the rounding of ``out``.
+    Softmax: ``dp = d_out v'``, ``ds = p (dp - sum_j p_j dp_j + d_lse)``, where a sink is a key without a value. The
+    chain rule then goes through the scores from last to first. With ``from_output`` the sum is ``d_out . out``, which
+    differs by the rounding of ``out``.
     """
     dtype = np.float32 if plain else np.float64
 
@@ -499,10 +499,10 @@ def gradients(
 def block_classes(
     visible: np.ndarray, q_positions: np.ndarray, kv_positions: np.ndarray, q_block: int, kv_block: int
 ) -> np.ndarray:
-    """The class of every block, ``[B, heads, nq, nk]``, by looking at every pair.
+    """The class of every block, ``[B, heads, nq, nk]``, from all pairs of ``visible`` ``[B, heads, T, S]``.
 
-    A block is empty if no pair in it is visible. It is full if every slot of it exists and every real query sees every
-    key; a kernel may then forget the mask. ``visible`` is ``[B, heads, T, S]``.
+    A block is empty if no pair in it is visible. It is full if no slot is out of bounds and every valid query sees
+    every key; kernels may then skip the mask.
     """
     batch, heads, q_len, kv_len = visible.shape
     q_real = np.broadcast_to(q_positions >= 0, (batch, q_len))

@@ -1,4 +1,4 @@
-"""Random masks, positions, scores and whole calls for hypothesis, as the oracle describes them."""
+"""Hypothesis strategies for masks, positions, scores and whole calls, in the oracle's terms."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests import gradient_check, oracle
 
 small = st.integers(0, 6)
-# Arrays come from a seed: hypothesis shrinks the structure around them, and a seed prints in one line.
+# Arrays come from seeds: hypothesis shrinks the structure around them, and a seed prints in one line.
 generators = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
@@ -50,7 +50,7 @@ def _row(rng: np.random.Generator, length: int) -> np.ndarray:
 
 @st.composite
 def masks(draw, batch: int, q_heads: int, kv_heads: int, q_len: int, kv_len: int, max_leaves: int = 8):
-    """Any primitive, or a composition by and, or, not, nested to a depth of three or so."""
+    """Any primitive, or a composition with and, or, not, nested to a depth of about three."""
     head_counts = st.sampled_from([1, kv_heads, q_heads])
     batches = st.sampled_from([1, batch])
 

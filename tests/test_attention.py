@@ -1,4 +1,4 @@
-"""What attention() computes: one suite of behaviour that every implementation runs.
+"""The results of attention(): one suite that every implementation runs.
 
 To add a case, add a line to ``CASES``. Padded queries and empty slots hold NaN in all of them.
 """
@@ -33,7 +33,7 @@ from tests.attention_check import (
 )
 from tests.oracle import positions
 
-# Each thing once, at small odd sizes. What is likely to fail only together with it is in SLOW_CASES.
+# Each feature once, at small odd sizes. SLOW_CASES has variants that are unlikely to fail alone.
 CASES = {
     # Lengths, with heads and head sizes.
     "1x1": Case(q_len=1, kv_len=1),
@@ -122,7 +122,7 @@ def test_equals_the_oracle(name, implementation):
 @pytest.mark.parametrize("head_dim", HEAD_SIZES)
 @pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
 def test_equals_the_oracle_at_every_length_and_head_size(q_len, kv_len, head_dim, implementation):
-    """Dtypes, value sizes, heads and block sizes take turns."""
+    """Cycles through dtypes, value sizes, heads and block sizes."""
     turn = LENGTHS.index((q_len, kv_len)) + HEAD_SIZES.index(head_dim)
     q_heads, kv_heads = [(2, 1), (4, 2), (3, 3)][turn % 3 if kv_len < 1000 else 0]
     case = Case(

@@ -1,4 +1,4 @@
-"""What surrounds the numbers of attention(): ways to say the same, jit, repeats, neighbours."""
+"""Calls of attention(): equivalent arguments, jit, repeatability, independence of rows."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_every_way_to_say_the_same_mask(implementation):
     }
     for name, other in others.items():
         for actual, like in ((other.out, expected.out), (other.lse, expected.lse)):
-            # Another program, so not the same bits.
+            # A different program, so bits may differ.
             limit = tolerances.attention_limit(0, np.abs(value).max(where=np.isfinite(value), initial=0), "float32")
             np.testing.assert_allclose(actual, like, rtol=limit, atol=limit, err_msg=name)
 
@@ -118,8 +118,8 @@ def test_under_jit_values_are_no_other_program_and_bits_repeat(implementation):
 
 
 @EVERY_IMPLEMENTATION
-def test_a_row_does_not_depend_on_its_neighbours(implementation):
-    """Bit for bit: what other rows of the batch hold, and whether they hold anything, is not this row's business."""
+def test_a_row_does_not_depend_on_other_rows(implementation):
+    """Bit for bit, whatever other rows of the batch contain, padding included."""
     query, key, value = SMALL.arrays(0)
     mask = pa.masks.causal()
 
@@ -152,7 +152,7 @@ def test_blocks_of_any_size(implementation):
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(5, 9), (9, 5)], ids=["more keys", "more queries"])
 def test_causal_at_the_bottom_right(q_len, kv_len):
-    """As the docstring says: the side that is shorter is shifted, so that no position is negative."""
+    """As documented: the shorter side is shifted, so that no position is negative."""
     query, key, value = numbers(SMALL)
     query, key, value = query[:, :q_len], key[:, :kv_len], value[:, :kv_len]
     ends = {"q_positions": np.arange(q_len)[None] + kv_len - q_len}

@@ -41,7 +41,7 @@ def assert_explains(error: pytest.ExceptionInfo, argument: str, came: str) -> No
     assert came in after.split(", got ", 1)[1], f"does not say what came: {message}"
 
 
-# What is changed of a good call -> (exception, argument named, what came).
+# Changes to a valid call -> (exception, name of the argument, what the message says it got).
 BAD_CALLS = {
     # Arrays.
     "query, a list": ({"query": [[1.0]]}, TypeError, "query", "list"),
@@ -115,7 +115,7 @@ BAD_CALLS = {
     "kv_positions, another S, per head": ({"kv_positions": int32(B, K, T)}, ValueError, "kv_positions", "(2, 2, 5)"),
     "kv_positions, another batch": ({"kv_positions": int32(3, S)}, ValueError, "kv_positions", "(3, 7)"),
     "kv_positions, query heads": ({"kv_positions": int32(B, N, S)}, ValueError, "kv_positions", "(2, 4, 7)"),
-    # A BlockMask carries its own.
+    # A BlockMask has its own positions.
     "BlockMask and q_positions": (
         {"mask": BLOCK_MASK, "q_positions": int32(B, T)},
         ValueError,
@@ -173,8 +173,8 @@ def test_a_call_that_does_not_fit(name, compilations):
     assert not compilations, "refused before anything is compiled"
 
 
-def test_the_good_call_is_good():
-    """Else the bad ones would prove nothing."""
+def test_the_valid_call_passes():
+    """Otherwise the invalid calls would prove nothing."""
     assert pa.attention(**GOOD, mask=MASK).shape == (B, T, N, D)
 
 
@@ -272,7 +272,7 @@ BAD_QUANTIZED_CALLS = {
 
 
 @pytest.mark.parametrize("name", BAD_QUANTIZED_CALLS)
-def test_a_quantised_call_that_does_not_fit(name, compilations):
+def test_a_quantized_call_that_does_not_fit(name, compilations):
     change, exception, argument, came = BAD_QUANTIZED_CALLS[name]
     with pytest.raises(exception) as error:
         pa.attention(**{**GOOD, **change})
@@ -280,7 +280,7 @@ def test_a_quantised_call_that_does_not_fit(name, compilations):
     assert not compilations, "refused before anything is compiled"
 
 
-def test_the_good_paged_and_quantised_calls_are_good():
+def test_the_valid_paged_and_quantized_calls_pass():
     assert jax.eval_shape(lambda: pa.attention(**PAGED, mask=MASK)).shape == (B, T, N, D)
     for kind in ("int8", "float8_e4m3fn", "int4"):
         call = {**GOOD, "key": quantized(B, S, K, D, kind=kind), "value": quantized(B, S, K, D)}
@@ -294,7 +294,7 @@ QUANTIZED_CALL = {
     "scores": pa.scores.bias(array(1, 1, T, S)),
     "sinks": array(N),
 }
-# The one argument that is differentiated: floats of a call with quantised keys or values.
+# The differentiated argument: floats in a call with quantized keys or values.
 DIFFERENTIATED = {
     "query": ("query", QUANTIZED_CALL),
     "scales of keys": ("key", {**QUANTIZED_CALL, "value": array(B, S, K, D)}),
@@ -308,7 +308,7 @@ DIFFERENTIATED = {
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_a_quantised_call_has_no_gradient_and_says_so(name, implementation):
+def test_a_quantized_call_has_no_gradient_and_raises(name, implementation):
     argument, call = DIFFERENTIATED[name]
     leaves, structure = jax.tree.flatten(call[argument])
     floats = [x for x in leaves if x.dtype == jnp.float32]
@@ -319,7 +319,7 @@ def test_a_quantised_call_has_no_gradient_and_says_so(name, implementation):
         changed = structure.unflatten([next(given) if x.dtype == jnp.float32 else x for x in leaves])
         return pa.attention(**{**call, argument: changed}, implementation=implementation).sum()
 
-    refused = pytest.raises(NotImplementedError, match=r"^quantised keys and values have no gradient: give plain ones")
+    refused = pytest.raises(NotImplementedError, match=r"^quantized keys and values have no gradient: give plain ones")
     for wrap in (lambda f: f, jax.jit, jax.checkpoint):
         with refused:
             jax.make_jaxpr(jax.grad(wrap(loss)))(floats)
@@ -361,7 +361,7 @@ CANNOT_SERVE = {
 
 @pytest.mark.parametrize("how", [{"interpret": True}, {"interpret": True, "implementation": "triton"}], ids=str)
 @pytest.mark.parametrize("name", CANNOT_SERVE)
-def test_a_named_implementation_that_cannot_serve_says_why(name, how, compilations):
+def test_a_named_implementation_that_cannot_serve_raises_its_reason(name, how, compilations):
     change, reason = CANNOT_SERVE[name]
     with pytest.raises(NotImplementedError, match=re.escape(reason)) as error:
         pa.attention(**{**GOOD, **change}, **how)
@@ -370,19 +370,19 @@ def test_a_named_implementation_that_cannot_serve_says_why(name, how, compilatio
 
 
 @pytest.mark.parametrize("name", CANNOT_SERVE)
-def test_what_one_implementation_cannot_serve_the_next_does(name):
+def test_an_unsupported_call_falls_back_to_the_next_implementation(name):
     change, _ = CANNOT_SERVE[name]
     assert jax.eval_shape(lambda: pa.attention(**{**GOOD, **change})).shape[:3] == (B, T, N)
 
 
 @pytest.mark.skipif(pa.implementations()["triton"] is None, reason="here the compiled kernels can run")
-def test_a_named_implementation_that_cannot_run_here_says_why(compilations):
+def test_a_named_implementation_that_cannot_run_here_raises_its_reason(compilations):
     with pytest.raises(NotImplementedError, match="triton: needs an NVIDIA GPU, and JAX sees none"):
         pa.attention(**GOOD, implementation="triton")
     assert not compilations
 
 
-# Masks, BlockMask and BlockSizes: (call, exception, argument named, what came).
+# Masks, BlockMask and BlockSizes: (call, exception, name of the argument, what the message says it got).
 BAD_PARTS = {
     "sliding_window, float": (lambda: pa.masks.sliding_window(2.0), TypeError, "left", "float"),
     "sliding_window, bool": (lambda: pa.masks.sliding_window(True), TypeError, "left", "bool"),

@@ -1,4 +1,4 @@
-"""Block lists against brute force: tight where that is promised, sound everywhere, and always well formed."""
+"""Block lists against brute force: tight where promised, sound everywhere, and always well formed."""
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +38,13 @@ def mask_has_batch(mask: oracle.Mask) -> bool:
 
 
 def assert_well_formed(bm: pa.BlockMask, lists: pa.BlockLists | None = None) -> None:
-    """Everything about lists that does not depend on the mask: each list is that of its own bitmap."""
+    """Checks what does not depend on the mask: the lists agree with their own bitmap."""
     classes = np.asarray(bm.bitmap())
     if lists is None:
         lists, nk = bm.lists, bm.grid[1]
         assert classes.shape == (*bm.num_full.shape, nk)
     else:
-        # Seen from the keys, a block is full only if every slot of its queries holds one.
+        # In transposed lists a block is full only if it has no padding query.
         queries = np.asarray(bm.q_positions)[:, None, :, None]
         exists = np.pad(queries >= 0, [(0, 0), (0, 0), (0, -queries.shape[2] % bm.q_block), (0, 0)])
         exists = exists.reshape(len(queries), 1, -1, bm.q_block, 1).all(3)
@@ -135,7 +135,7 @@ TIGHT = {
 
 @pytest.fixture
 def op_by_op(monkeypatch):
-    """Builds lists without compiling them whole: to compile each of a thousand structures would take half an hour."""
+    """Builds lists op by op: compiling a program for each of a thousand structures would take half an hour."""
     monkeypatch.setattr(block_mask, "_build_lists", block_mask._build_lists.__wrapped__)
 
 
@@ -193,7 +193,7 @@ def test_what_an_operand_holds_at_padding_does_not_matter():
 def test_random_masks_lose_no_block(op_by_op, examples):
     batch, q_len, kv_len = BATCH, 11, 14
 
-    # The shapes of positions do not vary, for the sake of time.
+    # The shapes of positions are fixed, to save time.
     @settings(max_examples=examples)
     @given(
         strategies.masks(batch, Q_HEADS, KV_HEADS, q_len, kv_len),
@@ -250,7 +250,7 @@ def test_the_width_of_a_window_is_that_of_its_blocks():
     assert width(oracle.sliding_window(8)) == 4
     assert width(oracle.sliding_window(8) & oracle.causal()) == 4
     assert width(oracle.causal() & oracle.sliding_window(100) & oracle.sliding_window(8)) == 4
-    # Nothing bounds these: the window is only one way in, or positions may be any.
+    # These have no bound: the window is one alternative of an `|`, or positions are arbitrary.
     for mask in (oracle.sliding_window(8) | oracle.sink(1), ~oracle.sliding_window(8), oracle.causal()):
         assert width(mask) == 1024 // 8
     assert width(oracle.sliding_window(8), positions(1024)[None]) == 1024 // 8
@@ -259,7 +259,7 @@ def test_the_width_of_a_window_is_that_of_its_blocks():
 
 
 def test_a_window_over_permuted_positions_fits_its_list():
-    """A ring buffer: any block may hold keys of any window, so the width must not be that of the window."""
+    """A ring buffer: any block may hold keys of any window, so the window must not limit the width."""
     kv_positions = rng.permutation(S)[None]
     mask = oracle.sliding_window(6)
     bm = build(mask, np.arange(S)[None], kv_positions)
@@ -270,7 +270,7 @@ def test_a_window_over_permuted_positions_fits_its_list():
 
 
 def test_order_puts_partial_blocks_at_twice_the_work_of_full_ones():
-    # Block row 0 sees 3 full blocks (work 3), row 1 two partial ones (work 4), row 2 nothing, row 3 one partial (2).
+    # Block row 0 sees 3 full blocks (work 3), row 1 two partial (work 4), row 2 none, row 3 one partial (work 2).
     array = np.zeros((8, 6), bool)
     array[:2] = True
     array[2, [0, 2]] = True
@@ -285,7 +285,7 @@ def test_order_puts_partial_blocks_at_twice_the_work_of_full_ones():
 
 
 def test_full_blocks_come_before_partial_ones():
-    # Causal and windowed: the diagonal and the far end are partial, what lies between is full.
+    # Causal and windowed: the diagonal and the far end are partial, and blocks in between are full.
     bm = build(oracle.causal() & oracle.sliding_window(9), 16, 16, 2, 2)
     assert bm.bitmap()[0, 0, 6].tolist() == [0, 0, 1, 2, 2, 2, 1, 0]
     assert bm.indices[0, 0, 6, :5].tolist() == [3, 4, 5, 2, 6]
@@ -301,7 +301,7 @@ def test_density_is_the_share_of_blocks_visited():
 
 
 def test_it_prints_as_a_picture():
-    """What the picture holds is in test_picture.py."""
+    """test_picture.py checks the contents of the picture."""
     assert str(build(oracle.causal(), 8, 8, 2, 2)).splitlines() == [
         "BlockMask(B=1, heads=1, T=8, S=8, blocks of 2x2, density 62.5%)",
         "all batch rows, all heads: density 62.5%",
@@ -312,7 +312,7 @@ def test_it_prints_as_a_picture():
         "      4 ██▒·",
         "      6 ███▒",
         "█ full  ▒ partial  · empty",
-        "a character is 2 queries x 2 keys",
+        "one character = 2 queries x 2 keys",
     ]
 
 

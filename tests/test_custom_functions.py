@@ -16,7 +16,7 @@ from tests.idioms import B, D, K, N, S, T
 EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", implementations("reference", "xla", "interpreted"))
 XLA = {"implementation": "xla"}
 SMALL = pa.BlockSizes(16, 16)
-# Those that become alike in a program stand together, so that few programs are compiled.
+# Functions with similar programs form one group, so that few programs are compiled.
 GROUPS = [list(idioms.SCORES)[n::6] for n in range(6)]
 QUICK = ["a slope per head", "relative positions", "the row of the batch", "a choice of rows"]
 
@@ -27,7 +27,7 @@ def tokens(q_len: int = T):
 
 
 def last(q_len: int):
-    """Positions of queries that are the last of the keys."""
+    """Positions of queries at the end of the keys."""
     return jnp.arange(S - q_len, S, dtype=jnp.int32)
 
 
@@ -77,7 +77,7 @@ def functions_of(names, floats):
     + [pytest.param(QUICK, *parameter.values, marks=parameter.marks) for parameter in implementations("interpreted")],
 )
 def test_scores_and_their_gradients(names, implementation):
-    """One after another; gradients reach all that they close over."""
+    """Applied in sequence; gradients reach everything in their closures."""
     arrays, weights = tokens(), idioms.normal("weights", B, T, N, D)
     floats, _ = idioms.split(idioms.closed())
 
@@ -133,7 +133,7 @@ def test_masks(name, implementation):
 @pytest.mark.parametrize("q_len", [T, 3])
 @EVERY_IMPLEMENTATION
 def test_masks_in_the_algebra(implementation, q_len):
-    """Beside operands, in forward and backward passes, decode and key weights; ``array`` differs by row and head."""
+    """With operands, in forward and backward passes, decode and key weights; ``array`` differs by row and head."""
     c, arrays, weights = idioms.closed(), tokens(q_len), idioms.normal("weights", B, q_len, N, D)
     array = jnp.asarray(np.random.default_rng(0).integers(0, 3, (B, N, 1, S)), jnp.int32)
     same, flagged = idioms.MASKS["documents"](c), idioms.MASKS["flags"](c)
@@ -159,7 +159,7 @@ def test_masks_in_the_algebra(implementation, q_len):
 
 @EVERY_IMPLEMENTATION
 def test_parameters_and_what_is_closed_over_are_alike(implementation):
-    """Also integers, bool and short floats; their gradients have their dtypes."""
+    """Integers, bool and short floats too; gradients have the dtypes of their parameters."""
     c, arrays, weights = idioms.closed(), tokens(), idioms.normal("weights", B, T, N, D)
 
     def change(s, q, k, h, p):
@@ -214,7 +214,7 @@ def test_numbers_as_parameters():
     )
 
 
-# What a function closes over is read when attention is called, and is no part of the program.
+# Each call of attention reads the closure, which is not part of the program.
 
 
 @EVERY_IMPLEMENTATION
@@ -259,7 +259,7 @@ def test_functions_of_the_same_operations_are_compiled_once(compilations):
 
 
 def test_derivatives_of_functions_of_the_same_operations_are_not_mistaken():
-    """A function with a derivative of the user's own is known by itself, for operations do not show it."""
+    """Functions with user-defined derivatives are compared by identity, since operations do not show derivatives."""
     arrays = tokens()
 
     def through(factor):
@@ -285,7 +285,7 @@ def test_a_score_made_once_sees_what_is_there_when_attention_is_called():
 
 @EVERY_IMPLEMENTATION
 def test_arrays_of_64_bits(implementation):
-    """What it closes over is used as it is, and the result rounded; parameters come as float32."""
+    """Arrays in the closure keep their dtype, and the result is rounded; parameters become float32."""
     arrays = tokens()
     slopes, ids = np.linspace(0.5, 2, N), np.arange(S) // 9
 
@@ -306,11 +306,11 @@ def test_arrays_of_64_bits(implementation):
     close((gradient.astype(np.float32), out), expected)
 
 
-# Transformations, each of which gives the function tracers to close over.
+# Transformations, all of which make the closure contain tracers.
 
 
 def one(x, implementation="xla"):
-    """Attention with a score and a mask that close over what follows from x, float32 [N]."""
+    """Attention with a score and a mask that close over functions of x, float32 [N]."""
     score = pa.scores.custom(lambda s, q, k, h, p: s * jnp.tanh(x)[h])
     mask = pa.masks.custom(lambda q, k: (k <= q) & (x[k % N] * 3 < q.astype(jnp.float32)))
     return attend(tokens(), score, mask, implementation)
@@ -340,7 +340,7 @@ def test_scan_checkpoint_and_grad_of_grad():
 
 
 def test_a_block_mask_keeps_what_its_mask_closes_over():
-    """Built once, through jit and a loop over layers."""
+    """Built once, then passed through jit and a loop over layers."""
     c, arrays = idioms.closed(), tokens()
     mask = pa.masks.custom(idioms.MASKS["documents"](c)) & pa.masks.causal()
 
@@ -359,7 +359,7 @@ def test_a_block_mask_keeps_what_its_mask_closes_over():
 
 @EVERY_IMPLEMENTATION
 def test_vmap_keeps_the_row_of_an_element(implementation):
-    """Though it joins the batch: rows are counted within one element, with tables and without."""
+    """Although the axis joins the batch, rows count within one element, with tables and without."""
     query, key, value = (jnp.stack([x, -x]) for x in tokens(3))
     factors = jnp.arange(1, B + 1, dtype=jnp.float32)
     for function in (
@@ -385,7 +385,7 @@ def test_vmap_of_a_mask_that_closes_over_what_is_shared():
 
 
 def test_entries_of_pairs_that_nobody_looks_at_have_no_gradient():
-    """Whatever their derivative is: that of log(0) is not a number even times 0."""
+    """Whatever their derivative is: that of log(0) times 0 is NaN."""
     arrays = tokens()
     weights = jnp.where(jnp.arange(S) < S - 5, 1.0, 0.0)
 
@@ -418,7 +418,7 @@ REFUSED_SCORES = {
     ),
     "a row": (
         *(lambda s, q, k, h, p: s * TABLE, ValueError),
-        r"expected a floating-point logit for a pair, got an array of shape \(4,\)",
+        r"expected a floating-point logit per pair, got an array of shape \(4,\)",
     ),
     "a NumPy array": (lambda s, q, k, h, p: s * NUMPY[h], TypeError, "expected jax.numpy .* got a NumPy array"),
     "sorted rows": (lambda s, q, k, h, p: s + jnp.sort(TABLE + s)[k], NotImplementedError, "elementwise .* got sort"),
@@ -440,7 +440,7 @@ REFUSED_SCORES = {
     ),
     "batch too early": (
         *(lambda s, batch, h, q, k: s, TypeError),
-        r"expected \(logit, .*, params\), and batch after these .* got \(s, batch, h, q, k\)",
+        r"expected \(logit, .*, params\) and optionally batch after these, got \(s, batch, h, q, k\)",
     ),
 }
 REFUSED_MASKS = {
@@ -450,7 +450,7 @@ REFUSED_MASKS = {
     "a row": (
         lambda q, k: q == jnp.arange(4),
         ValueError,
-        r"expected a boolean for a pair, got an array of shape \(4,\)",
+        r"expected a boolean per pair, got an array of shape \(4,\)",
     ),
     "sorted": (lambda q, k: jnp.sort(TABLE * q.astype(jnp.float32))[k] > 0, NotImplementedError, "got sort"),
 }
@@ -462,7 +462,7 @@ REFUSED_MASKS = {
     + [pytest.param(pa.masks.custom, *case, id=f"mask, {name}") for name, case in REFUSED_MASKS.items()],
 )
 def test_what_is_refused(make, function, error, message):
-    """At once, so alike on every implementation."""
+    """When the score or mask is made, so for every implementation."""
     with pytest.raises(error, match=f"^custom: function: .*{message}"):
         make(function)
 
@@ -490,8 +490,8 @@ def test_what_a_function_raises_itself_passes_through():
             ValueError,
             "expected floating-point numbers, got dtype complex64",
         ),
-        (np.array([2**31]), ValueError, "expected integers that 32 bits hold, got 2147483648"),
-        ([1, -(2**40)], ValueError, "expected integers that 32 bits hold, got -1099511627776"),
+        (np.array([2**31]), ValueError, "expected integers that fit in 32 bits, got 2147483648"),
+        ([1, -(2**40)], ValueError, "expected integers that fit in 32 bits, got -1099511627776"),
     ],
 )
 def test_parameters_of_another_kind(params, error, message):

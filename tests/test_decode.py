@@ -1,4 +1,4 @@
-"""Decode: few queries over a long buffer, in programs that share the live blocks of the whole batch."""
+"""Decode: few queries over a long buffer; programs share the live blocks of the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ rng = np.random.default_rng(0)
 
 
 def live(*lengths: int, capacity: int = S) -> np.ndarray:
-    """Positions of rows of a buffer that are filled from the left."""
+    """Positions of buffer rows that are filled from the left."""
     slots = np.arange(capacity, dtype=np.int32)[None]
     return np.where(slots < np.array(lengths)[:, None], slots, -1).astype(np.int32)
 
 
 def last(*lengths: int, q_len: int = 1) -> np.ndarray:
-    """Positions of the last queries of these rows; -1 for what an empty row lacks."""
+    """Positions of the last queries of these rows; -1 for missing ones."""
     return np.maximum(np.array(lengths, np.int32)[:, None] - q_len + np.arange(q_len, dtype=np.int32), -1)
 
 
@@ -135,7 +135,7 @@ def test_splitting_changes_nothing_beyond_rounding(implementation, shares):
 @KERNELS
 @pytest.mark.parametrize("heads", [{}, {"kv_heads": 1}, {"q_heads": 16, "kv_heads": 16}])
 def test_with_a_fixed_chunk_a_row_does_not_depend_on_the_others(implementation, heads):
-    """Bit for bit, whatever the other rows hold, wherever the row stands, and alone."""
+    """Bit for bit, whatever the other rows contain, at any index of the batch, and alone."""
     sizes, row = pa.BlockSizes(16, 16, chunk=2), slice(0, 1)
     expected = run(decode(lengths=(S, 3, 40), **heads), sizes, implementation)
     for others in ((S, 60), (0, 0), (17, 33), (1, S)):
@@ -155,7 +155,7 @@ def test_blocks_that_are_not_listed_are_not_used(implementation):
 
 
 def test_derivatives_pass_through_decode():
-    """The backward pass is that of any call: its gradients equal the reference's."""
+    """The backward pass is the general one: gradients equal the reference's."""
     case = decode(q_len=3)
     query, key, value = (jnp.nan_to_num(jnp.asarray(x)) for x in case.arrays(0))
 
@@ -182,7 +182,7 @@ def test_derivatives_pass_through_decode():
 
 @pytest.mark.parametrize("keys_are_shared", [False, True])
 def test_vmap_equals_a_loop(keys_are_shared):
-    """The schedule counts the rows of the whole batch, so a new axis needs another one."""
+    """The schedule counts the rows of the whole batch, so a new axis needs a new schedule."""
     size, axis = 4, None if keys_are_shared else 0
     cases = [decode(q_len=2, lengths=lengths) for lengths in ((S, 1, 40), (2, 70, 0), (0, 0, 9), (30, 30, 30))]
     query, key, value = (jnp.nan_to_num(jnp.stack(x)) for x in zip(*(case.arrays(0) for case in cases), strict=True))

@@ -1,4 +1,4 @@
-"""Derivatives against differences: of the oracle, of the reference in every order, of the kernels in the first."""
+"""Derivatives against finite differences: oracle, reference (all orders) and kernels (first order)."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ TINY_SCORES = {
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("name", TINY_SCORES)
 def test_the_gradients_of_the_oracle_are_those_of_its_outputs(name, has_sinks):
-    """Formulas over matrices against differences of a loop over queries."""
+    """Formulas over matrices against finite differences of a loop over queries."""
     case = dataclasses.replace(TINY, scores=TINY_SCORES[name], sinks=normal(2) if has_sinks else None)
     arrays, d_out, d_lse = jax.tree.map(lambda x: np.asarray(x, np.float64), case.complete())
 
@@ -59,7 +59,7 @@ def test_the_gradients_of_the_oracle_are_those_of_its_outputs(name, has_sinks):
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=tolerances.ORACLE_GRADIENT * largest)
 
 
-# The reference and the kernels by JAX's own measure.
+# The reference and the kernels with jax.test_util.check_grads.
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_kernel_has_first_derivatives_only_and_says_so(implementation):
 
 @KERNELS
 def test_a_kernel_may_stand_in_a_function_that_is_differentiated_by_something_else(implementation):
-    """A frozen encoder, or a step that only evaluates: nothing asks for the kernel's derivative."""
+    """A frozen encoder, or an evaluation step: nothing differentiates the kernel."""
     query, key, value = numbers(SMALL)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Flax's own attention modules, called with and without our attention_fn, are the same function."""
+"""Flax's attention modules compute the same function with and without our attention_fn."""
 
 import inspect
 
@@ -21,7 +21,7 @@ def normal(*shape):
 
 
 def some(*shape):
-    """A random mask in which everybody sees key 0."""
+    """A random mask in which every query sees key 0."""
     return jnp.asarray(rng.random(shape) < 0.5).at[..., 0].set(True)
 
 
@@ -43,7 +43,7 @@ CALLS = {
 
 
 def nnx_layer(**options):
-    """The same weights in every layer. Flax's own products are as precise as ours."""
+    """The same weights in every layer; Flax's products are as precise as ours."""
     return nnx.MultiHeadAttention(
         N, E, num_kv_heads=K, precision="highest", rngs=nnx.Rngs(0), **({"decode": False} | options)
     )
@@ -61,7 +61,7 @@ def distance(a, b) -> float:
 def check_same_function(apply, params, inputs, dtype):
     """``apply(params, inputs, dtype, **attention_fn)`` has the same values and gradients with and without ours.
 
-    In short floats ours is about as good as Flax's own.
+    In short floats ours is about as accurate as Flax's.
     """
 
     def run(dtype, **attention):
@@ -235,7 +235,7 @@ def decode(step, state, x, **options):
     return jnp.concatenate(outs, axis=1)
 
 
-# Where only positions are in question.
+# Only positions matter here.
 REFERENCE = {"implementation": "reference"}
 WINDOW = pa.masks.sliding_window(3) | pa.masks.sink(1)
 
@@ -250,7 +250,7 @@ WINDOW = pa.masks.sliding_window(3) | pa.masks.sink(1)
     ids=["none", "causal", "window"],
 )
 def test_nnx_decodes_as_it_trains(mask, seen):
-    """Empty slots hold NaN: whoever read one would show it."""
+    """Empty slots hold NaN, so that reading one would show."""
     x = normal(B, T, E)
     ours = pa.flax.attention_fn(mask)
     steps = decode(*nnx_decoder(x, attention_fn=ours), x)
@@ -268,7 +268,7 @@ def test_is_causal_while_decoding_sees_all_filled_slots():
 
 
 def test_decodes_left_padded_rows():
-    """The mask of a call tells tokens from padding."""
+    """The mask of a call distinguishes tokens from padding."""
     x, tokens = normal(B, T, E), np.arange(T) >= np.array([[0], [4]])
     real = jnp.asarray(tokens)[:, None, None, :]
     outs = decode(*nnx_decoder(x, attention_fn=pa.flax.attention_fn(pa.masks.sliding_window(5))), x, mask=real)
@@ -374,7 +374,7 @@ def test_linen_does_not_drop_what_cannot_be_honoured():
 
 @pytest.mark.parametrize("flax", [nnx.dot_product_attention, nn.dot_product_attention], ids=["nnx", "linen"])
 def test_every_option_of_this_flax_is_named_in_its_place(flax):
-    """Linen drops what a signature does not name; arguments by place must mean the same."""
+    """Linen drops keywords that a signature does not name; positional arguments must agree."""
     ours = list(inspect.signature(pa.flax.attention_fn()).parameters)
     theirs = list(inspect.signature(flax).parameters)
     assert set(theirs) - set(ours) <= {"promote_dtype"}  # which Flax's modules do not pass
@@ -425,9 +425,9 @@ def test_scores_of_the_wrong_kind_are_refused_at_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mask": jnp.ones((B, 1, T, S + 1))}, r"mask: expected what broadcasts to \[2, 4, 9, 12\]"),
-        ({"mask": jnp.ones((1, B, 1, T, S))}, r"mask: expected what broadcasts to"),
-        ({"bias": jnp.ones((B, K, T, S))}, r"bias: expected what broadcasts to"),
+        ({"mask": jnp.ones((B, 1, T, S + 1))}, r"mask: expected a shape that broadcasts to \[2, 4, 9, 12\]"),
+        ({"mask": jnp.ones((1, B, 1, T, S))}, r"mask: expected a shape that broadcasts to"),
+        ({"bias": jnp.ones((B, K, T, S))}, r"bias: expected a shape that broadcasts to"),
         ({"value": KEY[:1]}, r"value: expected the batch axes of query, \[2\], got \[1\]"),
         ({"key": KEY[0]}, r"key: expected the batch axes of query, \[2\], got \[\]"),
     ],

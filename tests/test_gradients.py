@@ -1,4 +1,4 @@
-"""The backward pass: one suite of behaviour that every implementation runs.
+"""The backward pass: one suite that every implementation runs.
 
 To add a case, add a line to ``CASES``. Missing queries and keys hold NaN in all of them, as do the gradients of missing
 outputs, and the gradient of lse is never 0.
@@ -37,7 +37,7 @@ from tests.gradient_check import Case, backward_blocks, check, implementations, 
 from tests.marks import default_emitters
 from tests.oracle import positions
 
-# Each thing once, at small odd sizes.
+# Each feature once, at small odd sizes.
 CASES = {
     "1x1": Case(q_len=1, kv_len=1),
     "63x63, as many key heads, D 80": Case(oracle.causal(), batch=1, q_len=63, kv_len=63, q_heads=2, head_dim=80),
@@ -89,7 +89,7 @@ SLOW_CASES = {
     "key positions per head, bfloat16": Case(oracle.causal(), LAST, HOLES, dtype="bfloat16"),
 }
 
-# The interpreter is slow: these show most of what may go wrong in it. The slow suite runs all.
+# The interpreter is slow: these cover most of its failures. The slow suite runs all.
 ALSO_INTERPRETED = {
     "1x1",
     "63x63, as many key heads, D 80",
@@ -121,7 +121,7 @@ def test_equals_the_oracle(name, implementation):
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 203), (63, 63), (113, 203)])
 def test_equals_the_oracle_at_every_length_and_head_size(q_len, kv_len, head_dim, implementation):
-    """Dtypes, value sizes, heads and block sizes take turns."""
+    """Cycles through dtypes, value sizes, heads and block sizes."""
     turn = [1, 63, 113].index(q_len) + [32, 64, 80, 96, 128].index(head_dim)
     q_heads, kv_heads = [(2, 1), (4, 2), (3, 3)][turn % 3]
     case = Case(
@@ -165,7 +165,7 @@ def test_the_same_call_gives_the_same_bits(implementation):
 @default_emitters
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_bit(side):
-    """A block of padding before or after everything."""
+    """A block of padding at the start or the end."""
     slopes, bias = normal(N), normal(B, N, 32, 48)
     before = 16 if side == "left" else 0
     case = Case(oracle.causal(), q_len=32, kv_len=48, q_positions=positions(32, start=16)[None])
@@ -221,7 +221,7 @@ def test_no_array_of_queries_times_keys():
 
 @KERNELS
 def test_only_the_inputs_the_output_and_lse_are_kept(implementation):
-    """The function that ``vjp`` returns is a pytree of what it keeps."""
+    """The function that ``vjp`` returns is a pytree of its residuals."""
     length = 128
     query = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.bfloat16)
     key, value = (jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16) for width in (32, 64))

@@ -1,4 +1,4 @@
-"""The choice of an implementation: what there is, and which one serves when none is named."""
+"""The choice of an implementation: those available, and the default."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Imports point one way only, as the source says them: nothing here is executed."""
+"""Imports point in one direction only; the tests parse the source and execute nothing."""
 
 import ast
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A module may import modules of lower layers, and its own neighbours in a package. The first prefix that fits counts.
+# A module may import modules of lower layers, and neighbors in its package. The first matching prefix counts.
 LAYERS = {
     "pallas_attn.pytrees": -1,
     "pallas_attn.pointwise": -1,
@@ -33,8 +33,8 @@ LAYERS = {
 }
 OUTSIDE = {"jax", "numpy"}  # and the standard library
 
-# The same for the models, whose packages are wings.
-WINGS = {
+# The same for the packages of the models.
+MODEL_LAYERS = {
     "pallas_attn_models.checks": 0,
     "pallas_attn_models.text_files": 0,
     "pallas_attn_models.weights": 0,
@@ -47,8 +47,8 @@ WINGS = {
     "pallas_attn_models": 6,
 }
 
-# And for the rooms of bench/.
-ROOMS = {
+# And for the modules of bench/.
+BENCH_LAYERS = {
     "bench.results_file": 0,
     "bench.machine": 1,
     "bench.semantics": 2,
@@ -73,7 +73,7 @@ MODULES = CORE | MODELS | BENCH
 
 
 def imports(source: str) -> set[str]:
-    """Everything that a module imports, anywhere in it, by its full name."""
+    """The full names of everything that a module imports, at any level."""
     found = set()
 
     def visit(node: ast.AST) -> None:
@@ -92,7 +92,7 @@ def imports(source: str) -> set[str]:
 
 
 def own(name: str) -> str | None:
-    """The module of this project that an imported name is, or is in; None for what comes from elsewhere."""
+    """The module of this project that an imported name is, or is in; None for other names."""
     while name not in MODULES:
         name, _, last = name.rpartition(".")
         if not last:
@@ -132,8 +132,8 @@ def later():
 def test_imports_point_one_way_only(module):
     package = ".".join(module.split(".")[:2])
     for other in imports_of(module):
-        neighbours = f"{other}.".startswith(f"{package}.") and package != "pallas_attn"
-        assert neighbours or layer(other) < layer(module), f"{module} imports {other}"
+        neighbors = f"{other}.".startswith(f"{package}.") and package != "pallas_attn"
+        assert neighbors or layer(other) < layer(module), f"{module} imports {other}"
 
 
 @pytest.mark.parametrize("module", [name for name in CORE if name.startswith("pallas_attn.caches")])
@@ -148,7 +148,7 @@ def test_kernels_know_neither_attention_nor_caches(module):
 
 
 def test_only_the_triton_kernels_know_pallas():
-    """Its Triton lowering is deprecated upstream: nothing else may come to depend on it."""
+    """Its Triton lowering is deprecated upstream, so nothing else may depend on it."""
     users = {
         name
         for name, path in CORE.items()
@@ -158,21 +158,23 @@ def test_only_the_triton_kernels_know_pallas():
     assert all(name.startswith("pallas_attn.kernels.triton") for name in users), users
 
 
-@pytest.mark.parametrize(("modules", "layers"), [(MODELS, WINGS), (BENCH, ROOMS)], ids=["models", "bench"])
-def test_wings_stand_on_floors(modules, layers):
-    """A module imports its own wing, and wings of lower floors; of those only what they name themselves."""
+@pytest.mark.parametrize(
+    ("modules", "layers"), [(MODELS, MODEL_LAYERS), (BENCH, BENCH_LAYERS)], ids=["models", "bench"]
+)
+def test_packages_import_lower_layers_only(modules, layers):
+    """A module imports from its own package and from lower layers; of their packages only the exported names."""
     for module in modules:
-        wing = ".".join(module.split(".")[:2])
+        package = ".".join(module.split(".")[:2])
         for other in within(module, modules):
-            if other == wing or other.startswith(f"{wing}."):
+            if other == package or other.startswith(f"{package}."):
                 continue
             assert layer(other, layers) < layer(module, layers), f"{module} imports {other}"
-            public = layers is ROOMS or other.count(".") < 2 or module == "pallas_attn_models.train"
-            assert public, f"{module} imports {other}, not the names of its wing"
+            public = layers is BENCH_LAYERS or other.count(".") < 2 or module == "pallas_attn_models.train"
+            assert public, f"{module} imports {other}, not the names that its package exports"
 
 
-def test_no_circle():
-    """Of modules, not only of packages; what a function imports when it is called counts as well."""
+def test_no_import_cycles():
+    """Among modules, not only packages; imports inside functions count too."""
     below: dict[str, set[str]] = {}
     left = {name: imports_of(name) for name in MODULES}
     while ready := [name for name, others in left.items() if others <= below.keys()]:
@@ -182,7 +184,7 @@ def test_no_circle():
 
 @pytest.mark.parametrize("module", CORE)
 def test_needs_jax_and_numpy_only(module):
-    """Above all neither Flax nor the models."""
+    """In particular neither Flax nor the models."""
     for name in imports(MODULES[module].read_text()):
         top = name.partition(".")[0]
         allowed = OUTSIDE | {"pallas_attn"} | ({"matplotlib"} if module == "pallas_attn.picture" else set())

@@ -1,4 +1,4 @@
-"""The mask algebra: each mask is the relation that its name says, and mistakes are caught early."""
+"""The mask algebra: each mask is the documented relation, and mistakes raise early."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from tests import oracle
 
 BATCH, HEADS, T, S = 2, 4, 9, 12
 rng = np.random.default_rng(0)
-# Padded left in one row, right in the other; keys out of order, with holes.
+# Left padding in one row, right padding in the other; keys out of order, with holes.
 Q_POSITIONS = np.array([np.arange(T) - 3, [*range(4, 11), -1, -1]], np.int32)
 KV_POSITIONS = np.array([rng.permutation(S), np.where(rng.random(S) < 0.3, -1, rng.permutation(S))], np.int32)
 DENSE = rng.random((BATCH, 1, T, S)) < 0.5

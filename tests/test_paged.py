@@ -1,4 +1,4 @@
-"""Keys and values in pages: what attention() of the same keys in a row gives, and nothing else is read."""
+"""Keys and values in pages: the same results as with contiguous keys, and no other page is read."""
 
 import math
 
@@ -23,7 +23,7 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def pools_of(page: int, table: np.ndarray, spare: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Two pools; the pages that are in no row of the table hold NaN."""
+    """Two pools; pages without an entry in the table hold NaN."""
     size = table.max() + 1 + spare
     pools = [np.full((size, page, K, D), np.nan, np.float32) for _ in "kv"]
     for pool in pools:
@@ -33,12 +33,12 @@ def pools_of(page: int, table: np.ndarray, spare: int = 3) -> tuple[np.ndarray, 
 
 
 def random_table(pages: int) -> np.ndarray:
-    """Pages in random order, with unused ones between them."""
+    """Pages in random order, with unused pages between them."""
     return (2 * rng.permutation(B * pages) + 1).reshape(B, pages).astype(np.int32)
 
 
 def check(implementation, query, pools, table, q_positions, kv_positions, mask=None, **changes) -> None:
-    """Against the oracle, on the keys of the table in a row."""
+    """Against the oracle, on the contiguous keys of the table."""
     mask = oracle.causal() if mask is None else mask
     key, value = (oracle.gather(pool, table) for pool in pools)
     slots = np.where(np.repeat(table < 0, pools[0].shape[1], 1), -1, np.broadcast_to(kv_positions, key.shape[:2]))
@@ -61,7 +61,7 @@ def queries(q_len: int, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
     return normal(B, q_len, N, D), positions(q_len, start=kv_len - q_len)[None]
 
 
-# A block within a page, of pages, of neither; the default; longer than all keys.
+# A block within a page, of whole pages, of neither; the default; longer than all keys.
 BLOCKS = [(16, 16), (16, 48), (48, 16), (48, 32), (64, 48), (64, None), (16, 128)]
 
 
@@ -82,7 +82,7 @@ def test_pages_in_any_order(page, kv_block, q_len, implementation):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("q_len", [PREFILL, DECODE])
 def test_rows_share_pages(q_len, implementation):
-    """A prompt that is common to the rows is stored once."""
+    """Rows with a common prompt store it once."""
     table = np.array([[4, 1, 7], [4, 1, 2]], np.int32)
     query, q_positions = queries(q_len, 48)
     check(implementation, query, pools_of(16, table), table, q_positions, positions(48)[None])
@@ -91,7 +91,7 @@ def test_rows_share_pages(q_len, implementation):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("q_len", [PREFILL, DECODE])
 def test_holes_within_a_row(q_len, implementation):
-    """Pages that are not there lie between others, and slots are empty within a page."""
+    """Missing pages between others, and empty slots within a page."""
     table = np.array([[4, -1, 7, 3], [-1, 1, -1, 2]], np.int32)
     query, q_positions = queries(q_len, 64)
     slots = np.where(rng.random((B, 64)) < 0.3, -1, np.arange(64)).astype(np.int32)
@@ -102,7 +102,7 @@ def test_holes_within_a_row(q_len, implementation):
 @pytest.mark.parametrize("q_len", [PREFILL, DECODE])
 @pytest.mark.parametrize(("bad", "heads"), [(-1, None), (8, K), (1000, None), (2**31 - 1, None), (-(2**31), K)])
 def test_a_page_that_the_pool_does_not_have_is_empty(bad, q_len, heads, implementation):
-    """Its keys count as empty slots: the first and the last page of the pool, which stand in for it, hold NaN."""
+    """Its keys count as empty slots: the first and last page of the pool, to which the index is clipped, hold NaN."""
     table = np.array([[4, bad, 6], [bad, 1, 2]], np.int32)
     there = (table >= 0) & (table < 8)
     pools = pools_of(16, np.where(there, table, -1), spare=1)
@@ -140,7 +140,7 @@ def test_a_block_mask_knows_the_positions_itself(implementation):
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn", "int4"])
 @pytest.mark.parametrize("q_len", [PREFILL, DECODE])
 def test_pages_of_quantised_keys(kind, q_len, implementation):
-    """The bits of what the same numbers give in a row."""
+    """The same bits as with contiguous keys."""
     table = random_table(3)
     pools = [pa.QuantizedArray.quantize(jnp.asarray(pool), kind, 8) for pool in pools_of(16, table)]
     rows = [
@@ -159,7 +159,7 @@ def test_pages_of_quantised_keys(kind, q_len, implementation):
 
 
 def test_the_table_is_traced():
-    """Another table is no other program, and under vmap it may be batched."""
+    """Another table does not recompile, and vmap may batch it."""
     table = np.stack([random_table(3) for _ in range(3)])
     query, q_positions = queries(DECODE, 48)
     pools = [normal(2 * B * 3, 16, K, D) for _ in "kv"]
@@ -176,7 +176,7 @@ def test_the_table_is_traced():
 @pytest.mark.parametrize("page", [None, 16])
 @IMPLEMENTATIONS
 def test_one_buffer_for_all_sequences(page, implementation):
-    """Queries and keys of several sequences in one row, told apart by segments, with holes where one has ended."""
+    """Queries and keys of several sequences in one row, separated by segments, with holes where one has ended."""
     kv_len, owners = 96, np.array([0, 0, 1, -1, 2, 1])  # of the pages
     kv_ids = np.repeat(owners, 16)[None].astype(np.int32)
     slots = np.full((1, kv_len), -1, np.int32)
@@ -210,6 +210,6 @@ def test_one_buffer_for_all_sequences(page, implementation):
 
 
 def test_the_cases_have_pieces_of_every_kind():
-    """A block within a page, blocks of pages, and blocks that are neither."""
+    """A block within a page, blocks of whole pages, and blocks of neither."""
     pieces = {(math.gcd(*case) == case[0], math.gcd(*case) == case[1]) for case in BLOCKS if case[1]}
     assert pieces == {(True, True), (True, False), (False, True), (False, False)}

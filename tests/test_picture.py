@@ -1,4 +1,4 @@
-"""A BlockMask as text and as a picture: nothing that is there is lost, and what is drawn is what the lists say."""
+"""A BlockMask as text and as a picture: complete, and in agreement with the lists."""
 
 import builtins
 import re
@@ -28,16 +28,16 @@ def build(mask: oracle.Mask, q_positions, kv_positions, q_block=4, kv_block=4) -
 
 
 def of_classes(classes: np.ndarray) -> pa.BlockMask:
-    """With just these classes, in blocks of 2 x 2."""
+    """A BlockMask with these classes, in blocks of 2 x 2."""
     wanted = np.kron(classes > 0, np.ones((2, 2), bool))
-    wanted[::2, ::2] &= classes == FULL  # of a partial block, one pair is missing
+    wanted[::2, ::2] &= classes == FULL  # a partial block misses one pair
     bm = build(oracle.dense(wanted[None, None]), *wanted.shape, 2, 2)
     np.testing.assert_array_equal(bm.bitmap()[0, 0], classes)
     return bm
 
 
 def shown_grids(text: str) -> list[tuple[list[int], np.ndarray]]:
-    """Of each grid in a text: the first query of each row, and the classes of its characters."""
+    """For each grid in a text: the first query of each row, and the classes of its characters."""
     found, rows = [], []
     for line in [*text.splitlines(), ""]:
         if match := re.fullmatch(r" *(\d+) ([·▒█]+)", line):
@@ -63,7 +63,7 @@ def test_text_labels_both_axes_in_tokens():
         assert int(label[0]) == column * 32, "a label stands over the column of its key"
     assert len(re.findall(r"\d+", columns)) == 5
     assert lines[-2] == "█ full  ▒ partial  · empty"
-    assert lines[-1] == "a character is 64 queries x 32 keys"
+    assert lines[-1] == "one character = 64 queries x 32 keys"
 
 
 def test_text_says_which_batch_row_and_head_with_density_and_padding():
@@ -93,7 +93,7 @@ def test_text_of_a_long_sequence_fits_a_terminal():
     assert classes.shape == (32, 64)
     assert labels[:2] == [0, 4096]
     assert (classes[:, 0] != EMPTY).all(), "the sink, one block of sixteen"
-    assert "a character is 4096 queries x 2048 keys (32x16 blocks, partial where mixed)" in text
+    assert "one character = 4096 queries x 2048 keys (32x16 blocks, partial where mixed)" in text
 
 
 @settings(max_examples=100)
@@ -132,10 +132,10 @@ def test_a_single_block_shows_at_any_scale(wanted):
 # --- PNG and SVG ---
 
 
-def colours(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """The colour in the middle of each cell of a PNG whose grid has so many rows and columns."""
+def colors(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """The color in the middle of each cell of a PNG whose grid has the given rows and columns."""
     pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int)
-    # Lines of pixels across the grid hold much more ink than lines through text.
+    # Lines of pixels across the grid have much more ink than lines through text.
     ink = (pixels < 250).any(-1)
     rows, columns = (np.flatnonzero(x > 0.8 * x.max()) for x in (ink.mean(1), ink.mean(0)))
     top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
@@ -144,13 +144,13 @@ def colours(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return pixels[y[:, None], x]
 
 
-def rgb(colour: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(colour[1:]))
+def rgb(color: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(color[1:]))
 
 
 def classes_in(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    tones = np.array([rgb(x) for x in (picture._EMPTY_COLOUR, picture._PARTIAL_COLOUR, picture._FULL_COLOUR)])
-    distance = np.abs(colours(path, shape)[:, :, None] - tones).max(-1)
+    tones = np.array([rgb(x) for x in (picture._EMPTY_COLOR, picture._PARTIAL_COLOR, picture._FULL_COLOR)])
+    distance = np.abs(colors(path, shape)[:, :, None] - tones).max(-1)
     assert (distance.min(-1) <= 2).all(), "every cell has one of the three tones"
     return distance.argmin(-1)
 
@@ -187,7 +187,7 @@ def test_the_chosen_row_and_head_are_drawn(tmp_path):
 
 
 def svg_text(bm: pa.BlockMask, path: Path, **options) -> str:
-    """What is written in an SVG: matplotlib notes each text beside its outlines."""
+    """The texts of an SVG: matplotlib adds each as a comment beside its outlines."""
     pa.save_picture(bm, path, **options)
     return "\n".join(re.findall(r"<!-- (.*?) -->", path.read_text()))
 
@@ -205,15 +205,15 @@ def test_a_picture_says_what_it_shows(tmp_path):
         assert word in text
     assert "\npadding" not in svg_text(bm, tmp_path / "mask.svg", batch=0), "a legend of what is there"
     large = build(oracle.causal(), 600, 300, 1, 1)
-    assert "(a cell is 3 x 2 of them)" in svg_text(large, tmp_path / "mask.svg")
+    assert "(one cell = 3 x 2 blocks)" in svg_text(large, tmp_path / "mask.svg")
 
 
 def test_padding_is_hatched_and_the_rest_is_not(tmp_path):
     bm = build(oracle.full(), positions(8, right=4)[None], positions(8, left=4)[None])
     pa.save_picture(bm, tmp_path / "mask.png")
-    # In cells a sixteenth of a block wide, some pixels must be of the hatch, none of which is a tone.
-    cells = colours(tmp_path / "mask.png", (160, 160))
-    tones = np.array([rgb(x) for x in (picture._EMPTY_COLOUR, picture._FULL_COLOUR, "#ffffff")])
+    # Among cells a sixteenth of a block wide, some must show the hatch, which has none of the tones.
+    cells = colors(tmp_path / "mask.png", (160, 160))
+    tones = np.array([rgb(x) for x in (picture._EMPTY_COLOR, picture._FULL_COLOR, "#ffffff")])
     other = np.abs(cells[:, :, None] - tones).max(-1).min(-1) > 20
     inside = (slice(4, 76), slice(84, 156))  # queries 0-3, keys 4-7, the only tokens
     assert not other[inside].any()
@@ -320,5 +320,5 @@ def test_what_is_no_block_mask_or_has_no_values(tmp_path):
         pa.save_picture(build(oracle.causal(), q_positions, 8), tmp_path / "mask.png")
         return q_positions
 
-    with pytest.raises(ValueError, match="being traced; draw it outside of jit"):
+    with pytest.raises(ValueError, match="got a traced BlockMask; draw it outside of jit"):
         traced(jnp.arange(8, dtype=jnp.int32)[None])

@@ -1,4 +1,4 @@
-"""Functions of one query and one key, evaluated for tiles of them: against the functions themselves, pair by pair."""
+"""Functions of one query and one key on tiles of pairs, against the functions themselves pair by pair."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pallas_attn as pa
 from tests import idioms, tolerances
 from tests.idioms import B, N, S, T
 
-# Positions as kernels see them, of padding too.
+# Positions as kernels see them, padding included.
 Q = jnp.concatenate([jnp.full(2, -1, jnp.int32), jnp.arange(T - 2, dtype=jnp.int32)])
 KV = jnp.concatenate([jnp.arange(S - 3, dtype=jnp.int32), jnp.full(3, -1, jnp.int32)])
 HEADS, ROWS = jnp.arange(N, dtype=jnp.int32), jnp.arange(B, dtype=jnp.int32)
@@ -23,7 +23,7 @@ def close(actual, expected):
 
 
 def of_pairs(function, logits):
-    """What a score's function gives for every pair."""
+    """The result of a score's function for every pair."""
 
     def one(b, n, t, s):
         named = {"batch": ROWS[b]} if pa.scores._names_batch(function) else {}
@@ -46,7 +46,7 @@ def test_a_score_of_tiles_is_that_of_every_pair(name):
         return of_pairs(idioms.SCORES[name](idioms.join(floats, rest)), logits)
 
     results = []
-    # JAX adds up the gradients of bfloat16 in bfloat16.
+    # JAX sums the gradients of bfloat16 in bfloat16.
     for function, x in ((of_tiles, floats), (one_by_one, floats._replace(short=floats.short.astype(jnp.float32)))):
         out, back = jax.vjp(jax.jit(function), x, logits)
         results.append((out, back(weights)))

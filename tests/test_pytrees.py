@@ -1,4 +1,4 @@
-"""Masks and scores of different kinds are different pytrees, so that no compiled program is taken for another's."""
+"""Masks and scores of different kinds have different pytree structures, so jit never mixes up their programs."""
 
 import itertools
 

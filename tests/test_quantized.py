@@ -1,4 +1,4 @@
-"""QuantizedArray: how far it is from what it stands for, how int4 is packed, and what does not make one."""
+"""QuantizedArray: quantization errors, the packing of int4, and invalid arguments."""
 
 import itertools
 
@@ -76,7 +76,7 @@ def test_what_is_not_finite_stays_visible_in_its_own_vector(kind, bad):
 
 
 def test_two_columns_of_int4_share_a_byte():
-    """Every pair of numbers: the low bits are the column of the first half, the high bits that of the second."""
+    """Every pair of numbers: the low bits hold the column of the first half, the high bits that of the second."""
     pairs = np.array(list(itertools.product(range(-8, 8), repeat=2)))
     for low, high in pairs:
         byte = np.uint8((low & 15) + 16 * (high & 15))

@@ -1,4 +1,4 @@
-"""attention() of quantised keys and values: that of what they stand for, and no copy of it."""
+"""attention() of quantized keys and values equals that of the dequantized ones, without a dequantized copy."""
 
 import math
 import re
@@ -19,7 +19,7 @@ CAUSAL = oracle.causal()
 rng = np.random.default_rng(7)
 DECODE = {"q_len": 3, "q_positions": LAST[:, -3:]}
 
-# What is asked, and of what kinds key and value are.
+# Calls, and the kinds of key and value.
 CASES = {
     **{kind: (Case(CAUSAL, LAST, LEFT), kind, kind) for kind in KINDS},
     **{f"decode, {kind}": (Case(CAUSAL, kv_positions=LEFT, **DECODE), kind, kind) for kind in KINDS},
@@ -42,7 +42,7 @@ CASES = {
 
 
 def quantize(x: np.ndarray, kind: str):
-    """Poison stays: what is NaN has NaN scales, and bits of its own."""
+    """Poison stays: NaN quantizes to NaN scales with arbitrary values."""
     if kind == PLAIN:
         return x
     quantized = pa.QuantizedArray.quantize(jnp.asarray(x), kind, group=8)
@@ -93,7 +93,7 @@ def arrays_of(text: str) -> set[tuple[str, int]]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", ROWS)
 def test_no_copy_of_the_whole_is_made(step, kind, is_paged):
-    """Neither of floats nor, where pages are gathered, of anything: what the program holds is some tiles."""
+    """Neither of floats nor, with gathered pages, of anything: the program allocates only tiles."""
     query = jnp.zeros((B, ROWS[step], N, 32))
     tokens = jnp.zeros((B * LENGTH // 32, 32, K, 32) if is_paged else (B, LENGTH, K, 32))
     kv = pa.QuantizedArray.quantize(tokens, kind, 8)
@@ -111,7 +111,7 @@ def test_no_copy_of_the_whole_is_made(step, kind, is_paged):
     stored = {"int8": "s8", "float8_e4m3fn": "f8e4m3fn", "int4": "u8"}[kind]
     found = arrays_of(compiled.as_text())
     assert (stored, kv.values.size) in found, "what is looked for would be found"
-    # XLA on a CPU cannot slice 8-bit floats; their bits it can.
+    # XLA on a CPU cannot slice 8-bit floats, only their bits.
     floats = {(dtype, size) for dtype, size in found if dtype.startswith(("f", "bf")) and size >= whole}
     assert floats <= {("f8e4m3fn", whole)}
     if kind != "float8_e4m3fn":

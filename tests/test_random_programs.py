@@ -12,7 +12,7 @@ from tests.gradient_check import Case, check
 
 
 def capped_twice(factor: float) -> Case:
-    """Much cancels: the caps' slopes where they are flat, and the pairs of a query that sees one key or two."""
+    """Cancellation is frequent: in flat parts of caps, and for queries that see one or two keys."""
     holes = np.array([[*(4, 5, -1, -1), *range(8, 15), -1, *range(16, 20), -1, 21, -1, 23, 24, 25]], np.int32)
     return Case(
         oracle.chunked(2),
@@ -31,7 +31,7 @@ def capped_twice(factor: float) -> Case:
 
 
 def one_bias_for_all() -> Case:
-    """Its gradient is the sum of all derivatives of logits, which cancel; float16 outputs are rounded."""
+    """Its gradient is the sum of all derivatives of logits, which cancel; float16 rounds outputs."""
     row = np.arange(5, 28, dtype=np.int32)
     nothing = np.full_like(row, -1)
     generator = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def one_bias_for_all() -> Case:
 
 @contextlib.contextmanager
 def quickly_compiled():
-    """Without the optimisations of LLVM, which take most of the time of programs that run once."""
+    """Without LLVM's optimizations, which take most of the time of a program that runs once."""
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield

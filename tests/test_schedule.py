@@ -1,4 +1,4 @@
-"""The shares of decode: every live block in exactly one, and none larger than it must be."""
+"""The shares of decode: every live block in exactly one, and none larger than necessary."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def schedule_fields(schedule: Schedule) -> tuple[jax.Array, jax.Array, jax.Array
 
 
 def check(schedule: Schedule, num_active: np.ndarray) -> int:
-    """That the pieces are the live blocks, in order, each once; and returns the size of the largest."""
+    """Checks that the pieces are the live blocks, in order, each once; returns the size of the largest."""
     found = pieces(schedule)
     visited = [(row, slot) for row, first, last in found for slot in range(first, last)]
     assert visited == [(row, slot) for row, count in enumerate(num_active) for slot in range(count)]
@@ -72,7 +72,7 @@ def test_fixed_shares_do_not_depend_on_the_other_rows(rows, chunk):
 
 
 def test_one_long_row_among_short_ones_is_spread_over_the_chip():
-    """The batch of 1 x 65536 and 31 x 512 keys, in blocks of 64: a split of every row in 16 is no remedy."""
+    """A batch of 1 x 65536 and 31 x 512 keys, in blocks of 64: splitting every row in 16 would not help."""
     num_active = np.array([65536 // 64] + 31 * [512 // 64])
     schedule = Schedule.balanced(jnp.asarray(num_active, jnp.int32), 1024, shares=128)
     sizes = [last - first for _, first, last in pieces(schedule)]
@@ -100,7 +100,7 @@ def test_many_queries_have_no_schedule():
 
 
 def test_lengths_change_no_program():
-    """Made on the device: no count of live blocks is compiled in."""
+    """Built on the device, so the numbers of live blocks are not compiled in."""
 
     @jax.jit
     def build(num_active):

@@ -1,4 +1,4 @@
-"""Scores: what changes a logit, forward and backward, against the oracle; and what is wrong as a score."""
+"""Scores, forward and backward, against the oracle; and invalid scores."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ EVERY_IMPLEMENTATION = pytest.mark.parametrize("implementation", implementations
 SLOPES = (2.0 ** -np.arange(1, N + 1)).astype(np.float32)
 CAUSAL = oracle.causal()
 
-# Full blocks and partial ones, tokens that are not there, and blocks that reach beyond the end.
+# Full and partial blocks, padding, and blocks that reach beyond the end.
 CASES = {
     "softcap": Case(CAUSAL, LAST, LEFT, scores=(oracle.softcap(2.0),)),
     "alibi": Case(CAUSAL, LAST, LEFT, scores=(oracle.alibi(SLOPES),)),
@@ -81,7 +81,7 @@ PATTERNS = {
     "".join(name if whole else "1" for name, whole in zip("BNTS", pattern, strict=True)): pattern
     for pattern in itertools.product((True, False), repeat=4)
 }
-# Those that no other case has. Which axes are shared matters alone to the Triton kernel that sums.
+# Patterns in no other case. Only the summing Triton kernel depends on which axes are shared.
 QUICK_PATTERNS = {"1111", "BN11", "111S", "1NT1"}
 
 
@@ -100,7 +100,7 @@ def test_the_gradient_of_a_bias_is_summed_over_what_it_is_shared_by(name, implem
 
 
 def test_the_order_of_scores_matters():
-    """So that the cases above cannot all pass with scores that are applied in another order."""
+    """Otherwise the cases above could pass with scores in another order."""
     case = CASES["softcap, then alibi"]
     outputs = []
     for scores in (case.scores, case.scores[::-1]):
@@ -113,7 +113,7 @@ def test_the_order_of_scores_matters():
 
 @EVERY_IMPLEMENTATION
 def test_several_parameters_of_one_function(implementation):
-    """A pytree of them; a head's number, a table and a number that meet in one formula."""
+    """A pytree: an array per head, a table and a number in one formula."""
     case = Case(CAUSAL, LAST)
     (query, key, value, *_), d_out, _ = case.complete()
     params = ((normal(N), normal(N, 3)), {"gain": np.float32(0.3)})
@@ -159,7 +159,7 @@ def test_several_parameters_of_one_function(implementation):
 
 @EVERY_IMPLEMENTATION
 def test_a_function_may_look_at_positions_alone(implementation):
-    """It returns what broadcasts to the logits, and needs no parameters."""
+    """Its result broadcasts to the logits, and it needs no parameters."""
     case = Case(CAUSAL, LAST)
     arrays, *_ = case.complete()
 
@@ -210,7 +210,7 @@ def test_one_score_is_a_sequence_of_one(implementation):
     assert_same_bits(call(()), call(None))
 
 
-# Wrong scores: (call, exception, argument named, what came).
+# Invalid scores: (call, exception, name of the argument, what the message says it got).
 BAD_SCORES = {
     "softcap, 0": (lambda: pa.scores.softcap(0), ValueError, "softcap: cap", "0"),
     "softcap, negative": (lambda: pa.scores.softcap(-3.0), ValueError, "softcap: cap", "-3.0"),

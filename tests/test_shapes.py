@@ -113,7 +113,7 @@ def widths_of_offsets(dtype: str, program, *arguments) -> dict[str, set[int]]:
     return widths
 
 
-# Of 2^31 elements, the largest offset is 2^31 - 1.
+# For 2^31 elements the largest offset is 2^31 - 1.
 @pytest.mark.parametrize(("batch", "bits"), [(1, 32), (2, 64)])
 def test_offsets_into_large_arrays_are_wide_enough(batch, bits, no_gpu_needed):
     arguments = tensors(128, 128, q=(batch, 2**17, 128), kv=(batch, 2**17, 128))
@@ -148,7 +148,7 @@ LARGE = struct(1, 1, 2**16, 2**15, dtype="bool"), struct(2, 2**30, dtype="float3
 
 @pytest.mark.parametrize("which", ["bool mask", "parameters"])
 def test_arrays_that_offsets_cannot_reach_are_refused_by_name_and_served_by_default(which, no_gpu_needed):
-    """Bytes have offsets of 32 bits up to 2^32 of them, and tables of a custom score always."""
+    """Byte arrays have 32-bit offsets up to 2^32 elements, tables of custom scores at any size."""
 
     def call(query, key, value, mask, table, **how):
         options = {"mask": mask} if which == "bool mask" else {"scores": pa.scores.custom(multiply, table)}
@@ -163,7 +163,7 @@ def test_arrays_that_offsets_cannot_reach_are_refused_by_name_and_served_by_defa
     assert jax.eval_shape(call, *arguments).shape == (1, 2**16, 1, 16)
 
 
-def test_quantised_keys_that_offsets_cannot_reach_are_refused_by_name_and_served_by_default(no_gpu_needed):
+def test_quantized_keys_that_offsets_cannot_reach_are_refused_by_name_and_served_by_default(no_gpu_needed):
     def call(query, values, scales, **how):
         key = pa.QuantizedArray(values, scales)
         return pa.attention(query, key, key, **how)
@@ -186,7 +186,7 @@ def test_more_tokens_than_positions_can_count_are_refused(name, implementation):
 
 @pytest.mark.parametrize("implementation", implementations("reference", "xla", "interpreted"))
 def test_the_largest_positions(implementation):
-    """Differences of positions, and of the limits that stand for none, stay within 32 bits."""
+    """Differences of positions, and of the limits that mark empty blocks, fit in 32 bits."""
     far_queries, far_keys = (2**31 - 40 + np.arange(length, dtype=np.int32)[None] for length in (T, S))
     far_keys[:, :5], far_keys[:, 20:22] = np.arange(5), -1
     far_queries[:, 7] = -1

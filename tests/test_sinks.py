@@ -1,4 +1,4 @@
-"""Sinks: a logit more per head, which takes probability and gives no value (arXiv:2508.10925)."""
+"""Sinks: an extra logit per head, which takes probability and has no value (arXiv:2508.10925)."""
 
 import re
 
@@ -63,7 +63,7 @@ def test_who_sees_no_key_gets_the_sink_and_padding_gets_nothing(implementation):
 
 @EVERY_IMPLEMENTATION
 def test_a_sink_is_a_key_without_a_value(implementation):
-    """The same call with one key more per head, whose logit is the sink and whose value is 0."""
+    """The same call with one more key per head, whose logit is the sink and whose value is 0."""
     case = Case(oracle.causal(), LAST, kv_heads=N)
     (query, key, value, *_), *_ = case.complete()
     bias = np.zeros((1, N, 1, S + 1), np.float32)

@@ -73,11 +73,11 @@ def with_gradients(function):
 
 
 def check_shards(implementation: str) -> None:
-    """On four devices: two halves of the batch, two of the heads. For a process that has them."""
+    """On four devices: two halves of the batch, two of the heads. Runs in a process with four devices."""
     mesh = jax.make_mesh((2, 2), ("rows", "heads"))
     tokens = P("rows", None, "heads", None)
     specs = {"query": tokens, "key": tokens, "value": tokens}
-    # Shared by all rows, whose gradients are summed over devices.
+    # Shared by all rows, so gradients are summed over devices.
     specs |= {"slopes": P("heads"), "sinks": P("heads"), "bias": P(None, "heads", None, None)}
 
     def whole(arrays, where):
@@ -99,7 +99,7 @@ def check_shards(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", OPTIONS)
 def test_shards_of_batch_and_heads_are_the_whole(implementation):
-    """The number of devices is settled when JAX starts, so in another process."""
+    """In another process, because the number of devices is fixed when JAX starts."""
     program = f"from tests import conftest, test_transformations as t; t.check_shards({implementation!r})"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     subprocess.run(
@@ -122,7 +122,7 @@ def test_an_exported_program_gives_the_same_bits(implementation):
 
 
 def test_compiled_kernels_are_exported_for_gpus_that_are_not_here(monkeypatch):
-    """JAX asks for consent: it does not promise that another XLA can read the kernels."""
+    """JAX requires an explicit flag, because it does not promise that another XLA can read the kernels."""
     monkeypatch.setattr(triton, "unavailable", lambda: None)
     program = with_gradients(lambda arrays, where: attend(arrays, where, {"implementation": "triton"}))
     target = "__gpu$xla.gpu.triton"

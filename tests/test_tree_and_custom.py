@@ -1,4 +1,4 @@
-"""Masks that are written out or evaluated, not bounded: a draft tree, and a function of one's own."""
+"""Masks without cheap bounds: draft trees and custom functions."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def test_a_tree_sees_the_past_and_its_ancestors(implementation):
     options = IMPLEMENTATIONS[implementation]
     expected = pa.attention(query, key, value, jnp.asarray(written_out), implementation="reference")
     close(pa.attention(query, key, value, pa.masks.tree(TREES), **options), expected)
-    # Siblings share a position: the tree, not the position, says who sees whom.
+    # Siblings share a position: the tree, not the position, decides visibility.
     depth = jnp.asarray([S - T + tree.sum(1) - 1 for tree in TREES], jnp.int32)
     positions = jnp.concatenate([jnp.broadcast_to(jnp.arange(S - T)[None], (B, S - T)), depth], 1)
     close(
@@ -83,7 +83,7 @@ def test_a_tree_that_begins_at_a_key_of_each_row(implementation, starts):
     written_out = np.zeros((B, 1, T, S), bool)
     for row, start in enumerate(starts):
         written_out[row, :, :, :start] = True
-        for node in range(min(T, S - start)):  # what runs past the last key is nowhere
+        for node in range(min(T, S - start)):  # nodes past the last key are dropped
             written_out[row, 0, :, start + node] = TREES[row][:, node]
     mask = pa.masks.tree(TREES, start=jnp.array(starts, jnp.int32))
     np.testing.assert_array_equal(mask.dense_array(jnp.arange(T)[None], jnp.arange(S)[None]), written_out)
@@ -98,7 +98,7 @@ def test_a_start_that_does_not_fit():
         pa.masks.tree(TREES, start=np.zeros(2))
     with pytest.raises(ValueError, match=r"tree: start: expected rank 1, got shape \(\)"):
         pa.masks.tree(TREES, start=np.int32(3))
-    with pytest.raises(ValueError, match=r"tree: start: expected \[2\], as ancestors, got \[3\]"):
+    with pytest.raises(ValueError, match=r"tree: start: expected \[2\], the batch size of ancestors, got \[3\]"):
         pa.masks.tree(TREES, start=np.zeros(3, np.int32))
 
 

@@ -1,4 +1,4 @@
-"""``jax.vmap`` of the kernels: what a loop over the axis gives, gradients included."""
+"""``jax.vmap`` of the kernels equals a loop over the axis, gradients included."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ ARGUMENTS = {
     "sinks": array(SIZE, N),
 }
 DIFFERENTIABLE = ("query", "key", "value", "bias", "slopes", "sinks")
-# What is shared by the whole axis, instead of having it.
+# Arguments shared by the whole axis instead of batched.
 SHARED = {
     "nothing": (),
     "the query": ("query",),
@@ -72,7 +72,7 @@ def loss(differentiable: dict, rest: dict, options: dict) -> jax.Array:
 def test_equals_a_loop(implementation, shared):
     options = OPTIONS[implementation]
     arguments = {name: x[0] if name in SHARED[shared] else x for name, x in ARGUMENTS.items()}
-    if shared in ("nothing", "positions"):  # sinks have no axis for a batch: that call is made one by one
+    if shared in ("nothing", "positions"):  # sinks have no batch axis: such calls are sequential
         arguments.pop("sinks")
     axes = {name: None if name in SHARED[shared] else 0 for name in arguments}
     differentiable = {name: x for name, x in arguments.items() if name in DIFFERENTIABLE}
@@ -89,7 +89,7 @@ def test_equals_a_loop(implementation, shared):
             np.testing.assert_allclose(a[index], b, rtol=0, atol=scale * tolerances.ATTENTION_GRADIENT)
 
 
-# Keys and values that the whole axis shares, longer than all queries. What has the axis beside the query:
+# Keys and values shared by the whole axis, longer than all queries. What is batched beside the query:
 LONG = 151
 WITH_THE_QUERY = {
     "nothing": (),
@@ -110,7 +110,7 @@ LONG_KEY, LONG_VALUE, SLOPES, SINKS = array(B, LONG, K, D), array(B, LONG, K, D)
 
 def attend_to_long_keys(mapped: dict, key, value, options: dict) -> pa.AttentionOutput:
     mapped = {name.removesuffix(" of rows"): x for name, x in mapped.items()}
-    # Beside what is mapped: operands for every query and for all, and a window whose lists are short.
+    # Beside the batched arguments: operands per query and shared, and a window with short lists.
     window = pa.masks.sliding_window(60) & pa.masks.segments(jnp.arange(T)[None] % 5, jnp.arange(LONG)[None] % 4)
     mask = ~pa.masks.prefix(jnp.array([3, 9])) & pa.masks.causal() & ~window
     mask &= pa.masks.dense(mapped.get("mask", MAPPED["mask"][0]))
@@ -217,7 +217,7 @@ def test_two_axes_of_a_block_mask():
 
 @pytest.mark.parametrize("shared", ["nothing", "keys and values", "scores and sinks", "all but the value"])
 def test_numpy_operands_are_like_others(shared):
-    """Also where they reach the rule of a derivative as they are, outside of jit."""
+    """Also outside of jit, where they reach a derivative rule unconverted."""
     arguments = {name: x[0] if name in SHARED[shared] else x for name, x in ARGUMENTS.items() if name != "sinks"}
     axes = {name: None if name in SHARED[shared] else 0 for name in arguments}
 

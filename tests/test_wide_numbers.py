@@ -1,4 +1,4 @@
-"""Numbers that 32 bits cannot hold, or only just: they are compared as they are, or refused. None is cut."""
+"""Numbers at and beyond the limits of 32 bits: compared by value or refused, never truncated."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_segment_ids_of_two_dtypes():
     wide, narrow = np.array([[1, 2**32 + 1]]), np.array([[1, 1]], np.int16)
     allowed = masks.segments(wide, narrow).dense_array(ARANGE[:, :2], ARANGE[:, :2])
     assert allowed[0, 0].tolist() == [[True, True], [False, False]]
-    # No dtype of integers has both.
+    # No integer dtype represents both.
     with pytest.raises(ValueError, match=r"^segments: expected ids of one dtype, .* got uint64 for q_ids and int64"):
         masks.segments(wide.astype(np.uint64), wide)
     with pytest.raises(ValueError, match=r"^segments: expected ids of one dtype, .* got int64 for q_ids and int32"):
@@ -113,7 +113,7 @@ def test_positions_of_other_dtypes_that_fit():
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int64, np.uint64])
 def test_a_traced_position_that_32_bits_do_not_hold_is_padding(dtype):
-    """Its value cannot be refused under jit; it must not become that of another token."""
+    """Jit cannot refuse its value, and it must not become another token's position."""
     wide = np.array([[0, 3, 2**31 - 1, 2**31, 2**31 + 3]], dtype)
     if dtype != np.uint32:
         wide = np.concatenate([wide, np.array([[2**32 + 3, 2**62]], dtype)], 1)
@@ -217,7 +217,7 @@ def test_masks_of_far_positions(name):
 
 
 def test_heavy_hitters_count_the_queries_of_far_positions():
-    """What a token got is divided by the number of positions from its own to the newest, here 2^31 and 1."""
+    """A token's score is divided by the number of positions from its own to the newest, here 2^31 and 1."""
     cache = caches.init(
         caches.H2O(1, normalize=True), batch_size=1, capacity=3, kv_heads=1, head_dim=D, dtype=jnp.float32
     )

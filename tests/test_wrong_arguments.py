@@ -1,7 +1,7 @@
-"""Every public function times every argument times every kind of object: what does not fit is named.
+"""Every public function times every argument times every kind of object: errors name what does not fit.
 
-The error is a TypeError, a ValueError or a NotImplementedError that begins with the argument and says what was expected
-and what came. It never is one that JAX, NumPy or Python raised on its own.
+The error is a TypeError, a ValueError or a NotImplementedError that begins with the argument's name, then what was
+expected and what came; never one that JAX, NumPy or Python raised by itself.
 """
 
 import inspect
@@ -15,30 +15,9 @@ import pytest
 
 import pallas_attn as pa
 from pallas_attn import caches, masks, scores
+from tests import wrong_kinds
 
 B, T, S, N, K, D = 1, 16, 16, 2, 1, 8
-
-
-class Tensor:
-    """What a tensor of another library looks like."""
-
-    dtype, shape, ndim, size = "torch.int64", (1, 16), 2, 16
-
-    def __array__(self, dtype=None, copy=None):
-        return np.zeros(self.shape, np.int64)
-
-
-class NeverEqual:
-    """Has neither a truth value nor a hash."""
-
-    __hash__ = None
-
-    def __eq__(self, other):
-        raise RuntimeError("not to be compared")
-
-    def __bool__(self):
-        raise RuntimeError("not to be asked")
-
 
 CACHE = caches.init(batch_size=B, capacity=S, kv_heads=K, head_dim=D, dtype=jnp.float32)
 POSITIONS = np.arange(4, dtype=np.int32)[None]
@@ -87,9 +66,9 @@ KINDS = {
     "class": int,
     "array class": np.ndarray,
     "object": object(),
-    "odd object": NeverEqual(),
+    "odd object": wrong_kinds.NeverEqual(),
     "dtype": np.dtype(np.float32),
-    "tensor": Tensor(),
+    "tensor": wrong_kinds.Tensor(1, 16),
     "bools": np.ones(3, np.bool_),
     "ints": np.ones(3, np.int32),
     "wide ints": np.full(3, 2**40),
@@ -154,13 +133,13 @@ def attention_fn(**options):
 
 attention_fn.__signature__ = inspect.signature(pa.flax.attention_fn)
 
-# What is called, with arguments that fit, and what else fits an argument. None does where it is the default.
+# By name: a function, arguments that fit, and the other kinds that fit each argument; a default of None fits too.
 FUNCTIONS = {
     "attention": (
         pa.attention,
         CALL,
         {
-            "key": {"QuantizedArray"},  # whose length is not that of value
+            "key": {"QuantizedArray"},  # raises about its length, which differs from that of value
             "mask": {"mask"},
             "scores": {"score", "scores", "tuple"},
             "scale": {*NUMBERS, "negative", "2**31", "2**70"},
@@ -301,12 +280,12 @@ FUNCTIONS = {
         pa.flax.attention_fn(),
         CALL,
         {
-            "query": {"rank 5"},  # whose batch axes are not those of key
+            "query": {"rank 5"},  # raises about its batch axes, which differ from those of key
             "precision": {"tuple"},
             "mask": {"jax int", "jax float", "numpy int", "numpy float", "numpy bool"},
             "bias": {"jax float", "numpy float"},
             "dropout_rate": {*NUMBERS},
-            "deterministic": ANYTHING,  # says nothing where dropout is off, as the next
+            "deterministic": ANYTHING,  # ignored while dropout is off, like the next three
             "broadcast_dropout": ANYTHING,
             "dropout_rng": ANYTHING,
             "force_fp32_for_softmax": ANYTHING,
@@ -315,38 +294,21 @@ FUNCTIONS = {
         },
     ),
 }
-ARGUMENTS = [
-    (name, argument)
-    for name, (function, _, _) in FUNCTIONS.items()
-    for argument, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-]
 
 
-def complaint(function, arguments: dict, argument: str) -> str | None:
-    """What is wrong with the error of a call; None: nothing."""
-    try:
-        function(**arguments)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        message = str(error)
-        operator = {"and_": "&", "or_": r"\|"}.get(argument, argument)
-        if re.match(rf"(?:[\w.]+: )?(?:\w+\.)?{operator}(?!\w)", message) and re.search("expected .*, got ", message):
-            return None
-        if isinstance(error, NotImplementedError) and f": {argument}: " in message:
-            return None
-        return f"{type(error).__name__}: {message[:200]}"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return "no error"
+def is_named(error: Exception, argument: str) -> bool:
+    if not isinstance(error, TypeError | ValueError | NotImplementedError):
+        return False
+    message = str(error)
+    operator = {"and_": "&", "or_": r"\|"}.get(argument, argument)
+    if re.match(rf"(?:[\w.]+: )?(?:\w+\.)?{operator}(?!\w)", message) and re.search("expected .*, got ", message):
+        return True
+    return isinstance(error, NotImplementedError) and f": {argument}: " in message
 
 
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=[f"{name}: {argument}" for name, argument in ARGUMENTS])
+@wrong_kinds.every_argument(FUNCTIONS)
 def test_a_wrong_kind_of_object_is_named(name, argument):
-    function, fitting, also = FUNCTIONS[name]
-    default = inspect.signature(function).parameters[argument].default
-    kinds = set(KINDS) - also.get(argument, set()) - ({"None"} if default is None else set())
-    complaints = {kind: complaint(function, {**fitting, argument: KINDS[kind]}, argument) for kind in sorted(kinds)}
-    assert not {kind: said for kind, said in complaints.items() if said}
+    assert not wrong_kinds.complaints(FUNCTIONS[name], argument, KINDS, is_named)
 
 
 TENSORS = {

@@ -1,4 +1,4 @@
-"""With ``jax_enable_x64`` everything computes in 32 bits as without: the same programs, dtypes and bits."""
+"""With ``jax_enable_x64`` everything still computes in 32 bits: the same programs, dtypes and bits."""
 
 import functools
 import os
@@ -44,7 +44,7 @@ def scores() -> tuple[pa.scores.Score, ...]:
     )
 
 
-# Whatever is traced here has no number of 64 bits.
+# No traced equation here has a 64-bit result.
 MASKS = {
     "window": oracle.sliding_window(7, 2),
     "prefix": oracle.prefix(np.array([17, 3])) | oracle.causal(),
@@ -177,7 +177,7 @@ def test_caches_have_no_wide_number(policy, storage):
     assert wide_equations(run, key, value, query) == []
 
 
-# Some of it runs.
+# Some programs also run.
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_caches_are_the_same(policy, storage):
 
 
 def test_what_one_makes_the_other_reads():
-    """A BlockMask, a cache and a compiled function, made with the flag and used without it, and the reverse."""
+    """A BlockMask, a cache and a compiled function, made with the flag and used without it, and vice versa."""
     tokens = tensors(2)
     step = jax.jit(
         lambda cache, block_mask, *x: (
@@ -290,7 +290,7 @@ def test_a_process_with_the_flag_gives_the_same_bits():
 
 
 def simplified(call: dict) -> str:
-    """A kernel's Triton IR with its constants folded, and written where they are used: their order means nothing."""
+    """A kernel's Triton IR with constants inlined at their uses, because their order is irrelevant."""
     context = mlir.make_ir_context()
     triton_dialect.register_dialect(context)
     with context, ir.Location.unknown():

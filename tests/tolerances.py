@@ -1,4 +1,4 @@
-"""Every tolerance of the test suite, with the reason for its size. Tests hold no numbers of their own."""
+"""All tolerances of the test suite, with the reason for each. Tests contain no other tolerances."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,19 +9,19 @@ import numpy as np
 def attention_limit(plain_error: float, largest: float, dtype) -> float:
     """The largest error allowed, against float64, where plain attention in the same dtype has ``plain_error``.
 
-    Twice that; at least the last bit of the ``largest`` value, for plain attention may happen to round to the right
-    side; and sixteen float32 roundings, for where it happens to be exact.
+    Twice that error; at least the last bit of the ``largest`` value, because plain attention may round the right way by
+    luck; plus sixteen float32 roundings, in case it is exact.
     """
     return max(2 * plain_error, float(jnp.finfo(dtype).eps) * largest) + 2.0**-20 * largest
 
 
 def gradient_limit(plain_error: float, largest: float, dtype) -> float:
-    """The same for derivatives, which FlashAttention's tests allow three times plain attention's error."""
+    """The limit for derivatives; FlashAttention's tests allow three times plain attention's error too."""
     return max(3 * plain_error, float(jnp.finfo(dtype).eps) * largest) + 2.0**-20 * largest
 
 
 def recomputed_limit(largest_logit: float) -> float:
-    """Relative to the largest gradient, where a kernel recomputes float32 probabilities from logits and lse.
+    """Relative to the largest gradient, for kernels that recompute float32 probabilities from logits and lse.
 
     Both are rounded to 24 bits: the difference of two of size 1e4 is off by 1e-3, and so is its exponential.
     """
@@ -29,10 +29,10 @@ def recomputed_limit(largest_logit: float) -> float:
 
 
 def large_logits_limit(magnitude: float) -> float:
-    """Relative, of what comes from float32 logits of this size, sums of some dozens of products.
+    """Relative, for results of float32 logits of this size that are sums of dozens of products.
 
-    Logits of 1e4 are off by 1e-3, and so are probabilities. From 1e6 on the tests' rows have one largest logit by far,
-    or one number for all: what rounding does to it changes no probability.
+    Logits of 1e4 are off by 1e-3, and so are probabilities. From 1e6 on, each row of the tests has one dominant logit,
+    or all are equal, so rounding changes no probability.
     """
     return 2.0**-20 * max(1.0, magnitude if magnitude < 1e6 else 1.0)
 
@@ -40,23 +40,23 @@ def large_logits_limit(magnitude: float) -> float:
 def summed_limit(summed: float, dtype) -> float:
     """For a sum that may cancel, relative to the sum of its terms' magnitudes: plain attention may be exact by luck.
 
-    Eight float32 roundings (of one key alone the probability is exactly 1 in plain attention); and where outputs are
-    shorter, an eighth of their last bit, for ``d_out . out`` takes the rounded output.
+    Eight float32 roundings (with a single key, plain attention's probability is exactly 1); for shorter output dtypes,
+    an eighth of the last bit, because ``d_out . out`` uses the rounded output.
     """
     return max(2.0**-21, float(jnp.finfo(dtype).eps) / 8) * summed
 
 
-# --- quantised arrays ---
+# --- quantized arrays ---
 
 
 def quantization_limit(magnitudes, kind: str):
-    """The largest error of each element of groups ``[.., group]``: half a quantum, and some float32 roundings.
+    """The largest error of each element of groups ``[.., group]``: half a quantum plus some float32 roundings.
 
-    Scales are not smaller than the smallest normal float32, below which numbers may count as zeros.
+    Scales are at least the smallest normal float32, since subnormals may be flushed to zero.
     """
     largest = magnitudes.max(-1, keepdims=True)
     scale = np.maximum(largest / {"int8": 127, "float8_e4m3fn": 448, "int4": 7}[kind], np.finfo(np.float32).tiny)
-    # Three bits follow the leading one of a normal float8; steps of what is smaller than 2^-6 are 2^-9.
+    # A normal float8 has three mantissa bits; below 2^-6 the step is 2^-9.
     half = np.maximum(magnitudes * 2.0**-4, scale * 2.0**-10) if kind == "float8_e4m3fn" else scale / 2
     half = half * (1 + 2.0**-16) + largest * 2.0**-22 + np.finfo(np.float32).tiny
     return np.broadcast_to(half, magnitudes.shape)
@@ -64,21 +64,21 @@ def quantization_limit(magnitudes, kind: str):
 
 # --- caches ---
 
-# Relative: a score, the float32 sum of some dozens of weights.
+# Relative: a score, the float32 sum of dozens of weights.
 CACHE_SCORE = 1e-5
-# Scores that are closer than this may be in another order in float32: the error of an int8 token is the difference of
-# numbers that are some hundred times as large.
+# Scores closer than this may be in another order in float32: the error of an int8 token is the difference of numbers
+# about a hundred times as large.
 CACHE_NEAR_TIE = 1e-4
 
-# Relative to the largest gradient, against float32 without a cache. A key's gradient is the sum of what each chunk
-# gives it, rounded to the cache's dtype every time: four roundings, of outputs and their products as well.
+# Relative to the largest gradient, against float32 without a cache. A key's gradient is a sum over chunks, rounded to
+# the cache's dtype after each: four roundings, also of outputs and their products.
 CACHE_GRADIENT = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 
 # --- gradients ---
 
 # Relative to the largest derivative: float32 against float64 differences.
 ATTENTION_GRADIENT = 1e-5
-# Absolute: sums of some dozens of float32 probabilities.
+# Absolute: sums of dozens of float32 probabilities.
 KEY_WEIGHTS = 1e-5
 # Relative and absolute: float32 against float32 differences with a step of 1e-2, whose own error is about 1e-3.
 CHECK_GRADS = 1e-2
@@ -110,12 +110,12 @@ TRAINING_LOSS = 1e-3
 
 # --- sampling ---
 
-# A right sampler fails a chi-square test at this level once in a thousand seeds; the seeds of the tests are fixed.
+# A correct sampler fails a chi-square test at this level for one in a thousand seeds; the tests' seeds are fixed.
 CHI_SQUARE_LEVEL = 1e-3
-# Absolute, float32: logits of size about 10 after some products and sums, against float64 or PyTorch.
+# Absolute, float32: logits of size about 10 after a few products and sums, against float64 or PyTorch.
 PROCESSED_LOGITS = 1e-5
 
 # --- benchmarks ---
 
-# A peer's result may be so many times as wrong as ours: it only has to compute the same function.
+# A peer's error may be this many times ours: it only has to compute the same function.
 BENCH_PEER = 8

@@ -1,8 +1,8 @@
-"""The flag ``jax_enable_x64``: what a program computes in 64 bits, and whether it gives what it gives without the flag.
+"""Checks for the flag ``jax_enable_x64``: no 64-bit equations, and the same results as without the flag.
 
     python -m tests.x64_check
 
-prints a digest of what :func:`everything` gives, in a process whose flags are those of its environment.
+prints a digest of the results of :func:`everything`, with the flags of the process environment.
 """
 
 import hashlib
@@ -19,13 +19,12 @@ from tests.attention_check import assert_same_bits
 
 
 def wide_equations(function: Callable, *arguments: Any) -> list[str]:
-    """The equations that give numbers of 64 bits, in what is traced of a function under the flag, and all within.
+    """The equations with 64-bit results in the jaxpr of a function traced under the flag, including inner jaxprs.
 
-    A Python number beside an array is a constant of 64 bits until it becomes one of the array's dtype; it is no
-    equation.
+    A Python number beside an array is a 64-bit constant until it takes the array's dtype; it is not an equation.
     """
     with jax.enable_x64(True):
-        # A function of its own: what was traced before is not looked at again.
+        # A new function object, so that JAX does not reuse an earlier trace.
         traced = jax.make_jaxpr(lambda *arguments: function(*arguments))(*arguments)
     return [str(equation) for equation in _equations(traced.jaxpr) if any(map(_is_wide, equation.outvars))]
 
@@ -48,7 +47,7 @@ def _is_wide(variable: Any) -> bool:
 
 
 def assert_same_with_the_flag(function: Callable, *arguments: Any) -> None:
-    """The same structure, dtypes and bits with the flag and without."""
+    """Compares structure, dtypes and bits with the flag and without."""
     without = function(*arguments)
     with jax.enable_x64(True):
         with_it = function(*arguments)
@@ -57,13 +56,13 @@ def assert_same_with_the_flag(function: Callable, *arguments: Any) -> None:
 
 
 def normal(*shape: int) -> np.ndarray:
-    """Seeded by its shape."""
+    """Random numbers seeded by the shape."""
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
 
 
 @jax.jit
 def everything() -> Any:
-    """A little of everything that runs on a CPU, as users write it: integers are of the dtype that JAX gives them."""
+    """A little of everything that runs on a CPU, as users write it: integers have JAX's default dtype."""
     query, key, value = normal(2, 21, 4, 16), normal(2, 37, 2, 16), normal(2, 37, 2, 16)
     late, sizes = jnp.arange(16, 37)[None], pa.BlockSizes(16, 16)
 
@@ -94,7 +93,7 @@ def everything() -> Any:
 
 
 def digest(x: Any) -> str:
-    """Of dtypes, shapes and bits."""
+    """A digest of dtypes, shapes and bits."""
     found = hashlib.sha256()
     for leaf in map(np.asarray, jax.tree.leaves(x)):
         found.update(f"{leaf.dtype} {leaf.shape}".encode())

@@ -106,7 +106,7 @@ class Attention:
             implementation=implementation,
             head_dim=size.head_dim,
             dtype=size.dtype,
-            fine=self.mask.is_fine(),
+            fine=self.mask.has_fine_edges(),
         )
         return float(pa.BlockMask.from_mask(self.mask, self.q_positions, self.kv_positions, sizes).density())
 

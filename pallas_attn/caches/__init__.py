@@ -1,4 +1,4 @@
-"""KV caches of fixed shape: a policy says which tokens are kept and in which slots, a storage how a slot is held."""
+"""KV caches of fixed shape: a policy chooses the tokens to keep and their slots, a storage encodes the slots."""
 
 from pallas_attn.caches.cache import CacheView as CacheView
 from pallas_attn.caches.cache import KVCache as KVCache

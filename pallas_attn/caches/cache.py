@@ -1,7 +1,7 @@
 """A KV cache of fixed shape, as a pytree: policy × storage.
 
-Every row of the batch has its own tokens. A slot knows the position of the token that it holds, so it does not matter
-to attention which slot a token went to, and an empty slot (position -1) is never read.
+Every row of the batch has its own tokens. The cache stores the position of each slot's token, so the order of slots
+does not matter to attention, and an empty slot (position -1) is never read.
 """
 
 import dataclasses
@@ -12,40 +12,40 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn import bits, checks, masks
-from pallas_attn.caches import rows as row_sets
+from pallas_attn.caches import row_index
 from pallas_attn.caches.pages import Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
-from pallas_attn.caches.storage import Paged, Plain, Storage, Stored, read, take, write
-from pallas_attn.quantized import QuantizedArray
+from pallas_attn.caches.storage import Paged, Plain, Storage, read, take, write
+from pallas_attn.quantized import KVArray, QuantizedArray
 from pallas_attn.tuning import PAGE_MULTIPLE
 
 
 class CacheView(NamedTuple):
-    """What attention reads.
+    """The arguments of attention that a cache provides.
 
     Attributes:
       key, value: ``[B, capacity, K, D]``, arrays or ``pa.QuantizedArray``; paged: the pool ``[P, page, K, D]``.
-      positions: int32 ``[R, 1|K, capacity]``; -1 is an empty slot, whatever it holds.
-      page_table: None, or int32 ``[R, capacity // page]`` where the view is paged.
+      positions: int32 ``[R, 1|K, capacity]``; -1 is an empty slot, whose contents are ignored.
+      page_table: None, or int32 ``[R, capacity // page]`` if the view is paged.
     """
 
-    key: Stored
-    value: Stored
+    key: KVArray
+    value: KVArray
     positions: Array
     page_table: Array | None = None
 
 
 class Reservation(NamedTuple):
-    """Slots for new tokens, and what a cache knows once they are in it.
+    """Slots for new tokens, and the state of the cache after storing them.
 
     Attributes:
       rows: int32 ``[R]``, the rows of the cache to which the tokens belong; None: all.
       positions: int32 ``[R, t]``, of the tokens.
-      slots: int32 ``[R, M, t]``; ``capacity`` where a token is not stored.
-      lengths: int32 ``[R]``, tokens that came in, with these.
-      lost: bool ``[R]``, rows that lose a token which the policy would have kept.
-      pages: for paged storage, who has which page then.
-      sources: for paged storage, int32 ``[B, L]``: the pages of which the row's own are copies, -1: none.
+      slots: int32 ``[R, M, t]``; ``capacity`` for a token that is not stored.
+      lengths: int32 ``[R]``, tokens appended so far, including these.
+      lost: bool ``[R]``, rows that lose a token which the policy should keep.
+      pages: for paged storage, the page table afterwards.
+      sources: for paged storage, int32 ``[B, L]``: the page to copy into each entry's page first, -1: none.
     """
 
     rows: Array | None
@@ -62,22 +62,22 @@ class Reservation(NamedTuple):
 class KVCache:
     """Keys and values of the tokens so far, for one layer. Every method returns a new cache of the same shapes.
 
-    Use it under jit and donate it: then every update happens in place. A step is: :meth:`append`, attend to
-    :meth:`view`, and :meth:`observe` if the policy asks for it (``policy.observes``).
+    Use it under jit and donate it, so that updates are in place. A step is: :meth:`append`, attend to :meth:`view`, and
+    :meth:`observe` if ``policy.observes``.
 
     Attributes:
-      key, value: what the storage holds, small floats perhaps as :class:`pallas_attn.bits.Bits`; :meth:`view` gives
-        them as they are.
-      positions: int32 ``[B, 1|K, capacity]``, the position of each slot's token, -1 where there is none.
-      lengths: int32 ``[B]``, tokens that came in. A bounded policy may have dropped some of them since.
-      overflowed: bool ``[B]``: the row lost a token that its policy would have kept.
-      state: what the policy knows of each slot.
-      pages: for paged storage, who has which page.
+      key, value: encoded by the storage; small floats may be :class:`pallas_attn.bits.BitcastArray`, which :meth:`view`
+        converts back.
+      positions: int32 ``[B, 1|K, capacity]``, the position of each slot's token, -1 in empty slots.
+      lengths: int32 ``[B]``, tokens appended so far, including those that a bounded policy has evicted.
+      overflowed: bool ``[B]``: the row lost a token that its policy should keep.
+      state: the policy's data for each slot.
+      pages: for paged storage, the page table.
       dtype, policy, storage: static.
     """
 
-    key: Stored
-    value: Stored
+    key: KVArray
+    value: KVArray
     positions: Array
     lengths: Array
     overflowed: Array
@@ -89,67 +89,68 @@ class KVCache:
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.positions.shape[0]
 
     @property
     def capacity(self) -> int:
-        """Slots in each row."""
+        """Slots per row."""
         return self.positions.shape[-1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays of the cache, but for the carriers of gradients in :class:`pallas_attn.bits.Bits`."""
-        arrays = jax.tree.map(lambda x: x.integers if bits.is_held(x) else x, self, is_leaf=bits.is_held)
+        """Bytes of all arrays, without the gradient carriers of :class:`pallas_attn.bits.BitcastArray`."""
+        arrays = jax.tree.map(lambda x: x.integers if bits.is_packed(x) else x, self, is_leaf=bits.is_packed)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
     @property
     def mask(self) -> masks.Mask | None:
-        """What the policy lets queries see of the cache, to be combined (``&``) with the model's own; None: all."""
+        """The policy's mask, to combine (``&``) with the model's; None: queries may see the whole cache."""
         return self.policy.mask
 
     def append(self, key: Array, value: Array, positions: Array, rows: Array | None = None) -> "KVCache":
-        """Stores each row's real tokens; what has to go for them goes now.
+        """Stores each row's valid tokens; evicts first, then writes.
+
+        A row without room, which is known only at run time, does not raise: it sets ``overflowed``.
 
         Args:
           key, value: ``[R, t, K, D]``; keys already rotated.
           positions: int32 ``[R, t]``; -1 marks padding, which is not stored.
-          rows: int32 ``[R]``, distinct: the rows to which the tokens belong; the others stay as they are. An entry
-            outside of ``[0, B)`` is unused: its tokens are padding. Default: all B rows in order.
+          rows: int32 ``[R]``, distinct: the rows to which the tokens belong; other rows do not change. An index outside
+            ``[0, B)`` marks an unused entry, whose tokens are padding. Default: all B rows in order.
 
         Raises:
-          TypeError: what is not an array.
-          ValueError: shapes or dtypes that do not fit the cache. A row without room (known only when it runs) keeps
-            what it has and sets ``overflowed``.
+          TypeError: an argument is not an array.
+          ValueError: shapes or dtypes do not fit the cache.
         """
         return self.write(key, value, self.reserve(positions, rows))
 
     def reserve(self, positions: Array, rows: Array | None = None) -> Reservation:
-        """The first half of :meth:`append`: where its tokens go. Caches that hold the same tokens can share it.
+        """The first half of :meth:`append`: chooses slots. Caches with the same tokens can share the result.
 
         Args:
-          positions, rows: as :meth:`append` takes them; raises as it does.
+          positions, rows: as in :meth:`append`, with the same errors.
         """
-        rows = row_sets.check(rows, self.batch_size)
+        rows = row_index.check(rows, self.batch_size)
         positions = self._check_positions(positions, rows)
         slots, lengths, lost = self.policy.place(self._slots_of(rows), positions >= 0)
         pages, sources = self.pages, None
         if pages is not None:
             page_size = self.key.shape[1]
             pages, refused, sources = pages.reserve(slots.reshape(slots.shape[0], -1) // page_size, rows)
-            refused = row_sets.take(refused, rows)
+            refused = row_index.take(refused, rows)
             slots = jnp.where(refused[:, None, None], self.capacity, slots)
-            lengths = jnp.where(refused, row_sets.take(self.lengths, rows), lengths)
+            lengths = jnp.where(refused, row_index.take(self.lengths, rows), lengths)
             lost = lost | refused
         return Reservation(rows, positions, slots, lengths, lost, pages, sources)
 
     def write(self, key: Array, value: Array, reservation: Reservation) -> "KVCache":
-        """The second half of :meth:`append`: stores tokens ``[R, t, K, D]`` where there is room for them.
+        """The second half of :meth:`append`: writes tokens ``[R, t, K, D]`` to reserved slots.
 
         Args:
-          key, value: as :meth:`append` takes them; raises as it does.
-          reservation: from :meth:`reserve` of this cache, or of another of the same policy, storage and capacity that
-            holds the same tokens; with a policy whose heads choose by themselves that can only be this one.
+          key, value: as in :meth:`append`, with the same errors.
+          reservation: from :meth:`reserve` of this cache or, unless ``policy.per_head``, of another with the same
+            policy, storage, capacity and tokens.
         """
         rows, positions, slots, lengths, lost, pages, sources = _check_reservation(reservation)
         key, value = (
@@ -170,75 +171,74 @@ class KVCache:
             key=new_key,
             value=new_value,
             positions=at_slots(self.positions, slots, _of_heads(positions, slots), rows),
-            lengths=row_sets.put(self.lengths, rows, lengths),
-            overflowed=row_sets.put(self.overflowed, rows, row_sets.take(self.overflowed, rows) | lost),
+            lengths=row_index.put(self.lengths, rows, lengths),
+            overflowed=row_index.put(self.overflowed, rows, row_index.take(self.overflowed, rows) | lost),
             state={
                 name: at_slots(x, state_slots, new_state[name].swapaxes(1, 2), rows) for name, x in self.state.items()
             },
         )
 
     def positions_after(self, positions: Array, rows: Array | None = None) -> Array:
-        """``view(rows).positions`` as it will be once tokens at ``positions`` ``[R, t]`` are appended to ``rows``.
+        """``view(rows).positions`` after an append of tokens at ``positions`` ``[R, t]`` to ``rows``.
 
-        So a model can build the BlockMask of a call before its layers run.
+        With it a model can build the BlockMask of a call before its layers run.
         """
         return self.positions_with(self.reserve(positions, rows))
 
     def positions_with(self, reservation: Reservation) -> Array:
-        """The same for tokens that have their slots already."""
+        """:meth:`positions_after` for tokens with a reservation."""
         rows, positions, slots, *_ = _check_reservation(reservation)
-        return at_slots(row_sets.take(self.positions, rows, -1), slots, _of_heads(positions, slots))
+        return at_slots(row_index.take(self.positions, rows, -1), slots, _of_heads(positions, slots))
 
     def view(self, rows: Array | None = None) -> CacheView:
-        """What attention reads, of all rows or of ``rows`` as :meth:`append` takes them. Under jit no copy is made.
+        """The arguments of attention for all rows, or for ``rows`` as in :meth:`append`. Under jit it makes no copy.
 
-        Of some rows it is paged whatever the storage: each is then a page of the pool that the whole cache is.
+        A view of some rows is paged with any storage: the whole cache is the pool, and each row is a page.
 
         Raises:
-          ValueError: some rows of a cache whose capacity is not a multiple of 16, as pages are.
+          ValueError: ``rows`` of a cache whose capacity is not a multiple of 16, the unit of page sizes.
         """
-        rows = row_sets.check(rows, self.batch_size)
-        positions = row_sets.take(self.positions, rows, -1)
-        key, value = bits.floats((self.key, self.value))
+        rows = row_index.check(rows, self.batch_size)
+        positions = row_index.take(self.positions, rows, -1)
+        key, value = bits.unpack((self.key, self.value))
         if self.pages is not None:
-            return CacheView(key, value, positions, row_sets.take(self.pages.table, rows, -1))
+            return CacheView(key, value, positions, row_index.take(self.pages.table, rows, -1))
         if rows is None:
             return CacheView(key, value, positions)
         if self.capacity % PAGE_MULTIPLE:
-            wanted = f"None, for pages are multiples of {PAGE_MULTIPLE} slots"
+            wanted = f"None, or a capacity that is a multiple of {PAGE_MULTIPLE}"
             raise ValueError(f"rows: expected {wanted}, got capacity {self.capacity}")
         return CacheView(key, value, positions, rows[:, None])
 
     def observe(self, key_weights: Array, rows: Array | None = None) -> "KVCache":
-        """Tells the policy what attention was paid to each slot; a policy that does not ask for it ignores it.
+        """Updates the policy's state with the attention paid to each slot; a no-op unless ``policy.observes``.
 
-        It is used to choose slots alone, so no gradient goes to it.
+        The weights only influence the choice of slots, so they get no gradient.
 
         Args:
-          key_weights: float32 ``[R, K, capacity]``, as ``pa.attention(.., return_key_weights=True)`` gives them.
-          rows: int32 ``[R]``, as :meth:`append` takes them; the others stay as they are.
+          key_weights: float32 ``[R, K, capacity]``, from ``pa.attention(.., return_key_weights=True)``.
+          rows: int32 ``[R]``, as in :meth:`append`; other rows do not change.
 
         Raises:
           ValueError: another shape or dtype.
         """
-        rows = row_sets.check(rows, self.batch_size)
+        rows = row_index.check(rows, self.batch_size)
         expected = (self.batch_size if rows is None else rows.shape[0], self.key.shape[-2], self.capacity)
         key_weights = checks.array("key_weights", key_weights)
         if key_weights.shape != expected or key_weights.dtype != jnp.float32:
             got = f"{key_weights.dtype} {list(key_weights.shape)}"
             raise ValueError(f"key_weights: expected float32 {list(expected)}, got {got}")
-        # Slots are chosen by them, and have no derivative.
         state = self.policy.observe(self._slots_of(rows), lax.stop_gradient(jnp.asarray(key_weights)))
         return dataclasses.replace(
-            self, state={name: row_sets.put(x, rows, state[name]) for name, x in self.state.items()}
+            self, state={name: row_index.put(x, rows, state[name]) for name, x in self.state.items()}
         )
 
     def truncate(self, lengths: jax.typing.ArrayLike) -> "KVCache":
-        """Keeps at most each row's first ``lengths`` (int ``[B]``) tokens and takes the others back.
+        """Keeps at most each row's first ``lengths`` (int ``[B]``) tokens and removes the others.
 
         Raises:
-          TypeError: what is not an array.
-          NotImplementedError: the policy cannot, for it has dropped tokens in favour of those.
+          TypeError: ``lengths`` is not an array.
+          NotImplementedError: the policy has evicted tokens for those, so it cannot truncate.
           ValueError: another shape or dtype.
         """
         requested = self._check_integers("lengths", lengths)
@@ -246,7 +246,7 @@ class KVCache:
         kept, lost = self.policy.truncate(self._slots_of(None), lengths)
         overflowed = self.overflowed | (lost & (lengths < self.lengths))
         if not self.policy.bounded:
-            # What found no room came after all that is stored, so taking any of this back takes that, too.
+            # Dropped tokens came after all stored ones, so removing a stored token removes them too.
             overflowed = overflowed & (requested > self.lengths)
         after = dataclasses.replace(
             self, positions=jnp.where(kept, self.positions, -1), lengths=lengths, overflowed=overflowed
@@ -254,23 +254,23 @@ class KVCache:
         return after._release()
 
     def keep(self, first: Array, path: Array, count: Array) -> "KVCache":
-        """Keeps one path of the tree that each row ends with, closed up, and takes its other nodes back.
+        """Keeps one path of the tree at each row's end, made contiguous, and removes the other nodes.
 
-        What :func:`pallas_attn.masks.tree` verified (SpecInfer, arXiv:2305.09781, section 4): token number
-        ``first + path[n]`` becomes token number ``first + n``, and the row ends after ``count`` of them. ``n`` tokens
-        are read and written, in place; pages that a row shares are copied first. ``path = arange(n)`` is
-        :meth:`truncate` to ``first + count``.
+        After verification with :func:`pallas_attn.masks.tree` (SpecInfer, arXiv:2305.09781, section 4): token number
+        ``first + path[n]`` becomes token number ``first + n``, and the row ends after ``count`` of them. It reads and
+        writes ``n`` tokens in place; shared pages are copied first. ``path = arange(n)`` is :meth:`truncate` to
+        ``first + count``. A row whose nodes had no room, or that finds no free page, keeps the longest possible part of
+        the path and sets ``overflowed``.
 
         Args:
-          first: int32 ``[B]``, the number of the row's token that is node 0.
+          first: int32 ``[B]``, the number of the token that is node 0.
           path: int32 ``[B, n]``, nodes in ascending order.
-          count: int32 ``[B]``, how many of them are valid, the first.
+          count: int32 ``[B]``, number of valid nodes at the start of the path.
 
         Raises:
-          TypeError: what is not an array.
-          NotImplementedError: the policy does not hold tokens in order.
-          ValueError: other shapes or dtypes. A row whose nodes had no room, or which has no page to write to, keeps
-            what it can of the path and sets ``overflowed``.
+          TypeError: an argument is not an array.
+          NotImplementedError: the policy does not keep tokens in order.
+          ValueError: other shapes or dtypes.
         """
         if not self.policy.ordered:
             raise NotImplementedError(f"{type(self.policy).__name__} cannot keep a path: its slots are not in order")
@@ -278,7 +278,7 @@ class KVCache:
         path = checks.array("path", path)
         if path.ndim != 2 or path.shape[0] != self.batch_size or not checks.is_integer(path):
             raise ValueError(f"path: expected int32 [{self.batch_size}, n], got {path.dtype} {list(path.shape)}")
-        # No node is beyond the capacity; so no sum of 32 bits overflows.
+        # Nodes are at most the capacity, so no 32-bit sum overflows.
         first, path = jnp.clip(first, 0, self.lengths), jnp.minimum(checks.clipped(path), self.capacity)
         number = lax.broadcasted_iota(jnp.int32, path.shape, 1)
         sources, targets = first[:, None] + path, first[:, None] + number
@@ -289,7 +289,7 @@ class KVCache:
         if self.pages is not None:
             written = jnp.where(moved, targets, self.capacity) // self.key.shape[1]
             pages, refused, copied = self.pages.reserve(written)
-            # Then what stands before the first token that would have to move is kept.
+            # A refused row keeps the nodes before the first that would move.
             stays = (jnp.cumsum(moved, axis=1, dtype=jnp.int32) == 0) | ~refused[:, None]
             stored, moved = stored & stays, moved & stays
             buffers = pages.copy(copied, buffers)
@@ -321,7 +321,7 @@ class KVCache:
         """Empties the rows where ``rows`` (bool ``[B]``) is True.
 
         Raises:
-          TypeError: what is not an array.
+          TypeError: ``rows`` is not an array.
           ValueError: another shape or dtype.
         """
         rows = checks.array_or_list("rows", rows, "bool")
@@ -337,16 +337,16 @@ class KVCache:
         return after._release()
 
     def fork(self, sources: jax.typing.ArrayLike) -> "KVCache":
-        """Row b becomes what row ``sources[b]`` is: several continuations of one prompt, or of a prefix of it.
+        """Rewrites row b as a copy of row ``sources[b]``: several continuations of one prompt, or of a prefix of it.
 
-        With paged storage nothing is copied: rows share pages, until one writes to such a page. Together with
-        :meth:`truncate` rows share a prefix. Other storages copy the rows.
+        With paged storage rows share pages until one writes to them (copy-on-write); other storages copy the rows.
+        Followed by :meth:`truncate`, rows share a prefix.
 
         Args:
-          sources: int32 ``[B]``; ``arange(B)`` changes nothing. What is no row is taken as the nearest one.
+          sources: int32 ``[B]``, clipped to valid rows; ``arange(B)`` changes nothing.
 
         Raises:
-          TypeError: what is not an array.
+          TypeError: ``sources`` is not an array.
           ValueError: another shape or dtype.
         """
         sources = jnp.clip(self._check_integers("sources", sources), 0, self.batch_size - 1)
@@ -370,17 +370,17 @@ class KVCache:
         )
 
     def copy_rows(self, sources: Array, targets: Array, count: Array) -> "KVCache":
-        """For every n below ``count``, in order, row ``targets[n]`` becomes what row ``sources[n]`` is.
+        """Copies row ``sources[n]`` to row ``targets[n]``, for n < ``count`` in order.
 
-        Unlike :meth:`fork` it touches no other row, and costs nothing where count is 0. With paged storage no key or
-        value is copied, as there.
+        Unlike :meth:`fork` it touches no other row, and costs nothing if count is 0. Paged storage copies no key or
+        value here either.
 
         Args:
-          sources, targets: int32 ``[n]``; a pair of which one is no row does nothing.
+          sources, targets: int32 ``[n]``; a pair with an out-of-bounds row does nothing.
           count: int32 scalar; may be traced.
 
         Raises:
-          TypeError: what is not an array.
+          TypeError: an argument is not an array.
           ValueError: other shapes or dtypes.
         """
         sources, targets, count = (
@@ -393,27 +393,27 @@ class KVCache:
         if count.ndim or not checks.is_integer(count):
             raise ValueError(f"count: expected an integer, got {count.dtype} {list(count.shape)}")
         sources, targets, count = map(checks.clipped, (sources, targets, count))
-        exist = row_sets.exist(sources, self.batch_size) & row_sets.exist(targets, self.batch_size)
-        sources, targets = (jnp.where(exist, x, 0) for x in (sources, targets))
+        in_bounds = row_index.in_bounds(sources, self.batch_size) & row_index.in_bounds(targets, self.batch_size)
+        sources, targets = (jnp.where(in_bounds, x, 0) for x in (sources, targets))
         count = jnp.minimum(count, sources.shape[0])
         after = self
         if self.pages is None:
-            key, value = row_sets.copy((self.key, self.value), sources, targets, count)
+            key, value = row_index.copy((self.key, self.value), sources, targets, count)
             after = dataclasses.replace(after, key=key, value=value)
         else:
-            table = row_sets.copy(self.pages.table, sources, targets, count)
+            table = row_index.copy(self.pages.table, sources, targets, count)
             after = dataclasses.replace(after, pages=self.pages.of_table(table))
         rows = self.positions, self.lengths, self.overflowed, self.state
-        positions, lengths, overflowed, state = row_sets.copy(rows, sources, targets, count)
+        positions, lengths, overflowed, state = row_index.copy(rows, sources, targets, count)
         return dataclasses.replace(after, positions=positions, lengths=lengths, overflowed=overflowed, state=state)
 
     def _slots_of(self, rows: Array | None) -> Slots:
-        state = {name: row_sets.take(lax.stop_gradient(x), rows) for name, x in self.state.items()}
-        return Slots(row_sets.take(self.positions, rows, -1), row_sets.take(self.lengths, rows), state)
+        state = {name: row_index.take(lax.stop_gradient(x), rows) for name, x in self.state.items()}
+        return Slots(row_index.take(self.positions, rows, -1), row_index.take(self.lengths, rows), state)
 
     def _addresses(self, slots: Array, rows: Array | None) -> tuple[Array, Array]:
-        """Where slots int32 ``[R, M, t]`` of ``rows`` are in the first two axes of ``key`` and ``value``."""
-        row = row_sets.numbers(rows, slots.shape)
+        """Indices of slots int32 ``[R, M, t]`` of ``rows`` along the first two axes of ``key`` and ``value``."""
+        row = row_index.numbers(rows, slots.shape)
         if self.pages is None:
             return row, slots
         num_pages, page_size = self.key.shape[:2]
@@ -433,7 +433,7 @@ class KVCache:
         return checks.positions("positions", positions, ranks=(2,))
 
     def _check_integers(self, name: str, x: jax.typing.ArrayLike) -> Array:
-        """One for each row. What 32 bits do not hold is beyond every length and row, as the nearest is that they do."""
+        """Validates one integer per row. Clipping to int32 keeps values past every length and row past them."""
         x = checks.array_or_list(name, x, "integers")
         if x.shape != (self.batch_size,) or not checks.is_integer(x):
             raise ValueError(f"{name}: expected integers of shape ({self.batch_size},), got {x.dtype} {x.shape}")
@@ -451,12 +451,12 @@ def _check_tokens(name: str, x: Array, expected: tuple[int, ...]) -> Array:
     if x.shape != expected:
         raise ValueError(f"{name}: expected shape {expected}, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected floating point numbers, got {x.dtype}")
+        raise ValueError(f"{name}: expected floating-point numbers, got {x.dtype}")
     return checks.floats(name, x)
 
 
 def _of_heads(positions: Array, slots: Array) -> Array:
-    """int32 ``[R, M, t]`` of ``[R, t]``: what tokens at ``slots`` ``[R, M, t]`` have for positions."""
+    """Broadcasts positions ``[R, t]`` to the shape ``[R, M, t]`` of ``slots``."""
     return jnp.broadcast_to(positions[:, None], slots.shape)
 
 
@@ -473,14 +473,14 @@ def init(
     """An empty cache for one layer.
 
     Args:
-      policy: which tokens are kept, and where; default ``Dense()``.
-      storage: how a slot is held; default ``Plain()``.
-      batch_size, capacity: rows, and slots in each row.
-      kv_heads, head_dim, dtype: of keys and values; the quantised storages have a dtype of their own.
+      policy: which tokens to keep, and in which slots; default ``Dense()``.
+      storage: how to encode a slot; default ``Plain()``.
+      batch_size, capacity: rows, and slots per row.
+      kv_heads, head_dim, dtype: of keys and values; quantized storages have their own dtypes.
 
     Raises:
-      ValueError: a size below 1 or above 2^30, or that policy or storage cannot work with, or a dtype that is not of
-        floating point, or of more than 32 bits.
+      ValueError: a size below 1 or above 2^30, a size that does not fit the policy or storage, or a dtype that is not
+        floating-point with at most 32 bits.
       TypeError: a policy or storage of another kind, or a size that is not an int.
     """
     policy, storage = Dense() if policy is None else policy, Plain() if storage is None else storage
@@ -501,9 +501,9 @@ def init(
         rows = (storage.num_pages, storage.page_size)
         pages = Pages.empty(batch_size, capacity // storage.page_size, storage.num_pages)
 
-    def zeros(shape: tuple[int, ...]) -> Stored:
+    def zeros(shape: tuple[int, ...]) -> KVArray:
         x = jax.ShapeDtypeStruct(shape, dtype)
-        like = jax.eval_shape(lambda x: _at_rest(storage.encode(x, dtype)), x)
+        like = jax.eval_shape(lambda x: _as_buffer(storage.encode(x, dtype)), x)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def new_state(x: Array) -> State:
@@ -525,11 +525,11 @@ def init(
     )
 
 
-def _at_rest(x: Stored) -> Stored:
-    """As a cache keeps it. Quantised numbers have no gradient."""
-    return bits.hold(x) if isinstance(x, QuantizedArray) else bits.hold_with_derivatives(x)
+def _as_buffer(x: KVArray) -> KVArray:
+    """Packs small floats for a buffer; quantized numbers need no gradient carrier."""
+    return bits.pack(x) if isinstance(x, QuantizedArray) else bits.pack_with_derivatives(x)
 
 
 def nbytes(policy: Policy | None = None, storage: Storage | None = None, **sizes) -> int:
-    """Bytes that a cache of one layer would take; arguments as of :func:`init`. Nothing is allocated."""
+    """Estimates the bytes of a cache of one layer without allocating it; arguments as in :func:`init`."""
     return jax.eval_shape(lambda: init(policy, storage, **sizes)).nbytes

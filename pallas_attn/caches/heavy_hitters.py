@@ -1,4 +1,4 @@
-"""Policies that keep the tokens to which attention was paid."""
+"""Policies that keep the tokens with the most attention."""
 
 import dataclasses
 
@@ -7,27 +7,28 @@ from jax import Array
 
 from pallas_attn import checks
 from pallas_attn.caches.policies import Policy, Slots, State, Tokens
-from pallas_attn.caches.storage import Stored, decode
+from pallas_attn.caches.storage import decode
+from pallas_attn.quantized import KVArray
 
 
 @dataclasses.dataclass(frozen=True)
 class H2O(Policy):
-    """Heavy hitters: keeps the tokens that got most attention, and the most recent ones whatever they got.
+    """Heavy hitters: keeps the tokens with the most attention, and always the most recent ones.
 
-    Zhang et al. 2023, arXiv:2306.14048, algorithm 1, for every row and KV head by itself. When a token needs a slot and
-    none is free, that with the lowest score goes. The score of a token is the attention that all queries so far paid
-    to it, mean over the query heads of its KV head; queries that are padding pay none. A chunk of t tokens first makes
-    room for all of them, so its queries see ``capacity - t`` older tokens.
+    Zhang et al. 2023, arXiv:2306.14048, algorithm 1, independently for every row and KV head. When a token needs a slot
+    and none is free, the token with the lowest score is evicted. A token's score is the attention that all queries so
+    far paid to it, averaged over the query heads of its KV head; padding queries pay none. An append of t tokens evicts
+    for all of them first, so its queries see ``capacity - t`` older tokens.
 
-    ``recent`` and ``normalize`` take a row's positions to follow each other without a gap, wherever they begin. Nothing
-    checks that, as positions are data. After a gap fewer tokens are recent, and those before it count as too old.
+    ``recent`` and ``normalize`` assume contiguous positions within a row, from any start. Positions are data, so
+    nothing checks it. After a gap, fewer tokens are recent, and those before it count as older than they are.
 
     Attributes:
-      recent: tokens at the last so many positions never go; if only they are left to go, the row is ``overflowed``.
-      normalize: divide a score by the number of queries that could pay to it, as older tokens had more of them: the
-        positions from the token's own to the newest.
-      value_norm: what a query pays to key j counts ``|v_j|``-fold, and what a call's queries pay in all stays what it
-        was: a token without a value does not matter, however much attention it gets.
+      recent: tokens at the last ``recent`` positions are not evicted; if no other is left, the row is ``overflowed``.
+      normalize: divide a score by the number of queries that could see the token (positions from its own to the
+        newest), because older tokens have had more of them.
+      value_norm: weight the attention to key j by ``|v_j|``, keeping a call's total attention, so that a token with a
+        zero value gets no score.
     """
 
     recent: int
@@ -56,10 +57,10 @@ class H2O(Policy):
         return state
 
     def observe(self, slots: Slots, key_weights: Array) -> State:
-        held = slots.positions >= 0
-        paid = jnp.where(held, key_weights, 0.0)
+        filled = slots.positions >= 0
+        paid = jnp.where(filled, key_weights, 0.0)
         if self.value_norm:
-            weighed = jnp.where(held, slots.state["value_norm"] * paid, 0.0)
+            weighed = jnp.where(filled, slots.state["value_norm"] * paid, 0.0)
             total = weighed.sum(-1, keepdims=True)
             paid = weighed * paid.sum(-1, keepdims=True) / jnp.where(total > 0, total, 1.0)
         return slots.state | {"score": slots.state["score"] + paid}
@@ -69,7 +70,7 @@ class H2O(Policy):
         return jnp.where(slots.positions > newest - self.recent, jnp.inf, self.score(slots))
 
     def score(self, slots: Slots) -> Array:
-        """float32 ``[R, K, capacity]``: by which the tokens that are not recent are compared."""
+        """float32 ``[R, K, capacity]``: the importance of tokens that are not recent."""
         score = slots.state["score"]
         if not self.normalize:
             return score
@@ -79,13 +80,13 @@ class H2O(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class QHitter(H2O):
-    """Heavy hitters that the storage can hold well: a quantisation error counts against a token.
+    """H2O, penalizing tokens with a large quantization error.
 
     Zhang et al. 2024, Q-Hitter (MLSys 6, pages 381-394): ``balance * score - (1 - balance) * error / 2``, with score
-    and error ``|k - stored k| + |v - stored v|`` both scaled to 0 to 1 over the tokens of the row and head.
+    and error ``|k - stored k| + |v - stored v|`` both scaled to [0, 1] over the tokens of the row and head.
 
     Attributes:
-      balance: 1: H2O; 0: errors alone.
+      balance: 1: H2O; 0: quantization errors alone.
     """
 
     balance: float = 0.5
@@ -101,16 +102,16 @@ class QHitter(H2O):
         return super().new_state(tokens) | {"error": error}
 
     def score(self, slots: Slots) -> Array:
-        held = slots.positions >= 0
-        score, error = _zero_to_one(super().score(slots), held), _zero_to_one(slots.state["error"], held)
+        filled = slots.positions >= 0
+        score, error = _zero_to_one(super().score(slots), filled), _zero_to_one(slots.state["error"], filled)
         return self.balance * score - (1 - self.balance) / 2 * error
 
 
-def _distance(x: Array, stored: Stored) -> Array:
+def _distance(x: Array, stored: KVArray) -> Array:
     return jnp.linalg.norm(x.astype(jnp.float32) - decode(stored), axis=-1)
 
 
-def _zero_to_one(x: Array, held: Array) -> Array:
-    least = jnp.where(held, x, jnp.inf).min(-1, keepdims=True)
-    most = jnp.where(held, x, -jnp.inf).max(-1, keepdims=True)
+def _zero_to_one(x: Array, filled: Array) -> Array:
+    least = jnp.where(filled, x, jnp.inf).min(-1, keepdims=True)
+    most = jnp.where(filled, x, -jnp.inf).max(-1, keepdims=True)
     return (x - least) / jnp.where(most > least, most - least, 1.0)

@@ -1,10 +1,10 @@
-"""Which slot a token takes, and which token goes when there is no free one.
+"""Eviction policies: the slot of each new token, and the token to evict when no slot is free.
 
-A policy is static: it holds settings, never arrays. What it knows of each slot is the cache's ``state``, arrays
-``[B, K, capacity]``, whose entries begin as :meth:`Policy.new_state` says when a token takes the slot. A policy of your
-own overrides :meth:`Policy.importance`, and what else it needs (README.md beside this file has an example).
+A policy is static: it holds settings, never arrays. Its data per slot is the cache's ``state``, arrays
+``[B, K, capacity]``; :meth:`Policy.new_state` initializes a slot's entries when a token takes the slot. Your own policy
+overrides :meth:`Policy.importance`, and more if needed (README.md beside this file has an example).
 
-R is the number of rows that a call is about: those of its ``rows``, or all B.
+R is the number of rows in a call: those of its ``rows``, or all B.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn import checks, masks
-from pallas_attn.caches.rows import numbers as row_numbers
-from pallas_attn.caches.storage import Stored
+from pallas_attn.caches.row_index import numbers as row_numbers
+from pallas_attn.quantized import KVArray
 
 State = dict[str, Array]
 
 
 class Slots(NamedTuple):
-    """What a cache holds, as its policy sees it.
+    """The contents of a cache that its policy reads.
 
     Attributes:
-      positions: int32 ``[R, M, capacity]``; -1: the slot is free. M is 1, or K where heads keep tokens of their own.
-      lengths: int32 ``[R]``, tokens that came in so far.
+      positions: int32 ``[R, M, capacity]``; -1: the slot is free. M is 1, or K if each KV head keeps its own tokens.
+      lengths: int32 ``[R]``, tokens appended so far.
       state: float32 ``[R, K, capacity]`` each.
     """
 
@@ -40,22 +40,22 @@ class Slots(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """New tokens: as they come ``[R, t, K, D]``, and as the storage holds them."""
+    """New tokens ``[R, t, K, D]``: unencoded, and as the storage encodes them."""
 
     key: Array
     value: Array
-    stored_key: Stored
-    stored_value: Stored
+    stored_key: KVArray
+    stored_value: KVArray
 
 
 class Placement(NamedTuple):
-    """Where new tokens go.
+    """The slots of new tokens.
 
     Attributes:
-      slots: int32 ``[R, M, t]``; a token that is not stored has the slot ``capacity``, which does not exist. No
-        other slot of a row comes twice.
-      lengths: int32 ``[R]``, tokens that came in, with these.
-      lost: bool ``[R]``, rows that had to drop a token which the policy would have kept.
+      slots: int32 ``[R, M, t]``, distinct within a row, except that tokens which are not stored have the out-of-bounds
+        slot ``capacity``.
+      lengths: int32 ``[R]``, tokens appended so far, including these.
+      lost: bool ``[R]``, rows that lose a token which the policy should keep.
     """
 
     slots: Array
@@ -64,41 +64,41 @@ class Placement(NamedTuple):
 
 
 class Policy:
-    """Decides, per row, the slot of each new token."""
+    """Chooses, per row, the slot of each new token."""
 
-    bounded = True  # rows may be longer than the cache: old tokens make room for new ones
-    per_head = False  # every KV head keeps tokens of its own
-    observes = False  # reads key weights, so attention has to compute them
-    ordered = False  # slot n has the row's token number n
+    bounded = True  # rows may be longer than the cache: old tokens are evicted for new ones
+    per_head = False  # every KV head keeps its own tokens
+    observes = False  # reads key weights, so attention has to return them
+    ordered = False  # slot n holds the row's token number n
 
     @property
     def mask(self) -> masks.Mask | None:
-        """What queries may see of the cache, besides what the model says; None: everything in it."""
+        """The part of the cache that queries may see, to combine with the model's mask; None: all of it."""
         return None
 
     def check(self, capacity: int) -> None:
-        """Raises a ValueError if a cache of this capacity cannot do what the policy says."""
+        """Raises a ValueError if the capacity is too small for the policy."""
 
     def longest_append(self, capacity: int) -> int:
-        """How many tokens a row of any length takes at once without losing one that should stay."""
+        """The most tokens that one append to a row of any length can take without losing one that should stay."""
         return capacity
 
     def new_state(self, tokens: Tokens) -> State:
-        """What is known of tokens when they come in: float32 ``[R, t, K]`` each."""
+        """Initial state of new tokens: float32 ``[R, t, K]`` each."""
         del tokens
         return {}
 
     def importance(self, slots: Slots) -> Array:
-        """float32 ``[R, M, capacity]``: the least goes first, ``inf`` should stay. Free slots may say anything."""
-        raise NotImplementedError(f"{type(self).__name__}.importance: a policy says which tokens go first")
+        """float32 ``[R, M, capacity]``: the least is evicted first, ``inf`` should stay. Free slots may be anything."""
+        raise NotImplementedError(f"{type(self).__name__}.importance: a policy has to define which tokens to evict")
 
     def place(self, slots: Slots, real: Array) -> Placement:
-        """Finds slots: those that are free, then those of the tokens that matter least.
+        """Assigns free slots first, then those of the least important tokens.
 
-        Of more tokens than there are slots, the last are stored.
+        If there are more tokens than slots, only the last are stored.
 
         Args:
-          slots: what is there.
+          slots: the contents of the cache.
           real: bool ``[R, t]``; False: padding, which is never stored.
         """
         capacity = slots.capacity
@@ -106,12 +106,12 @@ class Policy:
         count = real.sum(1, dtype=jnp.int32)
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1 - jnp.maximum(count - capacity, 0)[:, None]
         stored = real & (rank >= 0)
-        # Ascending, and of equals the slot with the lower number first.
+        # In ascending order; ties go to the lower slot.
         negative, order = lax.top_k(-importance, min(real.shape[1], capacity))
         at = jnp.clip(rank, 0, order.shape[-1] - 1)[:, None]
-        gone = jnp.take_along_axis(negative, jnp.broadcast_to(at, (*order.shape[:2], at.shape[-1])), axis=-1)
-        taken = jnp.take_along_axis(order, jnp.broadcast_to(at, gone.shape), axis=-1)
-        evicts_needed = (gone == -jnp.inf).any(1) & stored
+        evicted = jnp.take_along_axis(negative, jnp.broadcast_to(at, (*order.shape[:2], at.shape[-1])), axis=-1)
+        taken = jnp.take_along_axis(order, jnp.broadcast_to(at, evicted.shape), axis=-1)
+        evicts_needed = (evicted == -jnp.inf).any(1) & stored
         return Placement(
             slots=jnp.where(stored[:, None], taken.astype(jnp.int32), capacity),
             lengths=slots.lengths + count,
@@ -119,22 +119,22 @@ class Policy:
         )
 
     def observe(self, slots: Slots, key_weights: Array) -> State:
-        """The state after queries gave ``key_weights`` float32 ``[R, K, capacity]`` to what is in the slots."""
+        """The state after queries paid the slots attention ``key_weights``, float32 ``[R, K, capacity]``."""
         del key_weights
         return slots.state
 
     def truncate(self, slots: Slots, lengths: Array) -> tuple[Array, Array]:
-        """Which slots stay when a row keeps its first ``lengths`` int32 ``[R]`` tokens alone, never more than it has.
+        """Truncates each row to its first ``lengths`` tokens, int32 ``[R]``, at most the row's length.
 
         Returns:
-          bool ``[R, M, capacity]``, and bool ``[R]``: rows in which a token is gone that would be needed again.
+          bool ``[R, M, capacity]``: slots to keep; and bool ``[R]``: rows that need an evicted token again.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot take tokens back: it has dropped others for them")
+        raise NotImplementedError(f"{type(self).__name__} cannot truncate: it has evicted other tokens for those")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Policy):
-    """Keeps every token, in order of arrival. A row that is full takes no more and says so (``overflowed``)."""
+    """Keeps every token, in order of arrival. A full row drops new tokens and sets ``overflowed``."""
 
     bounded = False
     ordered = True
@@ -155,17 +155,17 @@ class Dense(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Window(Policy):
-    """Keeps the last ``size`` tokens, and for good the first ``sinks`` (StreamingLLM, arXiv:2309.17453, section 3.2).
+    """Keeps the last ``size`` tokens, and always the first ``sinks`` (StreamingLLM, arXiv:2309.17453, section 3.2).
 
-    What a query sees does not depend on how the tokens came in: its own and the ``size - 1`` before it, and those at
-    positions below ``sinks``. So a row of a chunk of t tokens holds more than ``size`` for a while, and the capacity
-    needs slack: ``sinks + size + t - 1`` slots, or at least as many as the row has tokens. As many slots are needed to
-    take t tokens back. What the slack is too small for sets ``overflowed``.
+    A query sees the same keys however tokens are split into appends: its own and the ``size - 1`` before it, and those
+    at positions below ``sinks``. So while a row appends t tokens at once it holds more than ``size``, and the capacity
+    needs slack: ``sinks + size + t - 1`` slots, or at least the row's length. Truncating t tokens needs the same slack.
+    Without enough slack the row sets ``overflowed``.
 
-    Tokens are kept by their number in the row and seen by their position, which is the same where a row's positions
-    are 0, 1, 2, ... Nothing checks that, as positions are data. Where they begin above ``sinks`` its first tokens take
-    their slots, and no query beyond the window sees them; where some are left out, a query sees fewer than ``size``
-    tokens, and where one comes twice, perhaps not all that its window has.
+    The cache keeps tokens by their number in the row, and queries see them by position; the two agree if a row's
+    positions are 0, 1, 2, ... Positions are data, so nothing checks it. If they begin at ``sinks`` or above, the first
+    tokens occupy the sink slots, but no query beyond the window sees them; with gaps, a query sees fewer than ``size``
+    tokens; with duplicates, possibly not its whole window.
     """
 
     size: int
@@ -189,10 +189,10 @@ class Window(Policy):
 
     def place(self, slots: Slots, real: Array) -> Placement:
         ring = slots.capacity - self.sinks
-        number = slots.lengths[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # of the row's tokens
+        number = slots.lengths[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # in the row
         lengths = slots.lengths + real.sum(1, dtype=jnp.int32)
         at = jnp.where(number < self.sinks, number, self.sinks + (number - self.sinks) % ring)
-        # Of more tokens than the ring has slots, the last are stored.
+        # If there are more tokens than slots in the ring, the last are stored.
         stored = real & ((number < self.sinks) | (number >= lengths[:, None] - ring))
         oldest_needed = jnp.maximum(self.sinks, slots.lengths - self.size + 1)
         return Placement(
@@ -204,13 +204,13 @@ class Window(Policy):
     def truncate(self, slots: Slots, lengths: Array) -> tuple[Array, Array]:
         number = self._numbers(slots)
         kept = (number >= 0) & (number < lengths[:, None, None])
-        # The next query sees the tokens of these numbers.
+        # The next query sees tokens from this number on.
         first = jnp.maximum(lengths - self.size + 1, 0)
         seen = kept & (slots.positions >= 0) & (number >= first[:, None, None])
         return kept, seen.sum((1, 2), dtype=jnp.int32) < lengths - first
 
     def _numbers(self, slots: Slots) -> Array:
-        """Which of the row's tokens a slot holds, int32 ``[R, 1, capacity]``; -1: none yet."""
+        """The number in the row of each slot's token, int32 ``[R, 1, capacity]``; -1: none yet."""
         slot = lax.broadcasted_iota(jnp.int32, slots.positions.shape, 2)
         ring, lengths = slots.capacity - self.sinks, slots.lengths[:, None, None]
         newest = slot + ring * ((lengths - 1 - slot) // ring)
@@ -219,6 +219,6 @@ class Window(Policy):
 
 
 def at_slots(target: Array, slots: Array, x: Array, rows: Array | None = None) -> Array:
-    """``target`` ``[B, M, capacity]`` with ``x`` ``[R, M, t]`` at ``slots`` int32 ``[R, M, t]`` of ``rows``, or all."""
+    """Writes ``x`` ``[R, M, t]`` to ``slots`` int32 ``[R, M, t]`` of ``rows`` of ``target`` ``[B, M, capacity]``."""
     head = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
     return target.at[row_numbers(rows, slots.shape), head, slots].set(x, mode="drop")

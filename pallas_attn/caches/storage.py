@@ -1,7 +1,7 @@
-"""How the contents of a slot are held.
+"""Storages: how a slot's key and value are encoded.
 
-Writing and reading move numbers and change none, so gradients go with them: that of what is overwritten is 0. Quantised
-numbers have no gradient, and say so.
+Reads and writes only move numbers, so gradients follow them; overwritten numbers get a gradient of 0. Quantized numbers
+have no gradient and raise if one reaches them.
 """
 
 import dataclasses
@@ -12,23 +12,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn import bits, checks
-from pallas_attn.quantized import QuantizedArray
+from pallas_attn.quantized import KVArray, QuantizedArray
 from pallas_attn.tuning import PAGE_MULTIPLE
-
-Stored = Array | QuantizedArray
 
 
 class Storage:
-    """Holds ``[.., K, D]`` in some form, a token and head by itself. A storage is static; the form is a pytree."""
+    """Encodes ``[.., K, D]``, each token and head independently. A storage is static; the encoded form is a pytree."""
 
-    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Stored:
-        """What is held of ``x`` ``[.., K, D]``; ``dtype`` is the cache's."""
-        raise NotImplementedError(f"{type(self).__name__}.encode: a storage says how it holds a token")
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> KVArray:
+        """Encodes ``x`` ``[.., K, D]``; ``dtype`` is the cache's."""
+        raise NotImplementedError(f"{type(self).__name__}.encode: a storage has to define how it encodes tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plain(Storage):
-    """As it comes, in the cache's dtype."""
+    """Unquantized, in the cache's dtype."""
 
     def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Array:
         return x.astype(dtype)
@@ -48,13 +46,13 @@ class Float8(Storage):
 
     def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> QuantizedArray:
         quantized = QuantizedArray.quantize(x, "float8_e4m3fn")
-        # Held as integers, they could not hand on to whoever reads them that they have no gradient; the scales can.
+        # Values stored as integers cannot carry the refusal of gradients to their readers; the scales carry it.
         return dataclasses.replace(quantized, values=lax.stop_gradient(quantized.values))
 
 
 @dataclasses.dataclass(frozen=True)
 class Int4(Storage):
-    """4-bit integers with a float32 scale for every ``group`` columns, which divides D / 2."""
+    """4-bit integers with a float32 scale for every ``group`` columns, a divisor of D / 2."""
 
     group: int = 32
 
@@ -67,12 +65,12 @@ class Int4(Storage):
 
 @dataclasses.dataclass(frozen=True)
 class Paged(Storage):
-    """Pages of ``page_size`` slots from a pool of ``num_pages`` that all rows share, taken when a token needs one.
+    """Pages of ``page_size`` slots, allocated on demand from a pool of ``num_pages`` that all rows share.
 
     Attributes:
       page_size: a multiple of 16 (``PAGE_MULTIPLE``) that divides the capacity.
-      num_pages: of the pool. With fewer than ``batch_size * capacity / page_size`` not every row can be full at once.
-      inner: how the slots of a page are held.
+      num_pages: size of the pool. With fewer than ``batch_size * capacity / page_size`` not all rows can be full.
+      inner: the storage of the slots in a page.
     """
 
     page_size: int
@@ -89,17 +87,17 @@ class Paged(Storage):
             wanted = "a pallas_attn.caches.Storage that is not paged"
             raise TypeError(f"inner: expected {wanted}, got {checks.describe(self.inner)}")
 
-    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> Stored:
+    def encode(self, x: Array, dtype: jax.typing.DTypeLike) -> KVArray:
         return self.inner.encode(x, dtype)
 
 
-def decode(x: Stored) -> Array:
-    """float32 ``[.., K, D]``: what the storage holds."""
+def decode(x: KVArray) -> Array:
+    """Decodes stored tokens to float32 ``[.., K, D]``."""
     return x.dequantize() if isinstance(x, QuantizedArray) else x.astype(jnp.float32)
 
 
-def read(buffer: Stored, first: Array, second: Array) -> Stored:
-    """``[R, t, K, D]`` of ``buffer``, at places int32 ``[R, 1, t]`` along its first two axes; see :func:`write`."""
+def read(buffer: KVArray, first: Array, second: Array) -> KVArray:
+    """Reads ``[R, t, K, D]`` at indices int32 ``[R, 1, t]`` of the first two axes of ``buffer``; see :func:`write`."""
 
     def get(buffer: Array, first: Array, second: Array) -> Array:
         return buffer.at[first, second].get(mode="clip")
@@ -107,17 +105,17 @@ def read(buffer: Stored, first: Array, second: Array) -> Stored:
     return _map(lambda buffer: bits.move(get, (buffer,), first[:, 0], second[:, 0]), buffer)
 
 
-def write(buffer: Stored, first: Array, second: Array, x: Stored) -> Stored:
-    """``buffer`` with ``x`` at the given places; what is beyond the buffer is dropped.
+def write(buffer: KVArray, first: Array, second: Array, x: KVArray) -> KVArray:
+    """Writes ``x`` to the given indices of ``buffer``; out-of-bounds writes are dropped.
 
     Args:
-      buffer: ``[B, capacity, K, D]``, or the pool ``[P, page, K, D]``; arrays, or :class:`~pallas_attn.bits.Bits`.
-      x: ``[R, t, K, D]``, so too.
-      first, second: int32 ``[R, M, t]``, never negative: the places along the first two axes, for all heads (M is 1)
-        or each (K). No place of the buffer is named twice.
+      buffer: ``[B, capacity, K, D]``, or the pool ``[P, page, K, D]``; leaves are arrays or BitcastArrays.
+      x: ``[R, t, K, D]``, also.
+      first, second: int32 ``[R, M, t]``, never negative: indices of the first two axes, for all heads (M = 1) or per
+        head (M = K). No element of the buffer is written twice.
     """
     every_head = first.shape[1] == 1
-    # Not [:, 0] in the other case: a head is then part of the place.
+    # With indices per head, the head is the third index.
     places = [index[:, 0] if every_head else index.swapaxes(1, 2) for index in (first, second)]
     if not every_head:
         places.append(lax.broadcasted_iota(jnp.int32, places[0].shape, 2))
@@ -128,8 +126,8 @@ def write(buffer: Stored, first: Array, second: Array, x: Stored) -> Stored:
     return _map(lambda buffer, x: bits.move(put, (buffer, x), *places), buffer, x)
 
 
-def take(buffer: Stored, rows: Array) -> Stored:
-    """``[R, ...]`` of a buffer ``[B, ...]``: its ``rows`` int32 ``[R]``, all of which exist."""
+def take(buffer: KVArray, rows: Array) -> KVArray:
+    """Reads ``rows`` int32 ``[R]``, all in bounds, of a buffer ``[B, ...]``: ``[R, ...]``."""
 
     def get(buffer: Array, rows: Array) -> Array:
         return buffer.at[rows].get(mode="promise_in_bounds")
@@ -137,6 +135,6 @@ def take(buffer: Stored, rows: Array) -> Stored:
     return _map(lambda buffer: bits.move(get, (buffer,), rows), buffer)
 
 
-def _map(function: Callable, buffer: Stored, *rest: Stored) -> Stored:
-    """``function`` of every array that a buffer is made of."""
-    return jax.tree.map(function, buffer, *rest, is_leaf=bits.is_held)
+def _map(function: Callable, buffer: KVArray, *rest: KVArray) -> KVArray:
+    """Applies ``function`` to every array of a buffer."""
+    return jax.tree.map(function, buffer, *rest, is_leaf=bits.is_packed)

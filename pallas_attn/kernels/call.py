@@ -8,11 +8,9 @@ from jax import Array
 
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.masks import Mask
-from pallas_attn.quantized import Kind, QuantizedArray
+from pallas_attn.quantized import Kind, KVArray
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
-
-KVArray = Array | QuantizedArray
 
 
 class Call(NamedTuple):

@@ -15,11 +15,11 @@ from jax import Array
 from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
-from pallas_attn.kernels.call import Call, CallSpec, KVArray
+from pallas_attn.kernels.call import Call, CallSpec
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
 from pallas_attn.masks import repeat_heads
-from pallas_attn.quantized import QuantizedArray
+from pallas_attn.quantized import KVArray, QuantizedArray
 
 
 def forward(call: Call, *, scale: float, return_key_weights: bool = False) -> tuple[Any, ...]:

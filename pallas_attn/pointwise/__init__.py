@@ -1,4 +1,4 @@
-"""Functions of one query and one key that users write, as kernels evaluate them: programs, and tables to look up in."""
+"""User-written functions of one query and one key, in the form that kernels evaluate: programs and lookup tables."""
 
 from pallas_attn.pointwise.program import Program as Program
 from pallas_attn.pointwise.tables import Tables as Tables

@@ -1,8 +1,8 @@
 """A user's function of one query and one key, as a list of operations that a kernel evaluates on tiles of pairs.
 
-A variable of a program has the shape that it has for a single pair. Most are numbers, and become tiles. A row of a
-table (``table[head]``) is an array for every pair, which no kernel could hold; but in the end it is asked for a number
-(``table[head][bucket]``). So an array is never made: its entries are worked out where they are asked for.
+A program's variables have their shapes for a single pair. Most are numbers and become tiles. A row of a table
+(``table[head]``) would be an array per pair, too large for a kernel, but the function eventually indexes it down to a
+number (``table[head][bucket]``). So arrays are never materialized: each entry is evaluated lazily, where it is used.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from pallas_attn.pointwise.tables import Index, Tables
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Number:
-    """One that stands in the function's text."""
+    """A literal in the function."""
 
     value: np.generic
 
@@ -28,19 +28,19 @@ class Number:
         return f"{self.value.dtype} {self.value.tobytes().hex()}"
 
 
-# A variable by its number, or a number.
+# A variable's index, or a literal.
 Atom = int | Number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Op:
-    """One operation: as an equation of a jaxpr, with numbers for variables."""
+    """One operation: an equation of a jaxpr, with indices for variables."""
 
     primitive: Primitive
     params: dict[str, Any]
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
-    in_avals: tuple[Any, ...]  # with shape and dtype, for a single pair
+    in_avals: tuple[Any, ...]  # shape and dtype for a single pair
     out_avals: tuple[Any, ...]
 
     @property
@@ -49,11 +49,11 @@ class Op:
 
     @property
     def has_rule(self) -> bool:
-        """Whether it is a function with a derivative of the user's own."""
+        """Whether it is a function with a user-defined derivative rule."""
         return self.name in rules.WITH_DERIVATIVES
 
     def bind(self, *values: Any) -> list[Any]:
-        """Its results, for arrays of the shapes it was traced for or, if it is elementwise, of any one shape."""
+        """Evaluates it for arrays of the traced shapes or, if it is elementwise, of any common shape."""
         results = self.primitive.bind(*values, **self.primitive.get_bind_params(self.params))
         return list(results) if self.primitive.multiple_results else [results]
 
@@ -65,14 +65,14 @@ class Op:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is left of a function when everything that is the same for all pairs has become a table.
+    """The pair-dependent operations of a function; everything else has become a table.
 
-    Variables are numbered: first arguments, then tables, then results of operations. Programs of the same operations
-    are equal, so that a function which is traced again is not compiled again.
+    Variables are numbered: first arguments, then tables, then results of operations. Programs with the same operations
+    are equal, so retracing a function does not recompile it.
 
     Attributes:
-      text: the whole program in words, by which programs are compared.
-      function: the user's, where the program holds derivatives that words do not show, else None.
+      text: the whole program as text; programs are compared by it.
+      function: the user's, if the program contains derivative rules that the text does not show, else None.
     """
 
     num_args: int
@@ -84,35 +84,35 @@ class Program:
 
     @property
     def primitives(self) -> set[str]:
-        """The names of what it is made of."""
+        """The names of its primitives."""
         return {op.name for op in self.ops}
 
     def reads(self, arg: int) -> bool:
-        """Whether it depends on an argument."""
+        """Whether the program uses argument number ``arg``."""
         return self.result == arg or any(arg in op.inputs for op in self.ops)
 
     def evaluate(self, tables: Tables, *args: Array) -> Array:
-        """The function of every pair; all arguments broadcast against each other."""
+        """Evaluates the function for all pairs; the arguments broadcast against each other."""
         return _Evaluation(self, tables, args).result()
 
 
 class _Evaluation:
-    """Values of a program's variables."""
+    """Evaluates entries of a program's variables, once each."""
 
     def __init__(self, program: Program, tables: Tables, args: Sequence[Array]):
         self._program, self._load, self._args = program, tables.reader(), args
         self._producer = {out: (op, n) for op in program.ops for n, out in enumerate(op.outputs)}
-        self._known: dict[tuple, tuple[Index, Any]] = {}  # an index is kept too, so that its id is not used again
+        self._known: dict[tuple, tuple[Index, Any]] = {}  # holds the index too, so that its id is not reused
 
     def result(self) -> Any:
-        for op in self._program.ops:  # in order, so that no chain of numbers is as deep as it is long
+        for op in self._program.ops:  # in order, so that long chains of numbers do not recurse
             for out, aval in zip(op.outputs, op.out_avals, strict=True):
                 if not aval.shape:
                     self.at(out, ())
         return self.at(self._program.result, ())
 
     def at(self, atom: Atom, index: Index) -> Any:
-        """An entry of a variable, for all pairs: a tile, or a number that is the same for all."""
+        """An entry of a variable for all pairs: a tile, or a number shared by all pairs."""
         if isinstance(atom, Number):
             return atom.value
         key = (atom, *((i, True) if isinstance(i, int) else (id(i), False) for i in index))

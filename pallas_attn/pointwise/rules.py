@@ -1,7 +1,7 @@
-"""How an entry of an operation's result follows from entries of its operands, for all pairs at once.
+"""Rules that compute one entry of an operation's result from entries of its operands, for all pairs at once.
 
-A rule is ``rule(op, operand, index) -> tile``. ``operand(n, index)`` is an entry of operand n: a tile, or a number. Of
-an operation with several results, the index begins with the number of the result.
+A rule is ``rule(op, operand, index) -> tile``. ``operand(n, index)`` is an entry of operand n: a tile or a number. For
+an operation with several results, the first element of the index is the number of the result.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from pallas_attn.pointwise.tables import Index
 
-# One entry of the result needs one of each operand.
+# One entry of the result needs one entry of each operand.
 # fmt: off
 ELEMENTWISE = frozenset({
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
@@ -29,16 +29,16 @@ ELEMENTWISE = frozenset({
     "stop_gradient", "sub", "tan", "tanh", "xor",
 })
 # fmt: on
-# Functions of numbers with a derivative that somebody has written.
+# Functions of numbers with user-defined derivative rules.
 WITH_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call"})
-# A sum over the entries of an array is written out, up to so many.
+# Reductions are unrolled, up to this many terms.
 MOST_TERMS = 128
 
 Operand = Callable[[int, Index], Any]
 
 
 def is_supported(op: Any) -> bool:
-    """Whether there is a rule for an operation whose operands differ from pair to pair."""
+    """Whether there is a rule for an operation with pair-dependent operands."""
     if op.has_rule:
         return not any(x.shape for x in (*op.in_avals, *op.out_avals))
     axes = ()
@@ -52,23 +52,23 @@ def is_supported(op: Any) -> bool:
 
 
 def broadcast(values: Sequence[Any]) -> list[Any]:
-    """Tiles and numbers as tiles of one shape; numbers alone stay numbers."""
+    """Broadcasts tiles and numbers to tiles of one shape; numbers alone stay numbers."""
     shape = np.broadcast_shapes(*(np.shape(x) for x in values))
     tiles = [x if np.shape(x) == shape else jnp.broadcast_to(x, shape) for x in values]
-    # Within jax.shard_map, what differs between devices and what does not are of different types.
+    # Within jax.shard_map, device-varying and invariant values have different types.
     axes = [jax.typeof(x).manual_axis_type.varying for x in tiles]
     missing = [tuple(frozenset().union(*axes) - of_tile) for of_tile in axes]
     return [lax.pcast(x, more, to="varying") if more else x for x, more in zip(tiles, missing, strict=True)]
 
 
 def _elementwise(op: Any, operand: Operand, index: Index) -> Any:
-    # Some take a number beside an array.
+    # Some primitives (clamp, select_n) accept a scalar beside an array.
     values = [operand(n, index if aval.shape else ()) for n, aval in enumerate(op.in_avals)]
     return op.bind(*broadcast(values))[0]
 
 
 def _in_total_order(compare: Callable, op: Any, operand: Operand, index: Index) -> Any:
-    # Of integers there is but one order.
+    # Total order matters only for floats (NaN, -0).
     if jnp.issubdtype(op.in_avals[0].dtype, jnp.floating):
         return _elementwise(op, operand, index)
     return compare(*broadcast([operand(0, index), operand(1, index)]))
@@ -85,7 +85,7 @@ def _broadcast_in_dim(op: Any, operand: Operand, index: Index) -> Any:
 
 
 def _reshape(op: Any, operand: Operand, index: Index) -> Any:
-    """Also squeeze and expand_dims."""
+    """Handles squeeze and expand_dims too."""
     old, new = op.in_avals[0].shape, op.out_avals[0].shape
     if [size for size in old if size > 1] == [size for size in new if size > 1]:
         rest = iter([i for i, size in zip(index, new, strict=True) if size > 1])
@@ -248,7 +248,7 @@ def _axes(index: Index, sizes: tuple[int, ...]):
 
 
 def _plus(a: Any, b: Any) -> Any:
-    """The sum of two parts of an index."""
+    """The sum of two index components."""
     if isinstance(a, int) and isinstance(b, int):
         return a + b
     if isinstance(a, int) or isinstance(b, int):
@@ -262,7 +262,7 @@ def _times(a: Any, factor: int) -> Any:
 
 
 def _clip(i: Any, last: int) -> Any:
-    """A place from 0 to the last one; int32, unless it is known."""
+    """Clamps an index to ``[0, last]``: a Python int if it is static, else int32."""
     if last == 0:
         return 0
     if isinstance(i, int | np.integer):
@@ -282,7 +282,7 @@ def _within(i: Any, last: int) -> Any:
 
 
 def _all(conditions: Any) -> Any:
-    """Bool, known or not."""
+    """The conjunction: a Python bool if static conditions decide it, else a tile."""
     conditions = list(conditions)
     unknown = [x for x in conditions if not isinstance(x, bool)]
     if any(x is False for x in conditions):

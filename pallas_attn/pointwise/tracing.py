@@ -1,9 +1,9 @@
-"""From a user's Python function to a program and its tables.
+"""Traces a user's Python function into a program and its tables.
 
-The function is traced for a single pair, as numbers. JAX finds the arrays and tracers that it closes over as constants
-of the trace. What depends on these alone is the same for all pairs: it is computed before any kernel runs, and its
-results, with the constants that remain, are the tables. So the function's closure is read whenever it is traced, its
-values are data and not part of the program, and JAX differentiates what leads from them to the tables.
+The function is traced for a single pair of scalars. Arrays and tracers in its closure become constants of the trace.
+Operations on these alone are the same for all pairs: they run before any kernel, and their results, with the remaining
+constants, are the tables. So every trace reads the closure, its values are data and not part of the program, and JAX
+differentiates the path from them to the tables.
 """
 
 import functools
@@ -21,12 +21,12 @@ from pallas_attn.pointwise.program import Atom, Number, Op, Program
 from pallas_attn.pointwise.tables import Tables, is_floating
 
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
-# Loops of up to so many turns are written out.
-_MOST_TURNS = 64
+# Loops of at most this many iterations are unrolled.
+_MOST_ITERATIONS = 64
 
 
 class Trace(NamedTuple):
-    """A program, and how to compute its tables."""
+    """A program, and a function that computes its tables."""
 
     program: Program
     tables: Callable[[], Tables]
@@ -36,21 +36,21 @@ def trace(name: str, function: Callable[..., Any], wrapped: Callable[..., Array]
     """Traces a function of one pair.
 
     Args:
-      name: of the function in messages.
+      name: the function's name in messages.
       function: the user's.
-      wrapped: what is traced: calls ``function`` and checks its result, a number.
+      wrapped: the function to trace: calls ``function`` and checks its result, a number.
       dtypes: of the arguments, which are numbers.
 
     Raises:
-      NotImplementedError: a function that kernels cannot evaluate.
-      TypeError: one that indexes a NumPy array by what is traced, or gives it to NumPy.
+      NotImplementedError: kernels cannot evaluate the function.
+      TypeError: it indexes a NumPy array by a traced value, or passes one to NumPy.
     """
     try:
         jaxpr = jax.make_jaxpr(wrapped)(*(jax.ShapeDtypeStruct((), dtype) for dtype in dtypes))
     except jax.errors.TracerArrayConversionError as error:
         raise TypeError(
-            f"{name}: expected jax.numpy for all that depends on its arguments, got a NumPy array that is indexed by"
-            " one (pass it through jax.numpy.asarray), or a NumPy function"
+            f"{name}: expected jax.numpy for everything that depends on the arguments, got a NumPy array indexed by one"
+            " (convert it with jax.numpy.asarray), or a NumPy function"
         ) from error
     if jaxpr.effects:
         raise NotImplementedError(f"{name}: expected a function without side effects, got {set(jaxpr.effects)}")
@@ -60,7 +60,7 @@ def trace(name: str, function: Callable[..., Any], wrapped: Callable[..., Array]
 
 
 def check_number(name: str, result: Any, wanted: str) -> np.dtype:
-    """The dtype of what a function returned, which is to be a number.
+    """Checks that a function's result is a number; returns its dtype.
 
     Raises:
       TypeError: neither a number nor an array.
@@ -71,38 +71,38 @@ def check_number(name: str, result: Any, wanted: str) -> np.dtype:
     if not hasattr(result, "dtype") or not hasattr(result, "shape"):
         raise TypeError(f"{name}: expected {wanted}, got {type(result).__name__}")
     if result.shape:
-        raise ValueError(f"{name}: expected {wanted} for a pair, got an array of shape {tuple(result.shape)}")
+        raise ValueError(f"{name}: expected {wanted} per pair, got an array of shape {tuple(result.shape)}")
     return result.dtype
 
 
 def _unsupported(name: str, op: Op) -> str:
     got = f"{op.params.get('_prim', op.name)} of shapes {[x.shape for x in op.in_avals]}"
     return (
-        f"{name}: expected elementwise operations, and arrays that are indexed down to numbers, got {got} (what does"
-        " not depend on the pair may be computed in any way)"
+        f"{name}: expected elementwise operations, and arrays indexed down to numbers, got {got} (only expressions that"
+        " do not depend on the pair may use any operation)"
     )
 
 
 def _is_short_loop(eqn: Any) -> bool:
-    """Whether a scan is a loop of a few turns, which neither takes arrays apart nor puts them together."""
+    """Whether a scan is a loop of few iterations that neither slices its inputs nor stacks its outputs."""
     body = eqn.params["jaxpr"]
     pairs = zip((*eqn.invars, *eqn.outvars), (*body.in_avals, *body.out_avals), strict=True)
-    return eqn.params["length"] <= _MOST_TURNS and all(x.aval.shape == inner.shape for x, inner in pairs)
+    return eqn.params["length"] <= _MOST_ITERATIONS and all(x.aval.shape == inner.shape for x, inner in pairs)
 
 
 class _Flat:
-    """The equations of a jaxpr and of all that it calls, one after another, with every variable's number its own."""
+    """The equations of a jaxpr and of all its callees, inlined, with uniquely numbered variables."""
 
     def __init__(self, num_args: int):
         self._num_args, self._count = num_args, num_args
         self._ops: list[Op] = []
         self._constants: dict[int, Any] = {}
         self._avals: dict[int, Any] = {}
-        self._varies = set(range(num_args))  # differs from pair to pair
-        self._is_plain: set[int] = set()  # a number that follows from numbers in the program's text
+        self._varies = set(range(num_args))  # depends on the pair
+        self._is_plain: set[int] = set()  # a number computed from literals alone
 
     def inline(self, jaxpr: Any, constants: Any, inputs: list[Atom]) -> list[Atom]:
-        """Adds the equations of a jaxpr; returns its results."""
+        """Appends the equations of a jaxpr; returns its results."""
         atoms = dict(zip(jaxpr.invars, inputs, strict=True))
         atoms.update(zip(jaxpr.constvars, map(self._constant, constants), strict=True))
 
@@ -120,7 +120,7 @@ class _Flat:
         return [read(x) for x in jaxpr.outvars]
 
     def split(self, name: str, function: Callable, result: Atom) -> Trace:
-        """What is left for kernels, and what is computed before."""
+        """Splits the operations into the kernels' program and the precomputation of its tables."""
         live, ops = {result}, []
         for op in reversed(self._ops):
             if live.intersection(op.outputs) and (self._varies | self._is_plain).intersection(op.outputs):
@@ -160,7 +160,7 @@ class _Flat:
         return Trace(program, functools.partial(self._tables, known))
 
     def _tables(self, known: list[int]) -> Tables:
-        """Computes what is the same for all pairs."""
+        """Computes the pair-independent values."""
         live, ops = set(known), []
         for op in reversed(self._ops):
             if live.intersection(op.outputs) and not self._varies.intersection(op.outputs):
@@ -172,7 +172,7 @@ class _Flat:
             values.update(zip(op.outputs, results, strict=True))
 
         def table(x: Array) -> Array:
-            # Sums of gradients are in float32. Converted also if it is so already, for types may be weak.
+            # Gradients accumulate in float32. The conversion also makes weak types strong.
             return lax.convert_element_type(x, jnp.float32 if x.dtype in (jnp.bfloat16, jnp.float16) else x.dtype)
 
         return Tables(tuple(table(values[x]) for x in known))
@@ -188,7 +188,7 @@ class _Flat:
         if eqn.primitive.name == "scan" and self._varies.intersection(inputs) and _is_short_loop(eqn):
             return self._loop(eqn, inputs)
         if eqn.primitive.name == "call_hi_primitive" and not any(is_floating(x.aval) for x in eqn.outvars):
-            # jnp.searchsorted in newer JAX. Of integers no derivative is lost.
+            # jnp.searchsorted in newer JAX. Integers have no derivative to lose.
             steps = functools.partial(eqn.primitive.to_lojax, **eqn.params)
             jaxpr = jax.make_jaxpr(steps)(*(jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in eqn.invars))
             return self.inline(jaxpr.jaxpr, jaxpr.consts, inputs)
@@ -204,7 +204,7 @@ class _Flat:
         return list(outputs)
 
     def _cond(self, eqn: Any, which: Atom, *operands: Atom) -> list[Atom]:
-        """All branches, of whose results one is chosen, as ``jax.vmap`` does it."""
+        """Evaluates all branches and selects a result, as ``jax.vmap`` does."""
         branches = [self.inline(x.jaxpr, x.consts, list(operands)) for x in eqn.params["branches"]]
         is_bool = eqn.invars[0].aval.dtype == jnp.bool_
 
@@ -224,7 +224,7 @@ class _Flat:
         return outputs
 
     def _loop(self, eqn: Any, inputs: list[Atom]) -> list[Atom]:
-        """All turns of a loop over a few numbers, written out."""
+        """Unrolls a loop."""
         body = eqn.params["jaxpr"]
         count = len(inputs) - len(eqn.outvars)
         constants, state = inputs[:count], inputs[count:]

@@ -1,4 +1,4 @@
-"""Gradients through caches: whatever a cache does with a token, its derivative stays with it; what has none says so."""
+"""Gradients through caches follow each token through every operation; arrays without a gradient raise."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ FIRST, SECOND = 9, 8  # tokens of the two chunks, more than there are slots
 
 @dataclasses.dataclass(frozen=True)
 class Newest(pa.caches.Policy):
-    """A policy of one's own."""
+    """A user-defined policy."""
 
     def importance(self, slots):
         return slots.positions.astype(jnp.float32)
@@ -43,7 +43,7 @@ def drawn(name: str) -> np.random.Generator:
 
 
 def positions(start, length: int) -> jax.Array:
-    """int32 ``[B, length]``, of which row 1 has padding."""
+    """int32 ``[B, length]``, with padding in row 1."""
     rows = np.broadcast_to(np.asarray(start)[..., None], (B, 1)) + np.arange(length)
     rows[1] = np.where(np.arange(length) % 4 == 2, -1, rows[1] - (np.arange(length) + 1) // 4)
     return jnp.asarray(rows, jnp.int32)
@@ -79,7 +79,7 @@ def can(policy, operation: str) -> bool:
 
 
 def run(cache: KVCache, operation: str, tokens, weights) -> tuple[KVCache, KVCache]:
-    """The cache after one chunk and an operation, and after another chunk."""
+    """The cache after a chunk and an operation, and after another chunk."""
     key, value = tokens
     cache = cache.append(key[:, :FIRST], value[:, :FIRST], positions(5, FIRST)).observe(weights[0])
     cache = OPERATIONS[operation](cache, key[:, FIRST:], value[:, FIRST:]).observe(weights[1])
@@ -93,7 +93,7 @@ def empty(policy, storage=None, dtype="float32") -> KVCache:
 
 
 def old_tokens(policy, storage, dtype) -> KVCache:
-    """A cache with some tokens in it, and numbers in empty slots, too."""
+    """A cache with some tokens, and with numbers in empty slots too."""
     rng = drawn("old tokens")
     cache = empty(policy, storage, dtype)
     cache = with_buffers(cache, [jnp.asarray(rng.integers(-8, 8, x.shape), dtype) for x in (cache.key, cache.value)])
@@ -102,13 +102,13 @@ def old_tokens(policy, storage, dtype) -> KVCache:
 
 
 def with_buffers(cache: KVCache, buffers) -> KVCache:
-    key, value = bits.hold_with_derivatives(buffers)
+    key, value = bits.pack_with_derivatives(buffers)
     return dataclasses.replace(cache, key=key, value=value)
 
 
 @dataclasses.dataclass(frozen=True)
 class Journey:
-    """What a test needs: a cache, tokens for it, what the policy observes, and factors of all that two views show."""
+    """A cache, tokens to append, key weights to observe, and factors for the contents of two views."""
 
     cache: KVCache
     old: tuple[jax.Array, jax.Array]
@@ -121,7 +121,7 @@ class Journey:
         rng = drawn(f"{operation} {dtype}")
         shape = (2, B, FIRST + SECOND, K, D)
         tokens = jnp.asarray(rng.integers(-8, 8, shape), dtype)
-        # Small integers, of which every dtype has sums and products as they are.
+        # Small integers, with exact sums and products in every dtype.
         factors = jnp.asarray(rng.integers(-2, 3, (2, 2, B, CAPACITY, K, D)), dtype)
         weights = jnp.asarray(rng.random((2, B, K, CAPACITY)), jnp.float32)
         cache = old_tokens(*POLICIES[name], dtype)
@@ -129,7 +129,7 @@ class Journey:
         return Journey(cache, (view.key, view.value), (tokens[0], tokens[1]), weights, factors)
 
     def views(self, operation: str, old, tokens):
-        """What the slots of both views hold: keys and values ``[view, 2, B, capacity, K, D]``, 0 in empty slots."""
+        """The contents of both views: keys and values ``[view, 2, B, capacity, K, D]``, 0 in empty slots."""
         found = []
         for after in run(with_buffers(self.cache, old), operation, tokens, self.weights):
             view = after.view()
@@ -140,7 +140,7 @@ class Journey:
         return jnp.stack(found).reshape(self.factors.shape)
 
     def origins(self, operation: str) -> np.ndarray:
-        """Where the keys ``[view, B, capacity, K]`` of the views come from: a number for every old and new token."""
+        """The origin of the keys ``[view, B, capacity, K]`` of the views: the number of an old or new token."""
         old, new = ((x.size // D, x.shape[:-1]) for x in (self.old[0], self.tokens[0]))
         old, new = 1 + np.arange(old[0]).reshape(old[1]), 1 + old[0] + np.arange(new[0]).reshape(new[1])
         old, new = (np.repeat(x[..., None].astype(np.float32), D, axis=-1) for x in (old, new))
@@ -150,7 +150,7 @@ class Journey:
         return np.asarray(found)[:, 0, ..., 0].astype(int)
 
     def expected(self, operation: str):
-        """Gradients of old and new tokens: the factors of all slots that show them."""
+        """Gradients of old and new tokens: the sums of the factors of their slots."""
         origins = self.origins(operation)
         sizes = [x.size // D for x in (self.old[0], self.tokens[0])]
         gradients = np.zeros((2, 1 + sum(sizes), D))
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_token_is_that_of_the_slots_that_show_it(policy, opera
     [("h2o", "fork", "float32"), ("dense", "copy_rows", "bfloat16"), ("dense", "keep", "float32")],
 )
 def test_forward_mode(policy, operation, dtype):
-    """Derivatives move as the numbers do."""
+    """Tangents move as the numbers do."""
     journey = Journey.of(policy, operation, dtype)
     primals = journey.old, journey.tokens
     tangents = jax.tree.map(lambda x: jnp.flip(x, -1), primals)  # other numbers of the same tokens
@@ -215,7 +215,7 @@ WRAPS = {"eager": lambda f: f, "jit": jax.jit, "checkpoint": jax.checkpoint}
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_under_transformations(dtype):
-    """One chunk after another, in a scan, vmapped, linearized: the same gradients."""
+    """Chunks in sequence, in a scan, vmapped, linearized: the same gradients."""
     keys = jnp.asarray(drawn("transformations").integers(-8, 8, (5, B, 2, K, D)), dtype)
     factors = jnp.asarray(drawn("factors").integers(-2, 3, (5, B, CAPACITY, K, D)), dtype)
     new = jnp.arange(10, dtype=jnp.int32).reshape(5, 1, 2) + jnp.zeros((1, B, 1), jnp.int32)
@@ -256,7 +256,7 @@ ROWS = jnp.array([2, 0, 3], jnp.int32)  # of a cache of more rows
 
 
 def through_cache(arrays, cache: KVCache, implementation: str, rows=None):
-    """Outputs of chunks of T tokens that attend to a cache, and its positions ``[B, K, capacity]`` at each of them."""
+    """Outputs of chunks of T tokens with a cache, and its positions ``[B, K, capacity]`` after each."""
     options = {"interpret": True} if implementation == "interpreted" else {"implementation": implementation}
     outputs, held = [], []
     for start in range(0, arrays[0].shape[1], T):
@@ -277,7 +277,7 @@ def through_cache(arrays, cache: KVCache, implementation: str, rows=None):
 
 
 def seen(held, policy) -> np.ndarray:
-    """bool ``[B, N, LENGTH, LENGTH]``: what queries see of caches with these positions ``[CHUNKS, B, K, capacity]``."""
+    """bool ``[B, N, LENGTH, LENGTH]``: the visible tokens, from cache positions ``[CHUNKS, B, K, capacity]``."""
     kept = (np.asarray(held)[..., None] == np.arange(LENGTH)).any(3)  # [CHUNKS, B, K, LENGTH]
     visible = np.repeat(np.moveaxis(kept, 0, 2), T, axis=2)
     token = np.arange(LENGTH, dtype=np.int32)[None]
@@ -313,7 +313,7 @@ ATTENTION_CASES = [
     [x if x in ATTENTION_QUICK else pytest.param(*x, marks=pytest.mark.slow) for x in ATTENTION_CASES],
 )
 def test_attention_through_a_cache_has_the_gradients_of_what_is_kept(name, implementation, dtype, of_rows):
-    """Against the reference over the tokens themselves, with a mask that says which of them the cache held."""
+    """Against the reference over the original tokens, with a mask of those in the cache."""
     policy, storage = POLICIES[name]
     capacity = CAPACITY if policy.bounded else 32
     *arrays, cotangent = numbers(name, dtype)
@@ -368,7 +368,7 @@ def test_what_empty_slots_hold_reaches_no_gradient():
         assert not any(x.any() for x in results[1][0]), "nothing of an empty slot is seen"
 
 
-# --- what has no gradient ---
+# --- arrays without a gradient ---
 
 QUANTIZED = {
     "int8": Int8(),
@@ -391,7 +391,7 @@ def attended(cache: KVCache, key, value, query, implementation="xla"):
 
 @pytest.mark.parametrize("argument", ["key", "value", "query"])
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_a_quantised_cache_has_no_gradient_and_says_so(name, argument):
+def test_a_quantized_cache_has_no_gradient_and_raises(name, argument):
     cache = empty(H2O(4), QUANTIZED[name])
     query, key, value, _ = (x[:, :T] for x in numbers(name, "float32"))
     arrays = {"key": key, "value": value, "query": query}
@@ -405,7 +405,7 @@ def test_a_quantised_cache_has_no_gradient_and_says_so(name, argument):
             jax.make_jaxpr(jax.grad(wrap(loss)))(x)
     with pytest.raises(NotImplementedError, match=NO_GRADIENT):
         jax.jit(jax.jacfwd(loss)).lower(x)
-    # Ways out, and a step that only evaluates.
+    # Without a gradient nothing raises: stopped gradients, and an evaluation step.
     stop = jax.lax.stop_gradient
     for allowed in (
         lambda x: (x + stop(loss(x))).sum(),
@@ -417,7 +417,7 @@ def test_a_quantised_cache_has_no_gradient_and_says_so(name, argument):
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_gradient_that_only_the_cache_carries_is_refused(name):
-    """New tokens are constants, what the cache held is not: the floats among what it is made of."""
+    """New tokens are constants, and the cache's own float arrays are differentiated."""
     query, key, value, _ = (x[:, :T] for x in numbers(name, "float32"))
     cache = empty(Dense(), QUANTIZED[name])
 
@@ -431,7 +431,7 @@ def test_a_gradient_that_only_the_cache_carries_is_refused(name):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8_e4m3fn"])
-def test_rounding_has_no_gradient_and_says_so(kind):
+def test_rounding_has_no_gradient_and_raises(kind):
     x = numbers(kind, "float32")[1]
 
     def quantize(x):
@@ -442,7 +442,7 @@ def test_rounding_has_no_gradient_and_says_so(kind):
         lambda x: quantize(x).scales.sum(),
         lambda x: x.sum() + quantize(x).scales.sum(),
     ):
-        with pytest.raises(NotImplementedError, match=r"^QuantizedArray\.quantize has no gradient, for it rounds"):
+        with pytest.raises(NotImplementedError, match=r"^QuantizedArray\.quantize has no gradient, because it rounds"):
             jax.make_jaxpr(jax.grad(loss))(x)
         assert not jax.grad(lambda x: loss(jax.lax.stop_gradient(x)))(x).any()  # noqa: B023
     quantized = quantize(x)
@@ -451,11 +451,11 @@ def test_rounding_has_no_gradient_and_says_so(kind):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
-def test_what_is_held_without_derivatives_says_so(dtype):
+def test_a_packed_array_refuses_gradients(dtype):
     cache = empty(Dense(), dtype=dtype)
-    if not bits.is_held(cache.key):
+    if not bits.is_packed(cache.key):
         pytest.skip(f"{dtype} is held as it is here")
-    held = bits.hold(cache)
+    held = bits.pack(cache)
     key = numbers(dtype, dtype)[1][:, :T]
     new = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
 
@@ -463,8 +463,8 @@ def test_what_is_held_without_derivatives_says_so(dtype):
         return cache.append(key, key, new).view().key.astype(jnp.float32).sum()
 
     assert jax.grad(loss, 1)(cache, key).any()
-    with pytest.raises(NotImplementedError, match=r"^what is held as integers .* has no gradient"):
+    with pytest.raises(NotImplementedError, match=r"^a packed array .* has no gradient"):
         jax.grad(loss, 1)(held, key)
-    with pytest.raises(NotImplementedError, match=r"^what is held as integers .* has no gradient"):
-        jax.grad(lambda key: loss(bits.hold(cache.append(key, key, new)), jax.lax.stop_gradient(key)))(key)
+    with pytest.raises(NotImplementedError, match=r"^a packed array .* has no gradient"):
+        jax.grad(lambda key: loss(bits.pack(cache.append(key, key, new)), jax.lax.stop_gradient(key)))(key)
     assert not jax.grad(lambda key: loss(held, jax.lax.stop_gradient(key)))(key).astype(jnp.float32).any()

@@ -1,4 +1,4 @@
-"""What is kept of a draft tree: one path, closed up, as if nothing else had ever come in."""
+"""`keep` leaves one path of a draft tree, contiguous, as if no other node had been appended."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ STORAGES = {
     "paged": Paged(16, 6),
 }
 append, keep, truncate, fork = (jax.jit(getattr(KVCache, name)) for name in ("append", "keep", "truncate", "fork"))
-FIRST = np.array([3, 14, 29], np.int32)  # the nodes of row 1 lie in two pages; of row 2 three find no room
+FIRST = np.array([3, 14, 29], np.int32)  # the nodes of row 1 span two pages; three nodes of row 2 have no room
 rng = np.random.default_rng(0)
 TOKENS = tuple(rng.standard_normal((B, CAPACITY + T, K, D)).astype(np.float32) for _ in "kv")
 DEPTHS = np.array([0, 1, 1, 2, 2, 3])
@@ -30,7 +30,7 @@ def empty(storage: pa.caches.Storage, policy=None) -> KVCache:
 
 
 def with_nodes(storage: pa.caches.Storage, path=range(T), depths=DEPTHS) -> KVCache:
-    """``FIRST`` tokens in each row, and after them some of T nodes."""
+    """``FIRST`` tokens in each row, then some of T nodes."""
     key, value = TOKENS
     at = np.arange(CAPACITY)
     cache = append(
@@ -54,7 +54,7 @@ def test_a_path_is_what_it_would_have_been_alone(storage):
     path = [0, 2, 4]
     kept = keep(with_nodes(STORAGES[storage]), FIRST, np.tile(np.array([*path, 5], np.int32), (B, 1)), np.full(B, 3))
     alone = with_nodes(STORAGES[storage], path)
-    # In row 2 the last node of the path had no room, which would have had some without the others.
+    # In row 2 the last node of the path had no room, but would have had without the others.
     assert kept.lengths.tolist() == [6, 17, 31]
     assert kept.overflowed.tolist() == [False, False, True]
     alone = truncate(alone, kept.lengths)
@@ -85,7 +85,7 @@ def test_a_page_that_another_row_has_is_never_written():
 
 
 def test_without_a_page_to_write_to_a_row_keeps_what_is_in_its_place():
-    # Row 2 found no page in this pool, so it can go on as row 1; rows 0 and 1 share the third page.
+    # Row 2 found no page in this pool, so it becomes a copy of row 1; rows 0 and 1 share the third page.
     cache = fork(with_nodes(Paged(16, 3)), np.array([0, 0, 1], np.int32))
     assert sorted(cache.pages.users.tolist()) == [1, 1, 2]
     path = np.tile(np.array([0, 1, 3, 5], np.int32), (B, 1))

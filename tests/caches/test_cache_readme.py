@@ -1,4 +1,4 @@
-"""The code of the caches' README runs, its table is true, and its SnapKV keeps what a loop over tokens would keep."""
+"""The code of the caches' README runs, its table is correct, and its SnapKV equals a loop over tokens."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ B, CAPACITY, K, D = 2, 14, 2, 4
 
 @pytest.fixture(scope="module")
 def names() -> dict:
-    """What the code blocks define."""
+    """The names that the code blocks define."""
     names = {"__name__": "README"}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), names)
@@ -35,7 +35,7 @@ def test_a_step(names):
         assert np.isfinite(out).all()
     assert cache.lengths.tolist() == [128, 128]
     assert not cache.overflowed.any()
-    # Every query pays 1, most of it to tokens that are still there.
+    # Every query pays 1 in total, most of it to tokens still in the cache.
     assert (np.asarray(cache.state["score"]).sum(-1) > 64).all()
 
 
@@ -77,9 +77,9 @@ def test_table_of_bytes():
 
 
 class SnapKV(cache_models.HeavyHitters):
-    """The score of a token is the most that it or one of its neighbours got from the last queries that there were."""
+    """A token's score is the largest attention that it or a neighbor got from the last valid queries."""
 
-    neighbours = 1
+    neighbors = 1
 
     def observe(self, key_weights):
         for slots, weights in zip(self.slots, key_weights, strict=True):
@@ -88,12 +88,12 @@ class SnapKV(cache_models.HeavyHitters):
             if not any(got):
                 continue
             for i, (_, slot) in enumerate(in_order):
-                slots[slot].score = max(got[max(i - self.neighbours, 0) : i + self.neighbours + 1])
+                slots[slot].score = max(got[max(i - self.neighbors, 0) : i + self.neighbors + 1])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_snapkv_keeps_what_a_loop_over_tokens_would_keep(names, normalize):
-    policy = names["SnapKV"](3, normalize, neighbours=1)
+    policy = names["SnapKV"](3, normalize, neighbors=1)
     sizes = {"batch_size": B, "capacity": CAPACITY, "kv_heads": K, "head_dim": D}
     cache = pa.caches.init(policy, **sizes, dtype="float32")
     rows = [SnapKV(CAPACITY, K, 3, normalize) for _ in range(B)]
@@ -105,7 +105,7 @@ def test_snapkv_keeps_what_a_loop_over_tokens_would_keep(names, normalize):
         positions = np.where(real, start + real.cumsum(1) - 1, -1).astype(np.int32)
         key, value = (rng.standard_normal((B, length, K, D)).astype(np.float32) for _ in "kv")
         cache = append(cache, key, value, positions)
-        # A row whose queries are all padding pays nothing.
+        # Padding queries pay nothing.
         weights = rng.random((B, K, CAPACITY), np.float32) * real.any(1)[:, None, None].astype(np.float32)
         cache = observe(cache, jnp.where(cache.positions < 0, 0, weights))
         for b, row in enumerate(rows):

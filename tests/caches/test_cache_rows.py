@@ -1,4 +1,4 @@
-"""A few rows of a big cache: the same as operations on all rows that leave the others alone, to the bit, in place."""
+"""Operations on some rows equal those on all rows that leave the others unchanged: bit for bit, and in place."""
 
 import dataclasses
 import re
@@ -54,7 +54,7 @@ def assert_same(actual: KVCache, expected: KVCache) -> None:
 
 
 def new_tokens(rng: np.random.Generator, lengths, length: int):
-    """Keys, values and positions of tokens that follow on; some are padding."""
+    """Keys, values and positions of the next tokens; some are padding."""
     real = rng.random((len(lengths), length)) < rng.choice([0.6, 1.0])
     positions = np.where(real, np.asarray(lengths)[:, None] + real.cumsum(1) - 1, -1).astype(np.int32)
     key, value = (rng.standard_normal((*real.shape, K, D)).astype(np.float32) for _ in "kv")
@@ -62,7 +62,7 @@ def new_tokens(rng: np.random.Generator, lengths, length: int):
 
 
 def spread(x: np.ndarray, rows: np.ndarray, fill) -> np.ndarray:
-    """``[B, ...]``: x at its rows, elsewhere ``fill``."""
+    """``[B, ...]``: x in its rows, ``fill`` elsewhere."""
     whole = np.full((B, *x.shape[1:]), fill, x.dtype)
     used = (rows >= 0) & (rows < B)
     whole[rows[used]] = x[used]
@@ -78,14 +78,14 @@ def test_some_rows_of_a_cache_equal_all_where_the_others_have_only_padding(polic
         rows[rng.integers(0, 3)] = rng.choice([-1, -B, B, B + 1, 2**31 - 1, rows[0]]) if seed % 2 else rows[0]
         rows = np.array(list(dict.fromkeys(rows.tolist()))[:2], np.int32)
         used = (rows >= 0) & (rows < B)
-        # Real tokens in an unused entry find no row to go to.
+        # Valid tokens in an unused entry are dropped.
         key, value, positions = new_tokens(rng, some.lengths[np.clip(rows, 0, B - 1)], 7)
         all_rows = (spread(key, rows, np.nan), spread(value, rows, np.nan), spread(positions, rows, -1))
         predicted = some.positions_after(jnp.asarray(positions), jnp.asarray(rows))
         whole, some = append(whole, *all_rows), append(some, key, value, positions, rows)
         if POLICIES[policy].observes:
             weights = rng.random((2, K, CAPACITY), np.float32)
-            # What nobody observes is left alone: adding 0 changes no score here.
+            # Unobserved rows do not change: adding 0 changes no score here.
             whole, some = observe(whole, spread(weights, rows, 0)), observe(some, weights, rows)
         assert_same(some, whole)
         view = some.view(jnp.asarray(rows))
@@ -207,7 +207,7 @@ BAD = {
     ),
     "a capacity that is no page": (
         lambda: empty(capacity=24).view(ROWS),
-        *(ValueError, "rows: expected None, for pages are multiples of 16 slots, got capacity 24"),
+        *(ValueError, "rows: expected None, or a capacity that is a multiple of 16, got capacity 24"),
     ),
     "sources, bool": (lambda: empty().copy_rows(ROWS == 1, ROWS, 1), ValueError, r"sources: .* got bool \[2\]"),
     "targets, fewer": (lambda: empty().copy_rows(ROWS, ROWS[:1], 1), ValueError, r"targets: .* got int32 \[1\]"),

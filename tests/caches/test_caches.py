@@ -1,4 +1,4 @@
-"""KV caches against a model made of Python lists, and in place under jit."""
+"""KV caches against a model of Python lists, and in place under jit."""
 
 import functools
 import re
@@ -25,13 +25,13 @@ def empty(dtype=jnp.float32, **changes) -> pa.caches.KVCache:
 
 
 def tokens(length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values ``[B, length, K, D]``, no number twice."""
+    """Keys and values ``[B, length, K, D]``, all numbers distinct."""
     generator = np.random.default_rng(seed)
     return tuple(generator.standard_normal((B, length, K, D)).astype(np.float32) for _ in "kv")
 
 
 class Model:
-    """The same cache as lists: for each row the tokens that it holds, in order of arrival."""
+    """The cache as lists: the tokens of each row, in order of arrival."""
 
     def __init__(self):
         self.rows = [[] for _ in range(B)]
@@ -49,7 +49,7 @@ class Model:
 
     def truncate(self, lengths):
         for b, length in enumerate(lengths):
-            # What did not fit came last, so it is the first to be taken back.
+            # Dropped tokens came last, so truncation removes them first.
             self.overflowed[b] &= length > len(self.rows[b])
             self.rows[b] = self.rows[b][: max(length, 0)]
 
@@ -76,7 +76,7 @@ reset = jax.jit(pa.caches.KVCache.reset)
 
 
 def new_positions(length: int):
-    """Any mix of tokens and padding; half the time none of it is padding."""
+    """Any mix of tokens and padding; without padding half the time."""
     row = st.lists(st.integers(-3, 40), min_size=length, max_size=length)
     real = st.lists(st.integers(0, 40), min_size=length, max_size=length)
     return st.lists(row | real, min_size=B, max_size=B).map(functools.partial(np.array, dtype=np.int32))
@@ -197,7 +197,7 @@ def test_bytes():
 
 
 def test_attention_over_a_cache_equals_attention_over_the_tokens():
-    """What the slots once held does not matter: every row was used before, and holds NaN where it is empty."""
+    """Old contents of slots do not matter: every row was used before, and its empty slots hold NaN."""
     prompt = np.stack([positions(4), positions(4, left=2), positions(4, right=1)])
     cache = empty()
     dirty = np.full((B, 13, K, D), np.nan, np.float32)
@@ -268,7 +268,7 @@ def test_a_step_compiles_once_whatever_the_rows_hold():
 
 
 def test_a_cache_passes_through_a_loop():
-    """A while_loop or scan carries it: the same structure, shapes and dtypes come out of every method."""
+    """A while_loop or scan can carry a cache: every method preserves structure, shapes and dtypes."""
     cache = empty()
     key, value = tokens(1)
 

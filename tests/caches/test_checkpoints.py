@@ -12,7 +12,7 @@ from tests import oracle, tolerances
 from tests.attention_check import LAST, N, T, options
 from tests.gradient_check import Case, assert_gradient, backward_blocks, implementations, normal
 
-# Of JAX' transformations, which see kernels as black boxes.
+# JAX's transformations treat kernels as black boxes.
 MOSTLY_XLA = pytest.mark.parametrize("implementation", implementations("xla", slow=("interpreted",)))
 
 
@@ -30,7 +30,7 @@ def test_a_checkpoint_policy_keeps_the_output_and_runs_no_forward_pass_again(imp
     monkeypatch.setattr(triton, "unavailable", lambda: None)
 
     def attend(query, key, value):
-        # Something before, that is worth forgetting, and something after, that needs the output.
+        # Something before that is worth recomputing, and something after that needs the output.
         out = pa.attention(jnp.sin(query), key, value, pa.masks.causal(), implementation=implementation)
         return (jnp.sin(out) ** 2).sum()
 

@@ -1,4 +1,4 @@
-"""Pages of a pool that rows share: none is lost, none is shared by mistake, and no row writes into another's."""
+"""Pages of a shared pool: none is lost or shared by mistake, and no row writes to another row's pages."""
 
 import contextlib
 import dataclasses
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cache_models import NearTieError, Row
 
 import pallas_attn as pa
 from pallas_attn.caches import H2O, Dense, Int8, Paged, Window
 from tests import cache_models
+from tests.cache_models import NearTieError, Row
 
 B, CAPACITY, PAGE, K, D = 3, 48, 16, 2, 2
 CHUNKS = (1, 20)
@@ -27,7 +27,7 @@ POLICIES = {
 
 
 class Pool:
-    """Rows of a model whose slots lie in pages: an entry of a row's table is None or the number of its page."""
+    """Rows of a model with paged slots: an entry of a row's table is None or the index of its page."""
 
     def __init__(self, name: str, num_pages: int):
         _, model, arguments = POLICIES[name]
@@ -41,7 +41,7 @@ class Pool:
         return [page for table in self.tables for page in table if page is not None]
 
     def append(self, positions, key, value) -> None:
-        """A row that needs more pages than are free is refused; those after it may still be served."""
+        """Refuses a row that needs more pages than are free; later rows may still get theirs."""
         free = self.num_pages - len(set(self.named))
         named = self.named
         for b, row in enumerate(self.rows):
@@ -72,7 +72,7 @@ class Pool:
         )
 
     def keep(self, firsts, paths) -> None:
-        """A row that needs more pages than are free keeps what comes before the first token that would move."""
+        """A row that needs more pages than are free keeps the tokens before the first that would move."""
         free = self.num_pages - len(set(self.named))
         named = self.named
         for b, (row, first, path) in enumerate(zip(self.rows, firsts, paths, strict=True)):
@@ -100,7 +100,7 @@ class Pool:
         table, users = np.asarray(cache.pages.table), np.asarray(cache.pages.users)
         assert ((table >= -1) & (table < self.num_pages)).all()
         np.testing.assert_array_equal(users, np.bincount(table[table >= 0], minlength=self.num_pages))
-        # The numbers of pages are free, but not which entries name the same.
+        # Page indices are arbitrary, but not which entries share a page.
         expected = np.array([[-1 if page is None else page for page in row] for row in self.tables])
         np.testing.assert_array_equal(table >= 0, expected >= 0)
         actual, expected = table[table >= 0], expected[expected >= 0]
@@ -129,7 +129,7 @@ def new_tokens(rng: np.random.Generator, starts, length: int, share: float = 1.0
 
 
 STEPS = ("append", "append", "append", "truncate", "reset", "fork", "fork a prefix", "copy rows", "keep")
-PATH = 6  # nodes of a path at most
+PATH = 6  # largest number of nodes in a path
 
 
 def run(name: str, num_pages: int, program) -> None:
@@ -317,7 +317,7 @@ def test_scales_are_copied_with_their_page():
 
 @pytest.mark.parametrize("page", [-5, 6, 7, 2**31 - 1])
 def test_a_page_that_does_not_exist_is_never_written(page):
-    """A broken table harms the row that has it alone."""
+    """An invalid table only harms its own row."""
     cache = filled(16, 16, 16)
     broken = cache.pages.of_table(cache.pages.table.at[1, 0].set(page))
     cache = dataclasses.replace(cache, pages=broken)
@@ -339,7 +339,7 @@ def test_steps_without_new_pages_leave_the_table_alone():
 
 
 def test_a_step_that_copies_no_page_does_not_look_for_one():
-    """What runs whatever happens says no more than whether there is one, and how many."""
+    """The unconditional part of the program only finds out whether a copy is needed, and how many."""
     cache = filled(5, 3, 0)
     copy = functools.partial(cache.pages.copy, pools=(cache.key, cache.value))
     program = jax.make_jaxpr(copy)(jnp.full(cache.pages.table.shape, -1, jnp.int32))

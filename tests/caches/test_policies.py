@@ -1,4 +1,4 @@
-"""Policies against models made of Python lists: scores and positions, slot for slot; and what queries then see."""
+"""Policies against models of Python lists: scores and positions, slot by slot, and what queries see."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.cache_models import NearTieError, Row
 
 import pallas_attn as pa
 from pallas_attn.caches import H2O, Dense, Policy, QHitter, Slots, Window
 from tests import cache_models, oracle, tolerances
+from tests.cache_models import NearTieError, Row
 
 B, K, D = 3, 2, 4
 CHUNKS = (1, 3, 13)  # the last is longer than every cache
@@ -88,7 +88,7 @@ observe, truncate, reset, fork = (
 
 
 def real_tokens(rng: np.random.Generator, length: int) -> np.ndarray:
-    """bool ``[B, length]``: all, none, or some of a row's tokens are there; padding is left, right, or anywhere."""
+    """bool ``[B, length]``: all, none, or some of a row's tokens; padding is left, right, or anywhere."""
     rows = []
     for kind in rng.integers(6, size=B):
         start, stop = sorted(rng.integers(0, length + 1, 2))
@@ -98,11 +98,11 @@ def real_tokens(rng: np.random.Generator, length: int) -> np.ndarray:
 
 
 def new_tokens(rng: np.random.Generator, rows: list[Row], length: int):
-    """Keys, values and positions; each row goes on where it is. Padding is NaN."""
+    """Keys, values and positions of each row's next tokens. Padding is NaN."""
     real = real_tokens(rng, length)
     start = np.array([[first + row.length] for first, row in zip(FIRST, rows, strict=True)])
     positions = np.where(real, start + real.cumsum(1) - 1, -rng.integers(1, 4, real.shape)).astype(np.int32)
-    # Lengths of values differ, so that it matters whether they count.
+    # Values differ in norm, so that it matters whether norms count.
     key, value = (rng.standard_normal((B, length, K, D)) * rng.gamma(1, size=(B, length, K, 1)) for _ in "kv")
     key, value = (np.where(real[:, :, None, None], x, np.nan).astype(np.float32) for x in (key, value))
     return key, value, positions
@@ -129,11 +129,11 @@ def run(case: Case, program: list[tuple[str, int]]) -> None:
         if "observe" in step:
             weights = rng.random((B, K, case.capacity), np.float32)
             empty = np.broadcast_to(np.asarray(cache.positions) < 0, weights.shape)
-            cache = observe(cache, np.where(empty, np.nan, weights))  # nothing of an empty slot counts
+            cache = observe(cache, np.where(empty, np.nan, weights))  # empty slots must not count
             for row, w in zip(rows, weights, strict=True):
                 row.observe(w)
         if step == "truncate" and not case.policy.observes:
-            # Often a little, for that is what the slack is for.
+            # Often few tokens, which is what the slack is for.
             lengths = np.array([row.length for row in rows]) - rng.integers(-1, rng.choice([3, 15]), B)
             cache = truncate(cache, lengths.astype(np.int32))
             for row, length in zip(rows, lengths, strict=True):
@@ -190,7 +190,7 @@ def attend(query, cache, positions):
 
 
 def attended(query, history_key, history_value, visible) -> np.ndarray:
-    """float64 ``[N, D]``: one query ``[N, D]`` over the tokens ``[n, K, D]`` that it may see, bool ``[n]``."""
+    """float64 ``[N, D]``: one query ``[N, D]`` over tokens ``[n, K, D]``, visible where bool ``[n]`` is True."""
     out, _ = oracle.attention(
         *(query[None, None], history_key[None], history_value[None]),
         np.broadcast_to(visible, (1, len(query), 1, len(visible))),
@@ -202,7 +202,7 @@ def attended(query, history_key, history_value, visible) -> np.ndarray:
 @pytest.mark.parametrize(("size", "sinks"), [(5, 2), (6, 0), (1, 3)])
 @pytest.mark.parametrize("chunks", [(1,), (6,), (6, 1, 1, 6)], ids=str)
 def test_a_query_sees_its_window_and_the_sinks_however_tokens_came_in(size, sinks, chunks):
-    """A prompt that is many times as long as the cache, against a loop over all that ever came in."""
+    """A prompt many times as long as the cache, against a loop over all its tokens."""
     rng = np.random.default_rng(0)
     case = Case(Window(size, sinks), sinks + size + max(chunks) - 1, cache_models.Window)
     cache, histories = case.init(), [([], []) for _ in range(B)]
@@ -257,7 +257,7 @@ def test_a_window_may_be_as_long_as_the_row_without_slack():
 
 @pytest.mark.parametrize("policy", [H2O(3), QHitter(3)])
 def test_heavy_hitters_take_nothing_back(policy):
-    with pytest.raises(NotImplementedError, match=f"^{type(policy).__name__} cannot take tokens back: .* dropped"):
+    with pytest.raises(NotImplementedError, match=f"^{type(policy).__name__} cannot truncate: it has evicted"):
         filled(policy, 8, 2).truncate(jnp.ones(B, jnp.int32))
 
 
@@ -265,7 +265,7 @@ def test_of_a_chunk_longer_than_the_cache_the_last_tokens_stay():
     cache = filled(H2O(3), 8, 5)
     chunk = np.ones((B, 13, K, D), np.float32)
     positions = np.tile(np.arange(5, 18, dtype=np.int32), (B, 1))
-    positions[1, 8:] = -1  # eight are no more than there is room for
+    positions[1, 8:] = -1  # there is room for eight
     cache, _ = append(cache, chunk, chunk, positions)
     assert sorted(cache.positions[0, 0].tolist()) == [*range(10, 18)]
     assert sorted(cache.positions[1, 1].tolist()) == [*range(5, 13)]
@@ -273,7 +273,7 @@ def test_of_a_chunk_longer_than_the_cache_the_last_tokens_stay():
 
 
 def test_a_chunk_makes_room_for_all_of_its_tokens_first():
-    """So its queries see the older ones that matter most, and the last recent ones."""
+    """So its queries see the most important older tokens, and the most recent ones."""
     cache = filled(H2O(2), 8, 8)
     weights = np.tile(np.array([5, 1, 4, 2, 3, 6, 0, 0], np.float32), (B, K, 1))
     cache = observe(cache, weights)
@@ -284,7 +284,7 @@ def test_a_chunk_makes_room_for_all_of_its_tokens_first():
 
 
 def test_a_window_counts_positions():
-    """Its sinks are positions below ``sinks``, not the first tokens; and a gap is as long as what it leaves out."""
+    """Its sinks are positions below ``sinks``, not the first tokens; gaps count in full."""
     rng = np.random.default_rng(0)
     at = np.array([[0, 1, 2, 3, 4, 5], [7, 8, 9, 10, 11, 12], [0, 1, 2, 6, 7, 8]], np.int32)
     key, value = (rng.standard_normal((B, 6, K, D)).astype(np.float32) for _ in "kv")
@@ -300,7 +300,7 @@ def test_a_window_counts_positions():
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_heavy_hitters_count_positions(normalize):
-    """A gap makes what is before it older, wherever a row begins."""
+    """A gap makes the tokens before it older, wherever a row begins."""
     cache, token = Case(H2O(3, normalize=normalize), 5, Row).init(), np.zeros((B, 5, K, D), np.float32)
     cache, _ = append(cache, token, token, np.array([[0, 1, 2, 3, 4], [7, 8, 9, 10, 11], [0, 1, 2, 3, 9]], np.int32))
     cache = observe(cache, np.tile(np.array([5, 3, 1, 0, 0], np.float32), (B, K, 1)))
@@ -324,13 +324,13 @@ def test_what_a_policy_does_not_ask_for_it_ignores():
 
 def test_a_policy_of_ones_own_is_a_way_to_rank_tokens():
     class Middle(Policy):
-        """Position 3 is the last to go."""
+        """Evicts position 3 last."""
 
         def importance(self, slots: Slots) -> jax.Array:
             return -jnp.abs(slots.positions - 3).astype(jnp.float32)
 
     cache = filled(Middle(), 4, 9)
-    # Each token that comes takes the place of the one that is farthest away; the last always comes in.
+    # Each new token replaces the one farthest from position 3; the last is always stored.
     assert sorted(cache.positions[0, 0].tolist()) == [2, 3, 4, 8]
     with pytest.raises(NotImplementedError, match=r"^Policy\.importance: "):
         filled(Policy(), 4, 1)

@@ -1,4 +1,4 @@
-"""Storages under every policy: what is read back, how many bytes it takes, that it is updated in place, attended to."""
+"""Storages under every policy: contents, bytes, updates in place, and attention."""
 
 import functools
 import itertools
@@ -52,7 +52,7 @@ append, observe, reset = (jax.jit(getattr(pa.caches.KVCache, name)) for name in 
 
 
 def hold(storage, dtype: str = "float32"):
-    """What the storage makes of tokens ``[.., K, D]``, if they are all that there is; test_quantized.py says how."""
+    """Encodes and decodes tokens ``[.., K, D]`` with the storage; test_quantized.py checks the encodings."""
     storage = inner(storage)
     if isinstance(storage, Plain):
         return lambda x: x.astype(dtype).astype(np.float32)
@@ -87,7 +87,7 @@ EVERY_PAIR = [
 
 @pytest.mark.parametrize(("policy_name", "storage_name"), EVERY_PAIR)
 def test_steps_of_a_layer(policy_name, storage_name):
-    """Append, attend, observe, over and over: what is held and what comes out, against the model and the oracle."""
+    """Repeats append, attend, observe; compares contents and outputs with the model and the oracle."""
     policy, model, arguments = POLICIES[policy_name]
     storage = STORAGES[storage_name]
     cache, rows = empty(policy, storage), [model(CAPACITY, K, **arguments) for _ in range(B)]
@@ -235,7 +235,7 @@ COPIES = {"copy", "copy-start", "convert", "bitcast-convert", "select", "concate
 
 
 def copied(cache: pa.caches.KVCache, text: str) -> set[tuple[str, str]]:
-    """(opcode, dtype) of what a compiled module does to all keys or all values at once."""
+    """(opcode, dtype) of the instructions of a compiled module on all keys or all values at once."""
     sizes = {x.size for x in jax.tree.leaves((cache.key, cache.value)) if x.ndim == 4}
     return {(opcode, dtype) for opcode, dtype, size in elements(text) if opcode in COPIES and size in sizes}
 
@@ -267,7 +267,7 @@ def test_appending_to_a_donated_cache_copies_none_of_it(policy, name):
     assert len(re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", aliases[1])) == len(jax.tree.leaves(cache))
 
     assert not copied(cache, text)
-    # Scores are ranked in an array of their own.
+    # Ranking needs a separate array of scores.
     ranked = 4 * ROWS * K * LONG if policy.observes else 0
     assert memory.temp_size_in_bytes < ranked + cache.nbytes // 16
 
@@ -293,7 +293,7 @@ TOUCH_NOTHING = {
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    # A row without pages that continues another is a copy of it.
+    # Without pages, a forked row is a copy.
     [(m, n) for m in TOUCH_NOTHING for n in ("bfloat16", "float8", "paged bfloat16") if m != "fork" or "paged" in n],
 )
 def test_no_other_step_touches_keys_and_values(method, name):

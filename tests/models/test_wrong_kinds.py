@@ -4,10 +4,8 @@ What does not fit is a TypeError or a ValueError that names the argument, what w
 anything is compiled. It never is an error that JAX, NumPy or Python raised on its own.
 """
 
-import inspect
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,29 +17,8 @@ from flax import nnx
 from pallas_attn import caches
 from pallas_attn_models import CachedDecoder, Decoder, DraftModel, Generator, Limits, PromptLookup, Sampling
 from pallas_attn_models.generation.stopping import StopStrings
+from tests import wrong_kinds
 from tests.models.small_model import CONFIG, make_model
-
-
-class Tensor:
-    """What a tensor of another library looks like."""
-
-    dtype, shape, ndim, size = "torch.int64", (1, 3), 2, 3
-
-    def __array__(self, dtype=None, copy=None):
-        return np.zeros(self.shape, np.int64)
-
-
-class NeverEqual:
-    """Has neither a truth value nor a hash."""
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-    def __eq__(self, other):
-        raise RuntimeError("not to be compared")
-
-    def __bool__(self):
-        raise RuntimeError("not to be asked")
-
 
 MODEL = make_model()
 GENERATOR = Generator(MODEL, batch_size=2, capacity=16, prefill_chunk=8)
@@ -97,9 +74,9 @@ KINDS = {
     "class": int,
     "PromptLookup itself": PromptLookup,
     "object": object(),
-    "odd object": NeverEqual(),
+    "odd object": wrong_kinds.NeverEqual(),
     "dtype": np.dtype(np.float32),
-    "tensor": Tensor(),
+    "tensor": wrong_kinds.Tensor(1, 3),
     "scalar array": np.array(3),
     "bools": np.ones(2, np.bool_),
     "ints": np.ones(2, np.int32),
@@ -176,7 +153,7 @@ CACHE = {
 }
 
 # By name: a function, arguments that fit, and the other kinds that each argument takes.
-FUNCTIONS: dict[str, tuple[Callable, dict, dict[str, set[str]]]] = {
+FUNCTIONS: dict[str, wrong_kinds.Case] = {
     "Sampling": (Sampling, {}, SETTINGS),
     "Limits": (
         Limits,
@@ -282,35 +259,16 @@ FUNCTIONS: dict[str, tuple[Callable, dict, dict[str, set[str]]]] = {
     ),
     "logits": (MODEL.logits, {"hidden": np.ones((2, 3, CONFIG.hidden_size), np.float32)}, {"hidden": {"rank 3"}}),
 }
-ARGUMENTS = [
-    (name, argument)
-    for name, (function, _, _) in FUNCTIONS.items()
-    for argument, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-]
 
 
-def complaint(function: Callable, arguments: dict, argument: str) -> str | None:
-    """What is wrong with the error of a call; None: nothing."""
-    try:
-        function(**arguments)
-    except (TypeError, ValueError) as error:
-        name = re.escape(argument)
-        if re.match(rf"[\w.,\[\] ]*?\b{name}\b[^:]*: expected .*, got ", str(error), re.DOTALL):
-            return None
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
-    return "no error"
+def is_named(error: Exception, argument: str) -> bool:
+    pattern = rf"[\w.,\[\] ]*?\b{re.escape(argument)}\b[^:]*: expected .*, got "
+    return isinstance(error, TypeError | ValueError) and bool(re.match(pattern, str(error), re.DOTALL))
 
 
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=[f"{name}: {argument}" for name, argument in ARGUMENTS])
+@wrong_kinds.every_argument(FUNCTIONS)
 def test_a_wrong_kind_of_object_is_named(name, argument):
-    function, fitting, also = FUNCTIONS[name]
-    default = inspect.signature(function).parameters[argument].default
-    kinds = set(KINDS) - also.get(argument, set()) - ({"None"} if default is None else set())
-    complaints = {kind: complaint(function, {**fitting, argument: KINDS[kind]}, argument) for kind in sorted(kinds)}
-    assert not {kind: said for kind, said in complaints.items() if said}
+    assert not wrong_kinds.complaints(FUNCTIONS[name], argument, KINDS, is_named)
     assert GENERATOR.compile_counts == {"prefill": 0, "decode": 0}
     assert GENERATOR._scheduler.idle
 

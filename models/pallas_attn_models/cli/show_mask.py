@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     kv_positions = np.maximum(np.arange(kv_len, dtype=np.int32) - args.left_pad, -1)
     q_positions = kv_positions[kv_len - q_len :]
     mask = mask_expression.parse(args.mask, q_positions, kv_positions)
-    default = tuning.default_block_sizes(q_len, kv_len, fine=mask.is_fine())
+    default = tuning.default_block_sizes(q_len, kv_len, fine=mask.has_fine_edges())
     sizes = pa.BlockSizes(
         default.q if args.block_q is None else args.block_q, default.kv if args.block_kv is None else args.block_kv
     )

@@ -31,7 +31,7 @@ class Sizes:
             implementation=self.implementation,
             head_dim=self.head_dim,
             dtype=self.dtype,
-            fine=mask.is_fine(),
+            fine=mask.has_fine_edges(),
         )
         return sizes if sizes.chunk is not None else dataclasses.replace(sizes, chunk=DECODE_CHUNK)
 

@@ -459,4 +459,4 @@ class Generator:
         if draft is not None:
             size = whole_pages(self.max_length)
             caches += draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk)
-        return bits.hold(caches)  # nothing here needs a gradient
+        return bits.pack(caches)  # nothing here needs a gradient

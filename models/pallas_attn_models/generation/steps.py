@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn.caches import rows as row_sets
+from pallas_attn.caches import row_index
 from pallas_attn_models.decoder import Decoder, DecoderOutput
 from pallas_attn_models.generation.drawing import draw
 from pallas_attn_models.generation.rows import CAPACITY, FREE, INVALID, READING, RUNNING, Report, Rows, State, Work
@@ -155,7 +155,7 @@ def _start(state: State, work: Work) -> State:
     caches = tuple(cache.copy_rows(sources, targets, jnp.asarray(work.num_copies)) for cache in state.caches)
     rows = state.rows
     read = (rows.status, rows.tokens, rows.length, rows.counts)
-    status, tokens, length, counts = row_sets.copy(read, sources, targets, jnp.asarray(work.num_copies))
+    status, tokens, length, counts = row_index.copy(read, sources, targets, jnp.asarray(work.num_copies))
     rows = dataclasses.replace(
         rows,
         status=jnp.where(work.started & (status == READING), RUNNING, status),

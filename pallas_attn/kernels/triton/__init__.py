@@ -68,7 +68,7 @@ def unsupported(spec: CallSpec) -> str | None:
     narrow += pointwise.table_arrays((spec.mask, spec.scores))
     largest = max(spec.largest_quantized, *(x.size for x in narrow), 0)
     if largest >= 2**31:
-        what = "arrays of bytes (bool masks, quantised keys) and tables of custom functions of fewer than 2^31 elements"
+        what = "arrays of bytes (bool masks, quantized keys) and tables of custom functions of fewer than 2^31 elements"
         return f"needs {what}, whose offsets have 32 bits, got {largest}"
     return None
 

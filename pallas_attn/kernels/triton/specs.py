@@ -11,12 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn import pointwise
-from pallas_attn.kernels.call import Call, CallShape, KVArray
+from pallas_attn.kernels.call import Call, CallShape
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.tables import with_tables
-from pallas_attn.quantized import QuantizedArray
+from pallas_attn.quantized import KVArray, QuantizedArray
 from pallas_attn.scores import Scores
 from pallas_attn.tuning import BlockSizes
 
@@ -221,8 +221,8 @@ class KernelArgs(NamedTuple):
     """The arrays that every kernel reads; in a kernel, refs to one program's part of them."""
 
     query: Any  # [B, T, N, D]
-    key: Any  # [B, S, K, D] or a pool [P, page, K, D]; quantised or not
-    value: Any  # [B, S, K, Dv] or a pool [P, page, K, Dv]; quantised or not
+    key: Any  # [B, S, K, D] or a pool [P, page, K, D]; quantized or not
+    value: Any  # [B, S, K, Dv] or a pool [P, page, K, Dv]; quantized or not
     q_positions: Any  # [B|1, T]
     kv_positions: Any  # [B|1, 1|K, S]
     lists: Any  # BlockLists

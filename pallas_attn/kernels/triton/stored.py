@@ -1,6 +1,6 @@
 """Keys and values as they are stored, and how a program reads a tile of them.
 
-Nothing is dequantised in memory. Numbers of eight bits are multiplied as they are, and their scales multiply what comes
+Nothing is dequantized in memory. Numbers of eight bits are multiplied as they are, and their scales multiply what comes
 out: those of keys the columns of the logits, those of values the weights. Numbers of four bits have a scale for every
 few columns; there it multiplies the tile. Pages are looked up together with the index of their block, one block ahead.
 """
@@ -15,11 +15,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_attn.kernels.call import KVArray
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
 from pallas_attn.kernels.triton.tiles import Columns
-from pallas_attn.quantized import QuantizedArray
+from pallas_attn.quantized import KVArray, QuantizedArray
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _WIDE = 128  # columns

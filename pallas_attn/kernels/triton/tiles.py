@@ -68,7 +68,7 @@ def tile_width(head_dim: int) -> int:
 
 
 class Columns(NamedTuple):
-    """Neighbouring columns of an array, in a tile that may be wider."""
+    """neighboring columns of an array, in a tile that may be wider."""
 
     at: pl.Slice
     in_bounds: Array | None  # bool [tile]; None: all of them

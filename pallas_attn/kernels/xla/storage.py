@@ -1,6 +1,6 @@
-"""How a tile of keys is read from what holds them: an array, a quantised one, or pages of either.
+"""How a tile of keys is read from what holds them: an array, a quantized one, or pages of either.
 
-Only the tile is dequantised, so that neither a copy of the keys in float32 nor one of their pages in a row ever exists.
+Only the tile is dequantized, so that neither a copy of the keys in float32 nor one of their pages in a row ever exists.
 """
 
 import dataclasses
