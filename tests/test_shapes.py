@@ -170,7 +170,7 @@ def test_quantized_keys_that_offsets_cannot_reach_are_refused_by_name_and_served
 
     keys = (4, 2**20, 4)
     arguments = struct(4, 1, 4, 128), struct(*keys, 128, dtype="int8"), struct(*keys, dtype="float32")
-    with pytest.raises(NotImplementedError, match=r"triton: needs .*quantised keys.* got 2147483648"):
+    with pytest.raises(NotImplementedError, match=r"triton: needs .*quantized keys.* got 2147483648"):
         jax.eval_shape(lambda *x: call(*x, implementation="triton"), *arguments)
     assert jax.eval_shape(call, *arguments).shape == (4, 1, 4, 128)
 
