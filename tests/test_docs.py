@@ -1,5 +1,6 @@
 """Links, paths and anchors in every Markdown file lead somewhere, and the API pages hold the public names."""
 
+import functools
 import html
 import importlib
 import inspect
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import pallas_attn as pa
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,38 +55,43 @@ def test_relative_links_resolve(path):
     assert broken == []
 
 
-# A name with a slash, or one that ends as source does; neither a pattern nor a placeholder.
-_PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/?")
 _SUFFIXES = (".py", ".md", ".json", ".png", ".toml")
-# Files of checkpoints, and names that commands of the text write.
+# Files of checkpoints, and files that the commands in the text write.
 _ELSEWHERE = {
-    "tokenizer.json", "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json",
-    "cpu.json", "gpu.json", "sweep.json", "training.json", "serving.json", "mask.png",
-}  # fmt: skip
-_ROOTS = {".ci", "bench", "docs", "models", "pallas_attn", "tests"}
+    *("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
+    *("cpu.json", "gpu.json", "mask.png", "serving.json", "sweep.json", "training.json"),
+}
+_FOLDERS = {".ci", "bench", "docs", "models", "pallas_attn", "tests"}
 
 
 def paths_in_backticks(text: str) -> list[str]:
     """What looks like a path of the repository: below one of its folders, or a source file by its name."""
-    found = [code for code in re.findall(r"`([^`\n]+)`", without_code(text)) if _PATH.fullmatch(code)]
-    below = [code for code in found if "/" in code and code.partition("/")[0] in _ROOTS]
+    found = re.findall(r"`([\w.-]+(?:/[\w.-]+)*/?)(?:: [\w.]+)?`", without_code(text))
+    below = [code for code in found if "/" in code and code.partition("/")[0] in _FOLDERS]
     files = [code for code in found if code.endswith(_SUFFIXES) and code not in _ELSEWHERE]
     return list(dict.fromkeys(below + files))
 
 
 @EVERY_FILE
 def test_paths_in_backticks_exist(path):
-    """A path is relative to the root, to the file's folder, or to a folder in it (a reading order names a folder first)."""
+    """A path begins at the root, at the file's folder, or at a folder that the text has just named."""
     missing = []
     for code in paths_in_backticks(path.read_text()):
-        if not ((ROOT / code).exists() or (path.parent / code).exists() or list(path.parent.glob(f"**/{code}"))):
+        parts = Path(code).parts
+        named_before = any(found.parts[-len(parts) :] == parts for found in source_files())
+        if not (named_before or (ROOT / code).exists() or (path.parent / code).exists()):
             missing.append(code)
     assert missing == []
 
 
+@functools.cache
+def source_files() -> list[Path]:
+    return [path for folder in _FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in _SUFFIXES]
+
+
 def test_the_path_check_finds_a_wrong_path():
-    text = "`bench/none.py` `tests/` `x/y` `none.py` `config.json`"
-    assert paths_in_backticks(text) == ["bench/none.py", "tests/", "none.py"]
+    text = "`bench/none.py` `tests/` `x/y` `none.py` `triton/none.py: walk` `config.json`"
+    assert paths_in_backticks(text) == ["bench/none.py", "tests/", "none.py", "triton/none.py"]
 
 
 @pytest.fixture(scope="module")
@@ -97,23 +105,33 @@ def api_pages(tmp_path_factory) -> Path:
 
 
 def public(package: str) -> list[tuple[str, object]]:
-    """Classes and functions that a module makes public: those that it re-exports, or else its own."""
-    module = importlib.import_module(package)
-    own = [(name, x) for name, x in vars(module).items() if inspect.isclass(x) or inspect.isfunction(x)]
-    return [(name, x) for name, x in own if not name.startswith("_") and x.__module__.startswith(package)]
+    """Classes and functions of a module: those that it re-exports, or its own."""
+    members = vars(importlib.import_module(package)).items()
+    found = [(name, x) for name, x in members if inspect.isclass(x) or inspect.isfunction(x)]
+    return [(name, x) for name, x in found if not name.startswith("_") and x.__module__.startswith(package)]
+
+
+def first_words(name: str, member: object) -> str:
+    """The beginning of a docstring, without markup; a dataclass without one has its signature, which no page shows."""
+    doc = inspect.getdoc(member) or ""
+    line = "" if doc.startswith(f"{name}(") else re.sub(r":\w+:`~?([^`]*)`", r"\1", doc.partition("\n")[0])
+    return " ".join(re.findall(r"\w+", line)[:4])
 
 
 @pytest.mark.parametrize(
     "package", ["pallas_attn", "pallas_attn.masks", "pallas_attn.scores", "pallas_attn.caches", "pallas_attn_models"]
 )
 def test_public_names_and_docstrings_are_on_the_api_pages(package, api_pages):
-    page = html.unescape(re.sub(r"<[^>]+>", " ", (api_pages / f"{package.replace('.', '/')}.html").read_text()))
     source = (api_pages / f"{package.replace('.', '/')}.html").read_text()
-    names = public(package)
-    assert len(names) > 5
-    words = " ".join(re.findall(r"\w+", page))
-    for name, member in names:
-        assert f'id="{name}"' in source, name
-        first = (inspect.getdoc(member) or "").partition("\n\n")[0].splitlines()[:1]
-        start = " ".join(re.findall(r"\w+", re.sub(r":\w+:`~?([^`]*)`", r"\1", first[0]) if first else "")[:4])
-        assert start in words, f"{name}: {start}"
+    words = " ".join(re.findall(r"\w+", html.unescape(re.sub(r"<[^>]+>", " ", source))))
+    members = public(package)
+    assert len(members) > 5
+    assert [name for name, _ in members if f'id="{name}"' not in source] == []
+    assert [name for name, member in members if first_words(name, member) not in words] == []
+
+
+def test_citation_has_the_version_of_the_package():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {pa.__version__}\n" in citation
+    assert citation.startswith("cff-version: 1.2.0\n")
+    assert "\nlicense: Apache-2.0\n" in citation
