@@ -43,7 +43,7 @@ def test_a_tree_that_differs_is_marked(name, clone):
 def test_a_copy_is_no_clone(clone, tmp_path):
     root, _ = clone
     assert machine.commit(tmp_path) is None
-    assert machine.commit(root / "bench") is None, "what surrounds a copy is not what it is a copy of"
+    assert machine.commit(root / "bench") is None, "the repository around a copy is not its origin"
 
 
 def test_peaks_count_both_ways_of_a_copy_and_both_operations_of_a_product(monkeypatch):

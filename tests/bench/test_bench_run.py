@@ -161,7 +161,7 @@ def test_resume_skips_what_is_done(tmp_path, monkeypatch):
 def test_time_is_up(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert toy("--minutes", "1e-9", "--case", CACHE, "--out", str(path)) == 3
-    assert f"no time was left for: {CACHE}. --resume goes on." in capsys.readouterr().out
+    assert f"no time was left for: {CACHE}. --resume continues." in capsys.readouterr().out
     assert not path.exists()
 
 
@@ -267,7 +267,7 @@ def test_gpu_tests_must_pass(passing, monkeypatch, capsys):
     assert toy("--case", CACHE) == 1
     printed = capsys.readouterr()
     assert ("FAILED" in printed.out) == passing, "nothing runs after tests that fail"
-    assert ("--even-if-tests-fail goes on" in printed.err) != passing
+    assert ("--even-if-tests-fail continues" in printed.err) != passing
     assert toy("--case", CACHE, "--even-if-tests-fail") == 1
     assert "FAILED" in capsys.readouterr().out
 

@@ -15,12 +15,12 @@ from tests import tolerances
 XLA = ["--implementation", "xla"]
 
 
-def behaviours(only: str) -> dict:
+def behaviors(only: str) -> dict:
     return {one.name: one for one in run._SUITES[only]()}
 
 
 def judged(only: str, *names: str) -> list[Row]:
-    found = behaviours(only)
+    found = behaviors(only)
     return [judge(found[name], {"implementation": "xla"}) for name in names]
 
 
@@ -33,7 +33,7 @@ def judged(only: str, *names: str) -> list[Row]:
         "both lengths, causal",
         "differs: a key length of 0",
         "differs: a traced scale",
-        *(f"both refuse: {what}" for what in ("another dtype", "a mask of floats", "a bias of another shape")),
+        *(f"both reject: {what}" for what in ("another dtype", "a mask of floats", "a bias of another shape")),
     ],
 )
 def test_like_jax_nn(name):
@@ -46,8 +46,8 @@ def test_like_jax_nn(name):
     [
         "linen function, bias and mask",
         "nnx: decodes, grouped heads",
-        *(f"linen: ours refuses {option}" for option in ("dropout_rate", "module", "qk_attn_weights_einsum")),
-        "function: ours refuses mask",
+        *(f"linen: ours rejects {option}" for option in ("dropout_rate", "module", "qk_attn_weights_einsum")),
+        "function: ours rejects mask",
     ],
 )
 def test_like_flax(name):
@@ -58,7 +58,7 @@ def test_like_flax(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [XLA, ["--interpret"]], ids=["xla", "interpreted"])
 @pytest.mark.parametrize("only", ["jax.nn", "flax"])
-def test_all_behaviours(only, how, capsys):
+def test_all_behaviors(only, how, capsys):
     assert run.main(["--only", only, *how]) == 0, capsys.readouterr().out
 
 
@@ -105,13 +105,13 @@ def test_what_should_differ_and_does_not_is_found(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", jax_nn.attend)
     (row,) = judged("jax.nn", "differs: a bias of -inf for all keys")
     assert not row.correct
-    assert row.note == "theirs is something else than was expected"
+    assert row.note == "theirs is not what was expected"
 
 
 def test_another_dtype_or_shape_is_found():
     x = np.ones((2, 3), np.float32)
     for ours in (x.astype(np.float16), x[:1]):
-        one = run.Behaviour("", lambda _, ours=ours: [Compared("out", ours, x, x)])
+        one = run.Behavior("", lambda _, ours=ours: [Compared("out", ours, x, x)])
         assert "theirs ('float32', (2, 3))" in judge(one, {}).note
     with pytest.raises(AssertionError, match="theirs"):
         compare_gradients([x], [x.astype(np.float16)], [x], np.float32)
@@ -119,7 +119,7 @@ def test_another_dtype_or_shape_is_found():
 
 def test_nan_is_found():
     x = np.ones(3, np.float32)
-    one = run.Behaviour("", lambda _: [Compared("out", x * np.nan, x, x)])
+    one = run.Behavior("", lambda _: [Compared("out", x * np.nan, x, x)])
     row = judge(one, {})
     assert (row.correct, row.error) == (False, np.inf)
 
@@ -130,14 +130,14 @@ def test_the_other_must_be_about_right():
     off = tolerances.BENCH_PEER * tolerances.attention_limit(0.0, 1.0, np.float32)
     for factor, correct in ((0.5, True), (2, False)):
         theirs = (x + factor * off).astype(np.float32)
-        one = run.Behaviour("", lambda _, theirs=theirs: [Compared("out", x, theirs, x)])
+        one = run.Behavior("", lambda _, theirs=theirs: [Compared("out", x, theirs, x)])
         assert judge(one, {}).correct == correct
 
 
-def test_what_is_taken_should_have_been_refused():
-    with pytest.raises(AssertionError, match="ours does not refuse it"):
+def test_an_accepted_wrong_call_is_an_error():
+    with pytest.raises(AssertionError, match="ours does not reject it"):
         refused("ours", ValueError, lambda: None)
-    with pytest.raises(AssertionError, match="without a word about mask"):
+    with pytest.raises(AssertionError, match="without mentioning mask"):
         refused("ours", ValueError, lambda: int("x"), "mask")
 
 
@@ -145,26 +145,26 @@ def test_what_is_taken_should_have_been_refused():
 
 
 def test_a_table_and_exit_code_0(capsys):
-    assert run.main([*XLA, "--only", "jax.nn", "--match", "both refuse: a mask of"]) == 0
+    assert run.main([*XLA, "--only", "jax.nn", "--match", "both reject: a mask of"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"jax.nn: both refuse: a mask of floats +│ refused +│ .* ok", printed)
-    assert "2 of 2 behaviours are right." in printed
+    assert re.search(r"jax.nn: both reject: a mask of floats +│ rejected +│ .* ok", printed)
+    assert "2 of 2 behaviors are right." in printed
 
 
 def test_exit_code_1_if_one_fails(monkeypatch, capsys):
     taken = pa.AttentionOutput(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 4, 3)))
     monkeypatch.setattr(jax_nn.pa, "attention", lambda *_, **__: taken)
-    assert run.main([*XLA, "--match", "both refuse: another dtype"]) == 1
+    assert run.main([*XLA, "--match", "both reject: another dtype"]) == 1
     printed = capsys.readouterr().out
     assert "WRONG: AssertionError" in printed
-    assert "0 of 1 behaviours are right." in printed
+    assert "0 of 1 behaviors are right." in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--implementation", "xla", "--interpret"], "--interpret: expected --implementation triton"),
-        (["--match", "no such thing"], "--match: no behaviour has 'no such thing' in its name"),
+        (["--match", "no such thing"], "--match: no behavior has 'no such thing' in its name"),
     ],
 )
 def test_wrong_calls(arguments, message, capsys, monkeypatch):

@@ -248,14 +248,14 @@ def test_peers_show_a_bar_for_each_ratio(axes):
     assert "0.5" in texts(panel)
 
 
-def test_a_contender_has_one_colour_in_all_pictures(axes):
+def test_a_contender_has_one_color_in_all_pictures(axes):
     (peers,) = axes("peers", FULL)
     (capacity,) = axes("capacity", FULL)
     forward, _ = axes("active-fraction", FULL)
-    suite_colours = [{line.get_label(): line.get_color() for line in x.lines} for x in (capacity, forward)]
-    assert suite_colours[0]["jax.nn"] == suite_colours[1]["jax.nn"]
-    assert suite_colours[0]["pallas_attn"] == suite_colours[1]["pallas_attn"] != suite_colours[0]["jax.nn"]
-    assert matplotlib.colors.to_hex(peers.patches[0].get_facecolor()) == suite_colours[0]["jax.nn"]
+    suite_colors = [{line.get_label(): line.get_color() for line in x.lines} for x in (capacity, forward)]
+    assert suite_colors[0]["jax.nn"] == suite_colors[1]["jax.nn"]
+    assert suite_colors[0]["pallas_attn"] == suite_colors[1]["pallas_attn"] != suite_colors[0]["jax.nn"]
+    assert matplotlib.colors.to_hex(peers.patches[0].get_facecolor()) == suite_colors[0]["jax.nn"]
 
 
 def test_roofline_shows_rates_against_intensity(axes):
