@@ -383,7 +383,7 @@ PICTURES: dict[str, Callable[[Suite], "Figure"]] = {
 
 
 def _panels(suite: Suite, title: str, count: int, size: tuple[float, float] | None = None) -> tuple["Figure", list]:
-    """A figure with a title and ``count`` axes in at most two columns, 3.8 x 3.2 inches each unless ``size`` is given."""
+    """A figure with a title and ``count`` axes in at most two columns; ``size`` is in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -76,11 +76,11 @@ class UsageError(Exception):
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__, allow_abbrev=False)
     parser.add_argument("--suite", choices=[*SUITES, "all"], required=True)
-    parser.add_argument("--case", metavar="NAMES", action="append", help="run only these, separated by commas; see --list")
-    parser.add_argument("--peers", metavar="NAMES", help='compare only with these, separated by commas, or "none"; see --list')
+    parser.add_argument("--case", metavar="NAMES", action="append", help="only these, separated by commas; see --list")
+    parser.add_argument("--peers", metavar="NAMES", help='only these, separated by commas, or "none"; see --list')
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, after each case")
     parser.add_argument("--resume", action="store_true", help="continue --out: skip the cases that it has")
-    parser.add_argument("--minutes", type=_positive, help="start no case after this time (default 14 for cpu, 7.5 for gpu)")
+    parser.add_argument("--minutes", type=_positive, help="start no case after these (default 14 for cpu, 7.5 for gpu)")
     parser.add_argument("--toy", action="store_true", help="rehearse with toy sizes and interpreted kernels")
     parser.add_argument("--even-if-tests-fail", action="store_true", help="suite gpu: continue if the GPU tests fail")
     parser.add_argument("--revision", metavar="COMMIT", help="commit of a copy without .git, for --out")
@@ -206,7 +206,7 @@ def table(results: list[dict], peaks: Peaks | None) -> Table:
     """One row per case: our time and rate, fractions of the bound and of a copy, and peer time / our time."""
     names = list(dict.fromkeys(name for result in results for name in (*result["ratios"], *_wrong_peers(result))))
     columns = ("case", "active", "ours, ms", "rate", "of bound", "of copy", *names, "claims")
-    out = Table(*columns, title="medians of interleaved runs; under a peer's name: peer time / our time", title_justify="left")
+    out = Table(*columns, title="medians of interleaved runs; peers: peer time / our time", title_justify="left")
     for result in results:
         mine = result["contenders"].get(OURS, {})
         if "ms" not in mine:

@@ -95,7 +95,7 @@ def _finding(result: dict[str, Any]) -> str:
         steps = result["least_steps"]
         return f"batches take {steps[SEQUENTIAL] / steps[OURS]:.2f} times the minimum of steps"
     if "acceptance" in result:
-        accepted = "no draft" if result["acceptance"] is None else f"{result['acceptance']:.0%} of draft tokens accepted"
+        accepted = "no draft" if result["acceptance"] is None else f"{result['acceptance']:.0%} of drafts accepted"
         return f"{accepted}, {result['tokens_per_step']:.2f} tokens per step"
     kept = "kept" if result["overhead_ms"] <= AIM_MS else "missed"
     return f"{result['overhead_ms']:.2f} ms per streamed step (goal: {AIM_MS:g} ms, {kept})"

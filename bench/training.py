@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if the losses disagree; 2 for wrong arguments or a file that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__, allow_abbrev=False)
     total = sum(phase.steps for phase in train.PHASES)
-    parser.add_argument("--steps", type=int, default=_STEPS, help=f"default %(default)s; the shipped checkpoint took {total}")
+    parser.add_argument("--steps", type=int, default=_STEPS, help=f"default %(default)s; the checkpoint took {total}")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write the results as JSON, and a picture of the losses next to it"

@@ -14,15 +14,16 @@ import pytest
 import pallas_attn as pa
 
 ROOT = Path(__file__).parents[1]
+_FOLDERS = {".ci", "bench", "docs", "models", "pallas_attn", "tests"}
 
 
 def markdown_files() -> list[Path]:
-    """Every tracked file; in a copy without git, every file outside hidden directories."""
+    """Every tracked file; in a copy without git, every file of the repository's folders."""
     found = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
     if found.returncode == 0 and found.stdout:
         return [path for name in found.stdout.split() if (path := ROOT / name).exists()]
-    relative = (path.relative_to(ROOT) for path in ROOT.rglob("*.md"))
-    return [ROOT / path for path in relative if not any(part.startswith(".") or part == "shared" for part in path.parts)]
+    folders = [ROOT / name for name in sorted(_FOLDERS)]
+    return [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
 
 
 EVERY_FILE = pytest.mark.parametrize("path", markdown_files(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -61,7 +62,6 @@ _ELSEWHERE = {
     *("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
     *("cpu.json", "gpu.json", "mask.png", "serving.json", "sweep.json", "training.json"),
 }
-_FOLDERS = {".ci", "bench", "docs", "models", "pallas_attn", "tests"}
 
 
 def paths_in_backticks(text: str) -> list[str]:

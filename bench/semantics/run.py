@@ -1,7 +1,7 @@
 """Compares ``jax.nn`` and Flax with ``pallas_attn`` in their place, behavior by behavior.
 
-``python -m bench.semantics``. Where both support a call, results must be equal up to rounding; intended differences must
-be as documented; calls that we do not support must be rejected.
+``python -m bench.semantics``. Where both support a call, results must be equal up to rounding; intended differences
+must be as documented; calls that we do not support must be rejected.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.semantics", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--implementation", choices=list(pa.implementations()), help="default: the best that can run here")
+    parser.add_argument("--implementation", choices=list(pa.implementations()), help="default: the best available")
     parser.add_argument("--interpret", action="store_true", help="run the Triton kernels in Pallas' interpreter")
     parser.add_argument("--only", choices=list(_SUITES), help="only behaviors of this library")
     parser.add_argument("--match", metavar="TEXT", default="", help="only behaviors whose name contains this")

@@ -89,9 +89,9 @@ def test_the_overhead_is_that_of_more_returns_to_python(monkeypatch):
 
 def test_findings():
     assert "no draft, 1.00 tokens" in serving._finding({"acceptance": None, "tokens_per_step": 1.0})
-    assert "50% of draft tokens accepted" in serving._finding({"acceptance": 0.5, "tokens_per_step": 3.0})
-    assert "aim: 1 ms, kept" in serving._finding({"overhead_ms": 1.0})
-    assert "aim: 1 ms, missed" in serving._finding({"overhead_ms": 1.1})
+    assert "50% of drafts accepted" in serving._finding({"acceptance": 0.5, "tokens_per_step": 3.0})
+    assert "goal: 1 ms, kept" in serving._finding({"overhead_ms": 1.0})
+    assert "goal: 1 ms, missed" in serving._finding({"overhead_ms": 1.1})
     steps = {OURS: 10, serving.SEQUENTIAL: 25}
     assert "2.50 times as many steps" in serving._finding({"least_steps": steps})
 

@@ -86,7 +86,7 @@ def test_losses_that_disagree_are_wrong(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--steps", "2"], "steps: expected at least one for each of 3 phases, got 2"),
-        (["--steps", "5"], "--steps: expected two or more for each phase, got 5"),
+        (["--steps", "5"], "--steps: expected at least two for each phase, got 5"),
         (["--out", "nowhere/x.json"], "nowhere/x.json: cannot be written"),
     ],
 )
