@@ -1,4 +1,4 @@
-"""The result file: written after each case, gone on with, and never mistaken for another."""
+"""The result file: written after each case, resumed, and never confused with another."""
 
 import json
 

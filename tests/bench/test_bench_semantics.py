@@ -1,4 +1,4 @@
-"""The comparison with ``jax.nn`` and Flax: that it finds nothing, and that it would."""
+"""The comparison with ``jax.nn`` and Flax: it passes, and it detects planted differences."""
 
 import re
 
@@ -24,7 +24,7 @@ def judged(only: str, *names: str) -> list[Row]:
     return [judge(found[name], {"implementation": "xla"}) for name in names]
 
 
-# --- nothing is found ---
+# --- no difference ---
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ def test_all_behaviors(only, how, capsys):
     assert run.main(["--only", only, *how]) == 0, capsys.readouterr().out
 
 
-# --- something would be found ---
+# --- planted differences ---
 
 
 def test_another_convention_is_found(monkeypatch):
-    """A window that counts the query's own place as ``jax.nn`` does, one key too few."""
+    """A window that counts the query's own position as ``jax.nn`` does is one key too short."""
     right = pa.masks.sliding_window
     monkeypatch.setattr(jax_nn.pa.masks, "sliding_window", lambda left, right_: right(left - 1, right_))
     (row,) = judged("jax.nn", "window (7, 0)")
@@ -79,7 +79,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     right = pa.attention
 
     def wrong(query, *rest, **options):
-        # The same values; the gradient of the query is 0.1 percent too large.
+        # The same output, with a query gradient 0.1 % too large.
         return right(query + 1e-3 * (query - jax.lax.stop_gradient(query)), *rest, **options)
 
     monkeypatch.setattr(jax_nn.pa, "attention", wrong)
@@ -88,7 +88,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     assert row.what == "gradients"
 
 
-def test_a_mask_that_flax_passes_in_vain_is_found(monkeypatch):
+def test_an_ignored_mask_of_flax_is_found(monkeypatch):
     right = pa.flax.attention_fn
 
     def forgetful(**options):
@@ -100,8 +100,8 @@ def test_a_mask_that_flax_passes_in_vain_is_found(monkeypatch):
     assert not row.correct
 
 
-def test_what_should_differ_and_does_not_is_found(monkeypatch):
-    """Were ``jax.nn`` to give 0 some day, the documentation would be wrong."""
+def test_a_missing_intended_difference_is_found(monkeypatch):
+    """If ``jax.nn`` starts to return 0, the documentation is wrong."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", jax_nn.attend)
     (row,) = judged("jax.nn", "differs: a bias of -inf for all keys")
     assert not row.correct
@@ -125,7 +125,7 @@ def test_nan_is_found():
 
 
 def test_the_other_must_be_about_right():
-    """Else twice its error would be no limit."""
+    """Otherwise twice its error would be no limit."""
     x = np.ones(3, np.float32)
     off = tolerances.BENCH_PEER * tolerances.attention_limit(0.0, 1.0, np.float32)
     for factor, correct in ((0.5, True), (2, False)):

@@ -1,4 +1,4 @@
-"""Pictures of result files: they show the file's figures, and what has none is said. All figures are invented."""
+"""Pictures of result files show the file's figures and report missing ones. All figures here are invented."""
 
 import json
 import re
@@ -164,7 +164,7 @@ def test_every_picture_of_every_file_is_drawn(write, run, tmp_path):
     assert {path: path.read_bytes() for path in before} == before, "the same file gives the same bytes"
 
 
-def test_svg_says_what_machine_it_was(write, run, tmp_path):
+def test_svg_names_the_machine(write, run, tmp_path):
     code, _, _ = run(write(content(FULL)), options=["--format", "svg"])
     assert code == 0
     for name in plot.PICTURES:
@@ -182,7 +182,7 @@ def test_svg_says_what_machine_it_was(write, run, tmp_path):
         ([result("a", {"pallas_attn": 1.0, "jax.nn": 2.0})], {"active-fraction", "capacity", "roofline"}),
     ],
 )
-def test_what_has_no_figures_is_left_out_and_said(results, left_out, write, run, tmp_path):
+def test_pictures_without_figures_are_left_out_with_a_message(results, left_out, write, run, tmp_path):
     code, out, err = run(write(content(results)))
     assert (code, err) == (0, "")
     assert set(re.findall(r"left out \S*cpu-([a-z-]+).png: needs", out)) == left_out
@@ -190,7 +190,7 @@ def test_what_has_no_figures_is_left_out_and_said(results, left_out, write, run,
     assert drawn == {f"cpu-{name}.png" for name in plot.PICTURES if name not in left_out}
 
 
-# --- what is drawn ---
+# --- pictures ---
 
 
 def test_active_fraction_shows_the_times_of_masks_over_one_shape(axes):
@@ -300,7 +300,7 @@ def test_ceilings_that_were_measured_are_drawn(axes):
     assert any("% of the ceiling" in text for text in texts(panel))
 
 
-def test_shares_are_of_the_published_ceilings_where_both_are_known(axes):
+def test_fractions_are_of_the_published_ceilings_if_both_are_known(axes):
     (panel,) = axes("roofline", masks(), measured=MEASURED, peak_tflops=2.0, peak_gbps=50.0)
     solid, dashed = [line for line in panel.lines if len(line.get_xdata()) == 3]
     assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
@@ -348,7 +348,7 @@ def test_a_wrong_contender_is_never_drawn(axes):
         axes("roofline", [ours])
 
 
-# --- what a user can set right ---
+# --- errors of a user ---
 
 
 def without(key: str) -> dict:
