@@ -95,7 +95,7 @@ def test_a_peer_that_disturbs_the_others_is_skipped():
     (case,) = (case for case in CASES if case.name == "decode-32768")
     workload = case.build(case.size("cpu", toy=True))
     for name in ("tokamax.xla", "tokamax.xla_chunked"):
-        with pytest.raises(NotImplementedError, match="which disturbs who is timed next"):
+        with pytest.raises(NotImplementedError, match="which disturbs the next contender"):
             all_peers()[name].contender(workload, 1)
 
 

@@ -40,7 +40,7 @@ def test_rows_that_share_positions_are_all_counted():
 
 
 def test_masks_per_head_are_refused():
-    with pytest.raises(ValueError, match="all heads share"):
+    with pytest.raises(ValueError, match="shared by all heads"):
         physics.count(pa.masks.dense(jnp.ones((1, 2, 4, 4), bool)), jnp.arange(4)[None], jnp.arange(4)[None], 1)
 
 

@@ -136,7 +136,7 @@ def test_a_copy_without_git_needs_a_revision(tmp_path, monkeypatch, capsys):
     path = tmp_path / "gpu.json"
     monkeypatch.setattr(run.machine, "commit", lambda: None)
     assert toy("--case", CACHE, "--out", str(path)) == 0
-    assert "without --revision, no one will know" in capsys.readouterr().err
+    assert "without --revision the file does not name" in capsys.readouterr().err
     assert toy("--case", CACHE, "--out", str(path), "--revision", "abc123") == 0
     assert json.loads(path.read_text())["machine"]["revision"] == "abc123"
     assert "without --revision" not in capsys.readouterr().err

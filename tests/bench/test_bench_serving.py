@@ -93,7 +93,7 @@ def test_findings():
     assert "goal: 1 ms, kept" in serving._finding({"overhead_ms": 1.0})
     assert "goal: 1 ms, missed" in serving._finding({"overhead_ms": 1.1})
     steps = {OURS: 10, serving.SEQUENTIAL: 25}
-    assert "2.50 times as many steps" in serving._finding({"least_steps": steps})
+    assert "batches take 2.50 times the minimum" in serving._finding({"least_steps": steps})
 
 
 @pytest.mark.parametrize("arguments", [["--case", "chat"], ["--rounds", "2"]])
