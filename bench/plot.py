@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine import Peaks
-from bench.times.cases import BESIDE
+from bench.times.cases import VARIANTS
 from pallas_attn.picture import plain_style, save_figure
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Suite:
         names = dict.fromkeys([_OURS, *(name for one in self.results for name in (*one.ms, *one.ratios))])
         colors, grays = itertools.cycle(_COLORS), itertools.cycle(_GRAYS)
         return {
-            name: {"color": next(grays if name in BESIDE else colors), "marker": marker}
+            name: {"color": next(grays if name in VARIANTS else colors), "marker": marker}
             for name, marker in zip(names, itertools.cycle(_MARKERS))
         }
 

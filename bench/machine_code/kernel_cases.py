@@ -100,8 +100,8 @@ def _decode(
     def decode(query, key, value, q_positions, kv_positions, page_table):
         block_mask = pa.BlockMask.from_mask(_CAUSAL, q_positions, kv_positions, setting.sizes)
         scale = setting.head_dim**-0.5
-        asked = {"page_table": page_table, "return_key_weights": return_key_weights}
-        return kernels.decode(query, key, value, block_mask, scale=scale, **asked)
+        options = {"page_table": page_table, "return_key_weights": return_key_weights}
+        return kernels.decode(query, key, value, block_mask, scale=scale, **options)
 
     query, key, _, _, kv_positions = _tensors(setting)
     query = jax.ShapeDtypeStruct((_BATCH, q_len, *query.shape[2:]), query.dtype)

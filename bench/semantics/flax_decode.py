@@ -15,7 +15,7 @@ from flax import nnx
 
 import pallas_attn as pa
 from bench.semantics.flax import B, E, Function, K, Layer, N, S, T, in_float64, normal, ours
-from bench.semantics.judge import Behavior, Compared, exact_attention, lenient, refused
+from bench.semantics.judge import Behavior, Compared, assert_rejected, exact_attention, lenient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _layer_refusal(mentions: str, kind: str, made: dict[str, Any], called: dict[
             keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
             return layer.linen(attention).init(keys, x, **called)
 
-        refused("ours", NotImplementedError, call, f"attention_fn: {mentions}")
+        assert_rejected("ours", NotImplementedError, call, f"attention_fn: {mentions}")
         return []
 
     return Behavior(f"{kind}: ours rejects {mentions}", compare)
@@ -182,13 +182,13 @@ def _refusals() -> list[Behavior]:
 
 def _block_mask_refusal(options: dict[str, Any]) -> list[Compared]:
     block_mask: Any = pa.BlockMask.from_mask(pa.masks.causal(), T, T)
-    refused("ours", TypeError, lambda: pa.flax.attention_fn(block_mask, **options), "mask")
+    assert_rejected("ours", TypeError, lambda: pa.flax.attention_fn(block_mask, **options), "mask")
     return []
 
 
 def _function_refusal(name: str, error: type[Exception], arrays: Callable, called: dict[str, Any]) -> Behavior:
     def compare(options: dict[str, Any]) -> list[Compared]:
-        refused("ours", error, lambda: ours(options)(*arrays(), **called), name)
+        assert_rejected("ours", error, lambda: ours(options)(*arrays(), **called), name)
         return []
 
     return Behavior(f"function: ours rejects {name}", compare)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.semantics.jax_nn import B, Call, K, N, S, T, attend
-from bench.semantics.judge import Behavior, Compared, lenient, refused
+from bench.semantics.judge import Behavior, Compared, assert_rejected, lenient
 
 
 def behaviors() -> list[Behavior]:
@@ -173,7 +173,9 @@ def _traced_scale(options: dict[str, Any]) -> list[Compared]:
     arrays = Call("").arrays()[0]
     with lenient():
         jax.jit(lambda scale: jax.nn.dot_product_attention(**arrays, scale=scale))(0.3)
-    refused("ours", TypeError, lambda: jax.jit(lambda scale: attend(**arrays, scale=scale, **options))(0.3), "scale")
+    assert_rejected(
+        "ours", TypeError, lambda: jax.jit(lambda scale: attend(**arrays, scale=scale, **options))(0.3), "scale"
+    )
     return []
 
 
@@ -192,7 +194,7 @@ _DIFFERENCES: dict[str, Callable[[dict[str, Any]], list[Compared]]] = {
     "a traced scale": _traced_scale,
 }
 
-# --- refused ---
+# --- calls that both reject ---
 
 
 def _wrong_calls() -> dict[str, dict[str, Any]]:
@@ -217,8 +219,8 @@ def _refusal(change: dict[str, Any]) -> Callable[[dict[str, Any]], list[Compared
         arguments = Call("").arrays()[0] | change
         with lenient():
             # Shapes that do not broadcast raise a TypeError or a ValueError, by version.
-            refused("jax.nn", (TypeError, ValueError), lambda: jax.nn.dot_product_attention(**arguments))
-        refused("ours", ValueError, lambda: attend(**arguments, **options))
+            assert_rejected("jax.nn", (TypeError, ValueError), lambda: jax.nn.dot_product_attention(**arguments))
+        assert_rejected("ours", ValueError, lambda: attend(**arguments, **options))
         return []
 
     return compare

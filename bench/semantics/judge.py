@@ -124,7 +124,7 @@ def lenient() -> Iterator[None]:
         yield
 
 
-def refused(
+def assert_rejected(
     by: str, error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any], mentions: str = ""
 ) -> None:
     """Raises AssertionError unless the call raises ``error`` with ``mentions`` in its message."""

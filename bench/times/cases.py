@@ -33,7 +33,7 @@ class Case:
       sizes: by suite; the case is in these suites only.
       claims: by peer, in suite ``cpu``.
       capacity: whether the case belongs to the comparison of cache capacities.
-      beside: in suite ``cpu``, other workloads that we time with it, by the name under which the ratio is reported.
+      variants: in suite ``cpu``, other workloads that we time with it, by the name under which the ratio is reported.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Case:
     sizes: dict[str, Size]
     claims: dict[str, float] = dataclasses.field(default_factory=dict)
     capacity: bool = False
-    beside: dict[str, Callable[[], Workload]] = dataclasses.field(default_factory=dict)
+    variants: dict[str, Callable[[], Workload]] = dataclasses.field(default_factory=dict)
 
     def size(self, suite: str, toy: bool = False) -> Size:
         """The suite's size, or its toy version."""
@@ -229,7 +229,7 @@ CASES = (
         {"cpu": _DECODE_SIZE},
         {"jax.nn": 40.0, BUFFER_OF_2048: 1 / 1.2},
         capacity=True,
-        beside={
+        variants={
             BUFFER_OF_2048: lambda: _decode(dataclasses.replace(_DECODE_SIZE, kv_len=2048)),
             LISTS_AT_HAND: _at_hand(_decode, _DECODE_SIZE),
         },
@@ -284,7 +284,7 @@ CASES = (
         "decode",
         _decode_ragged,
         {"cpu": _DECODE_SIZE, "gpu": Size(32, 1, 65536, 32, 8, 128, "bfloat16")},
-        beside={LISTS_AT_HAND: _at_hand(_decode_ragged, _DECODE_SIZE)},
+        variants={LISTS_AT_HAND: _at_hand(_decode_ragged, _DECODE_SIZE)},
     ),
     Case(
         "decode-llama-8b",
@@ -300,7 +300,7 @@ CASES = (
         _decode_1024,
         _LARGE_BUFFER,
         {BUFFER_OF_2048: 1 / 1.3},
-        beside={
+        variants={
             BUFFER_OF_2048: lambda: _decode_1024(dataclasses.replace(_LARGE_BUFFER["cpu"], kv_len=2048)),
             LISTS_AT_HAND: _at_hand(_decode_1024, _LARGE_BUFFER["cpu"]),
         },
@@ -312,7 +312,7 @@ CASES = (
         _quantized(_decode_8192, "int8"),
         _LARGE_BUFFER,
         {FLOAT32_KEYS: 1.0},
-        beside={
+        variants={
             FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"]),
             LISTS_AT_HAND: _at_hand(_quantized(_decode_8192, "int8"), _LARGE_BUFFER["cpu"]),
         },
@@ -323,7 +323,7 @@ CASES = (
         "decode",
         _quantized(_decode_8192, "int4"),
         _LARGE_BUFFER,
-        beside={FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
+        variants={FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
     ),
     Case(
         "decode-paged",
@@ -332,7 +332,7 @@ CASES = (
         _paged(_decode_8192, 64),
         _LARGE_BUFFER,
         {CONTIGUOUS_KEYS: 1 / 1.25},
-        beside={CONTIGUOUS_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
+        variants={CONTIGUOUS_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
     ),
     Case("dense", "every query sees every key", "forward", _dense, {"cpu": _cpu(1, 2048), "gpu": _gpu(4, 4096)}),
     Case(
@@ -422,4 +422,4 @@ CASES = (
 )
 
 # Names under which our own times on other workloads are reported.
-BESIDE = frozenset(name for case in CASES for name in case.beside)
+VARIANTS = frozenset(name for case in CASES for name in case.variants)

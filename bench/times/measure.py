@@ -88,7 +88,7 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
     turns = {OURS: ours.turn} | _peers_turns(result, workload, sets, judge, ready, setting)
 
     if not setting.by_device:
-        for name, build in case.beside.items():
+        for name, build in case.variants.items():
             # Without peers in between, whose hundreds of MB would evict the CPU's caches.
             other = prepare(_our_contender(build(), 1, setting), by_device=False)
             pair, effort = {OURS: ours.turn, name: other.turn}, setting.effort

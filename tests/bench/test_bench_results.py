@@ -42,7 +42,7 @@ def test_resume_keeps_what_is_done(path):
     assert not file.has("backward"), "what could not run is tried again"
     assert not file.has("window")
     file = ResultsFile(path, suite="cpu", machine=MACHINE)
-    assert not file.has("causal"), "a new run begins anew"
+    assert not file.has("causal"), "a new run starts empty"
 
 
 @pytest.mark.parametrize("name", ["device", "processor", "python", "revision", "versions"])

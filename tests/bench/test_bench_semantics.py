@@ -9,7 +9,7 @@ import pytest
 
 import pallas_attn as pa
 from bench.semantics import flax, jax_nn, run
-from bench.semantics.judge import Compared, Row, compare_gradients, judge, refused
+from bench.semantics.judge import Compared, Row, assert_rejected, compare_gradients, judge
 from tests import tolerances
 
 XLA = ["--implementation", "xla"]
@@ -136,9 +136,9 @@ def test_the_other_must_be_about_right():
 
 def test_an_accepted_wrong_call_is_an_error():
     with pytest.raises(AssertionError, match="ours does not reject it"):
-        refused("ours", ValueError, lambda: None)
+        assert_rejected("ours", ValueError, lambda: None)
     with pytest.raises(AssertionError, match="without mentioning mask"):
-        refused("ours", ValueError, lambda: int("x"), "mask")
+        assert_rejected("ours", ValueError, lambda: int("x"), "mask")
 
 
 # --- the command ---
