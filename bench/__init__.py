@@ -1,1 +1,1 @@
-"""Benchmarks: timings against peers, and what the machine code of the kernels says without a GPU."""
+"""Benchmarks: times against peers, and the machine code of the kernels without a GPU."""

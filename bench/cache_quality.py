@@ -1,12 +1,12 @@
-"""How many answers survive a cache that is smaller than its context: ``python -m bench.cache_quality``.
+"""Answers with a cache smaller than its context: ``python -m bench.cache_quality``.
 
 The shipped checkpoint recalls values from lists of key-value pairs that are longer than the cache. Every policy and
-storage answers the same held-out prompts, greedily, with caches of several sizes; the prompts are read in chunks, and
-what does not fit goes as the policy says. The table and the picture show the share of answers that are right to the
-last byte against the bytes that the caches of a row take.
+storage answers the same held-out prompts, greedily, with caches of several sizes. The prompts are prefilled in chunks,
+and the policy evicts what does not fit. The table and the picture show the fraction of answers that are right to the
+last byte against the bytes of a row's caches.
 
-A recall prompt names the key at its end. Before, every pair of the list is as likely to be asked for as another, so no
-policy can know which one to keep: with the share ``f`` of a list in the cache, ``f`` of the answers can be right.
+A recall prompt names the key at its end. Until then all pairs of the list are equally likely to be queried, so no
+policy can know which one to keep: with a fraction ``f`` of the list in the cache, ``f`` of the answers can be right.
 """
 
 import argparse
@@ -43,23 +43,23 @@ _OK, _USAGE = 0, 2
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A policy, for every number of slots, and a storage.
+    """A policy, for any number of slots, and a storage.
 
     Attributes:
-      name: as table and picture say it.
-      policy: "dense", "window" or "h2o"; its settings follow from the slots.
-      first_layer: the policy of the first layer, if another.
+      name: its label in the table and the picture.
+      policy: "dense", "window", "h2o", "h2o, by age" or "q-hitter"; its settings follow from the slots.
+      first_layer: the policy of the first layer, if different.
     """
 
     name: str
     policy: str
     storage: pa.caches.Storage
-    colour: str
+    color: str
     style: str = "-"
     first_layer: pa.caches.Policy | None = None
 
     def policies(self, slots: int, layers: int) -> list[pa.caches.Policy]:
-        """One per layer."""
+        """One policy per layer."""
         policy = {
             "dense": pa.caches.Dense(),
             "window": pa.caches.Window(max(1, slots - SINKS - CHUNK + 1), SINKS),
@@ -71,7 +71,7 @@ class Kind:
         return first + [policy] * (layers - len(first))
 
 
-# Colours of Okabe and Ito, which colour-blind eyes tell apart.
+# Okabe and Ito's colors, safe for color-blind readers.
 KINDS = (
     Kind("Dense", "dense", pa.caches.Plain(), "#000000"),
     Kind("Dense, int8", "dense", pa.caches.Int8(), "#000000", "--"),
@@ -87,13 +87,13 @@ KINDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 2 for a call that is wrong or a file that cannot be written."""
+    """Returns 0; 2 for wrong arguments or a file that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m bench.cache_quality", description=__doc__, allow_abbrev=False)
     parser.add_argument("--prompts", type=int, default=100, help="default %(default)s")
     parser.add_argument("--slots", type=int, nargs="+", default=SLOTS, help="default %(default)s")
-    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the checkpoint that ships")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write results there as JSON, and a picture beside")
+    parser.add_argument("--revision", metavar="COMMIT", help="commit of a copy without .git, for --out")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the shipped checkpoint")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, and a picture next to it")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(model: Decoder, slots: Sequence[int], prompts: int, console: Console) -> Iterator[dict[str, Any]]:
-    """Asks the same questions of every kind and size. Yields an entry of the result file for each."""
+    """Runs the same prompts with every kind and size. Yields a result entry for each."""
     examples = tasks.held_out_prompts("recall", prompts, seed=0, min_pairs=MIN_PAIRS)
     lengths = sorted(len(example.prompt) for example in examples)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -156,7 +156,7 @@ def measure(model: Decoder, slots: Sequence[int], prompts: int, console: Console
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """A line for each kind and size."""
+    """One row per kind and size."""
     out = Table("cache", "slots", "bytes per row", "exact answers", title=results[0]["about"], title_justify="left")
     for result in results:
         row = (result["kind"], str(result["slots"]), f"{result['bytes_per_row']:,}", f"{result['accuracy']:.0%}")
@@ -165,7 +165,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def draw(results: Sequence[dict[str, Any]]) -> "Figure":
-    """Accuracy against memory, a line for each kind; what has one size is a point."""
+    """Draws accuracy against memory: a line per kind, or a point if it has one size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.4), facecolor="white", layout="constrained")
@@ -174,9 +174,9 @@ def draw(results: Sequence[dict[str, Any]]) -> "Figure":
         of_kind = [result for result in results if result["kind"] == kind.name]
         points = sorted((result["bytes_per_row"] / 2**10, 100 * result["accuracy"]) for result in of_kind)
         marker = "o" if len(points) > 1 else "D"
-        axes.plot(*zip(*points, strict=True), kind.style, color=kind.colour, marker=marker, label=kind.name)
+        axes.plot(*zip(*points, strict=True), kind.style, color=kind.color, marker=marker, label=kind.name)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("KiB of all caches of a row")
+    axes.set_xlabel("KiB of a row's caches, all layers")
     axes.set_ylabel("exact answers, %")
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)

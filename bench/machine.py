@@ -1,4 +1,4 @@
-"""What the machine is: for the result file, and for the bounds that physics sets."""
+"""Describes the machine for the result file, and knows the published peaks of GPUs."""
 
 import dataclasses
 import datetime
@@ -15,23 +15,23 @@ from bench.results_file import ResultsError
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """What a machine can do at best: TFLOP/s of its matrix units in the dtype of a case, and GB/s of its memory."""
+    """Peak rates: TFLOP/s of the matrix units in the dtype of a case, and GB/s of the memory."""
 
     tflops: float
     gbps: float
 
     @property
     def ridge(self) -> float:
-        """FLOP per byte above which arithmetic is the bound, and below which it is memory."""
+        """FLOP per byte above which arithmetic is the bound, and below which memory is."""
         return 1e3 * self.tflops / self.gbps
 
     def ceiling(self, intensity: float) -> float:
-        """FLOP/s that no work of so many FLOP per byte exceeds."""
+        """The highest FLOP/s at this intensity, in FLOP per byte."""
         return min(1e12 * self.tflops, 1e9 * self.gbps * intensity)
 
 
 # Dense bfloat16 TFLOP/s and GB/s, from NVIDIA's datasheets of the A100 (2021), H100 (2023) and H200 (2024). The first
-# name that is part of JAX's device kind counts.
+# name that JAX's device kind contains wins.
 _PEAKS = {
     "H200": Peaks(989.4, 4800),
     "H100 PCIe": Peaks(756.0, 2000),
@@ -41,15 +41,15 @@ _PEAKS = {
     "A100 80GB PCIe": Peaks(312.0, 1935),
     "A100": Peaks(312.0, 1555),
 }
-UNKNOWN_REVISION = "This is no clone of the repository: without --revision, no one will know what was measured."
-# At least the L2 of each of these.
+UNKNOWN_REVISION = "This is not a clone of the repository: without --revision the file does not name its commit."
+# At least the L2 cache of each of these GPUs.
 L2_BYTES = 64 * 2**20
 
 _DISTRIBUTIONS = ("jax", "jaxlib", "flax", "tokamax", "torch", "transformers", "triton")
 
 
 def peaks() -> Peaks | None:
-    """Of this machine, where they are known; for a CPU they are not."""
+    """Published peaks of this machine; None for a CPU or an unknown GPU."""
     device = jax.devices()[0]
     if device.platform != "gpu":
         return None
@@ -57,12 +57,12 @@ def peaks() -> Peaks | None:
 
 
 def peaks_of(device_kind: str) -> Peaks | None:
-    """Of a GPU by the name that JAX has for it, where they are known."""
+    """Published peaks of a GPU by JAX's device kind, or None."""
     return next((peaks for name, peaks in _PEAKS.items() if name in device_kind), None)
 
 
 def describe(revision: str | None = None) -> dict:
-    """The result file's ``machine``. ``revision``: of a copy that is no clone and cannot know it.
+    """The result file's ``machine``. ``revision``: the commit of a copy without ``.git``.
 
     Raises:
       ResultsError: ``revision`` is given in a clone.
@@ -105,14 +105,14 @@ def _processor() -> str:
 
 
 def commit(root: Path = Path(__file__).parents[1]) -> str | None:
-    """The commit, with ``-dirty`` where the tree differs from it in more than results; None outside of a clone."""
+    """The commit, with ``-dirty`` if files other than results differ from it; None outside a clone."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(("git", "-C", str(root), *arguments), capture_output=True, text=True)
         return None if done.returncode else done.stdout.strip()
 
     try:
-        # A copy inside another repository is no clone.
+        # A copy inside another repository has a prefix there.
         if git("rev-parse", "--show-prefix") != "":
             return None
     except FileNotFoundError:

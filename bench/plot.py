@@ -1,8 +1,8 @@
 """Pictures of benchmark results: ``python -m bench.plot RESULT.json [RESULT.json ...] --out DIR``.
 
 From each file of ``bench.run``: time against the active fraction of a mask, time against the capacity of a cache, time
-against peers, and a roofline (Williams, Waterman and Patterson, CACM 52(4), 2009). What a file has no figures for is
-left out, and said.
+against peers, and a roofline (Williams, Waterman and Patterson, CACM 52(4), 2009). Pictures for which a file has no
+figures are left out, with a message.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine import Peaks
-from bench.times.cases import BESIDE
+from bench.times.cases import VARIANTS
 from pallas_attn.picture import plain_style, save_figure
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 _SCHEMA = 1
 _OURS = "pallas_attn"
-# Colours of Okabe and Ito, and of Paul Tol, which colour-blind eyes tell apart; the markers tell them apart in grey.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#44aa99", "#999933")
-_GREYS = ("#1b2733", "#5d6975", "#8f9aa5", "#c3cad1")
+# Okabe and Ito's and Paul Tol's colors, safe for color-blind readers; markers differ for prints in gray.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#44aa99", "#999933")
+_GRAYS = ("#1b2733", "#5d6975", "#8f9aa5", "#c3cad1")
 _MARKERS = "osD^vP*X<>"
 _DARK, _TEXT, _LINE = "#1b2733", "#4a5561", "#b4bdc7"
 _TITLE_HEIGHT = 0.75  # inches
@@ -37,7 +37,7 @@ _BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad":
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One case, as far as pictures need it."""
+    """The fields of a case that pictures use."""
 
     case: str
     kind: str
@@ -47,7 +47,7 @@ class Result:
     capacity: int | None
     flops: float | None
     bytes: float | None
-    ms: dict[str, float]  # the median of each contender whose result is right
+    ms: dict[str, float]  # medians of the contenders with a right result
     ratios: dict[str, float]
     claims: dict[str, float]
 
@@ -65,37 +65,37 @@ class Suite:
 
     name: str
     about: str
-    left_out: dict[str, str]  # cases without a right result of ours, and why: nothing of theirs is drawn
-    published: Peaks | None  # by the datasheet
-    measured: Peaks | None  # in the same run
+    left_out: dict[str, str]  # cases without a right result of ours, which are not drawn, and why
+    published: Peaks | None  # from the datasheet
+    measured: Peaks | None  # measured in the same run
     results: tuple[Result, ...]
 
     @property
     def styles(self) -> dict[str, dict[str, Any]]:
-        """Colour and marker of each contender, the same in all pictures of a suite; our other workloads are grey."""
+        """Color and marker of each contender, the same in all pictures of a suite; our other workloads are gray."""
         names = dict.fromkeys([_OURS, *(name for one in self.results for name in (*one.ms, *one.ratios))])
-        colours, greys = itertools.cycle(_COLOURS), itertools.cycle(_GREYS)
+        colors, grays = itertools.cycle(_COLORS), itertools.cycle(_GRAYS)
         return {
-            name: {"color": next(greys if name in BESIDE else colours), "marker": marker}
+            name: {"color": next(grays if name in VARIANTS else colors), "marker": marker}
             for name, marker in zip(names, itertools.cycle(_MARKERS))
         }
 
 
 class NoData(Exception):
-    """There is nothing to draw, and why."""
+    """Nothing to draw, with the reason."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draws; returns 0, or 2 for files that cannot be read or written, with one line on stderr."""
+    """Draws all pictures. Returns 0, or 2 with one line on stderr for files that cannot be read or written."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__, allow_abbrev=False)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json", help="written by bench.run")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if it does not exist")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, created if missing")
     parser.add_argument("--format", choices=["png", "svg"], default="png", help="default %(default)s")
     options = parser.parse_args(argv)
     try:
         suites = [read(path) for path in options.results]
         if len({suite.name for suite in suites}) < len(suites):
-            raise ValueError("expected result files of different names, for pictures are named after them")
+            raise ValueError("expected result files with different names, because pictures are named after them")
         options.out.mkdir(parents=True, exist_ok=True)
         with plain_style():
             for suite in suites:
@@ -110,8 +110,8 @@ def read(path: Path) -> Suite:
     """Reads a result file of schema 1.
 
     Raises:
-      ValueError: it is no such file, or holds no results.
-      OSError: it cannot be read.
+      ValueError: the file is not a result file, or has no right results.
+      OSError: the file cannot be read.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def read(path: Path) -> Suite:
             about,
             left_out,
             _peaks(machine["peak_tflops"], machine["peak_gbps"]),
-            # Files that were written before peaks were measured have none.
+            # Older files have no measured peaks.
             _peaks(**{name: (machine.get("measured") or {}).get(name) for name in ("tflops", "gbps")}),
             results,
         )
@@ -145,7 +145,7 @@ def read(path: Path) -> Suite:
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected a result file of schema {_SCHEMA}, got a wrong value: {error}") from error
     if not results:
-        raise ValueError(f"{path}: expected results that are right, got none")
+        raise ValueError(f"{path}: expected right results, got none")
     return suite
 
 
@@ -171,14 +171,14 @@ def _draw_all(suite: Suite, directory: Path, suffix: str) -> None:
 
 
 def active_fraction(suite: Suite) -> "Figure":
-    """Time of masks of the same shape. Work that follows the lists falls with the share of pairs that is allowed."""
+    """Draws time per mask of one shape. Work that follows the lists falls with the fraction of allowed pairs."""
     groups = _groups(
         suite,
         x=lambda one: one.active_fraction,
         alike=lambda one: (one.kind, one.dtype, tuple(one.shape.items())),
         missing="needs two masks over the same shape with different active fractions",
     )
-    figure, panels = _panels(suite, "Time against the share of pairs that the mask allows", len(groups))
+    figure, panels = _panels(suite, "Time against the fraction of pairs that the mask allows", len(groups))
     for axes, group in zip(panels, groups, strict=True):
         x = [one.active_fraction or 0.0 for one in group]
         _lines(axes, suite, group, x)
@@ -200,15 +200,15 @@ def active_fraction(suite: Suite) -> "Figure":
 
 
 def capacity(suite: Suite) -> "Figure":
-    """Time of the same live work in buffers of several sizes. It should not depend on the buffer."""
+    """Draws the time of the same live work in buffers of several sizes; it should not depend on the buffer."""
     groups = _groups(
         suite,
         x=lambda one: one.capacity,
-        # The same keys are alive, so the same operations are done and the same bytes must move.
+        # The same live keys mean the same operations and bytes.
         alike=lambda one: (one.kind, one.dtype, _without_capacity(one), one.flops, one.bytes),
         missing="needs the same decode step at two capacities",
     )
-    figure, panels = _panels(suite, "Time against capacity, the same keys alive", len(groups))
+    figure, panels = _panels(suite, "Time against capacity, with the same live keys", len(groups))
     for axes, group in zip(panels, groups, strict=True):
         _lines(axes, suite, group, [one.capacity or 0 for one in group])
         axes.set_xscale("log", base=2)
@@ -228,7 +228,7 @@ def _without_capacity(one: Result) -> tuple[tuple[str, int], ...]:
 def _groups(
     suite: Suite, x: Callable[[Result], float | None], alike: Callable[[Result], Hashable], missing: str
 ) -> list[list[Result]]:
-    """Results that make a line: alike but for x, at two values of x at least, by x."""
+    """Groups of results that differ only in x, with at least two values of x, sorted by x."""
     by_key = collections.defaultdict(list)
     for one in suite.results:
         if x(one) and _OURS in one.ms:
@@ -240,7 +240,7 @@ def _groups(
 
 
 def _apart(x: list[float]) -> list[float]:
-    """Values that labels of a logarithmic axis have room for: each a third more than the last."""
+    """Values far enough apart for labels of a logarithmic axis: each a third more than the last."""
     kept: list[float] = []
     for value in x:
         if not kept or value > kept[-1] * 4 / 3:
@@ -249,7 +249,7 @@ def _apart(x: list[float]) -> list[float]:
 
 
 def _lines(axes: "Axes", suite: Suite, group: list[Result], x: list[float] | list[int]) -> None:
-    """Milliseconds of each contender, ours on top, on logarithmic axes."""
+    """Draws milliseconds of each contender, ours on top, on logarithmic axes."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     for name, style in suite.styles.items():
@@ -270,12 +270,12 @@ def _lines(axes: "Axes", suite: Suite, group: list[Result], x: list[float] | lis
 
 
 def peers(suite: Suite) -> "Figure":
-    """How many times as long each peer takes. To the right of 1 we are faster; a tick is what the project claims."""
+    """Draws peer time / our time. To the right of 1 we are faster; a tick marks the project's claim."""
     results = [one for one in suite.results if one.ratios]
     if not results:
         raise NoData("needs a case with a peer's time")
     rows = [(one, peer) for one in results for peer in one.ratios]
-    # A line for each bar, and half a line between cases.
+    # A row per bar, and half a row between cases.
     heights, starts = {}, {}
     y = 0.0
     for one in results:
@@ -314,9 +314,9 @@ def peers(suite: Suite) -> "Figure":
 
 
 def roofline(suite: Suite) -> "Figure":
-    """Our rates of arithmetic against arithmetic intensity, under the machine's ceilings.
+    """Draws our arithmetic rates against arithmetic intensity, under the machine's ceilings.
 
-    Shares are of those that its datasheet promises, where it is known, else of those that it reached in the same run.
+    Fractions are of the published ceilings if they are known, else of those measured in the same run.
     """
     results = [one for one in suite.results if one.flops and one.bytes and _OURS in one.ms]
     if not results:
@@ -326,10 +326,10 @@ def roofline(suite: Suite) -> "Figure":
     axes.set_yscale("log")
     points = [((one.flops or 0) / (one.bytes or 1), (one.flops or 0) / one.ms[_OURS] * 1e3) for one in results]
     kinds = list(dict.fromkeys(one.kind for one in results))
-    places = collections.defaultdict(list)  # numbers of points so close that they share a label
+    places = collections.defaultdict(list)  # points close enough to share a label
     for number, (one, point) in enumerate(zip(results, points, strict=True), start=1):
         which = kinds.index(one.kind)
-        style = {"color": _COLOURS[which % len(_COLOURS)], "marker": _MARKERS[which % len(_MARKERS)], "linestyle": ""}
+        style = {"color": _COLORS[which % len(_COLORS)], "marker": _MARKERS[which % len(_MARKERS)], "linestyle": ""}
         axes.plot(*point, **style, markersize=6, zorder=3, label=one.kind)
         places[tuple(round(math.log10(value) * 12) for value in point)].append(number)
     for numbers in places.values():
@@ -342,7 +342,7 @@ def roofline(suite: Suite) -> "Figure":
         x = [point[0] for point in points]
         x = [min(peaks.ridge, *x) / 2, peaks.ridge, max(peaks.ridge, *x) * 2]
         axes.plot(x, [peaks.ceiling(at) for at in x], line, color=_DARK, linewidth=1.4, zorder=2)
-    note = "no ceilings: the file does not know the machine's peaks"
+    note = "no ceilings: the file has no peaks of the machine"
     shares = [""] * len(points)
     if ceilings:
         notes = (f"{_si(1e12 * x.tflops)}FLOP/s, {_si(1e9 * x.gbps)}B/s, {name}" for name, x in ceilings.items())
@@ -379,11 +379,11 @@ PICTURES: dict[str, Callable[[Suite], "Figure"]] = {
 }
 
 
-# --- what all pictures share ---
+# --- shared by all pictures ---
 
 
 def _panels(suite: Suite, title: str, count: int, size: tuple[float, float] | None = None) -> tuple["Figure", list]:
-    """A figure with a title, and ``count`` axes in two columns at most, each 3.6 x 3 inches unless ``size`` says."""
+    """A figure with a title and ``count`` axes in at most two columns; ``size`` is in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -419,7 +419,7 @@ def _plain(axes: "Axes") -> None:
 
 
 def _log_ticks(axis: Any, values: list[float]) -> None:
-    """Plain numbers, at 1, 2, 5, 10, ... where that is not too many."""
+    """Ticks at plain numbers: 1, 2, 5, 10, ... if they fit, else powers of 10."""
     from matplotlib.ticker import LogLocator
 
     narrow = max(values) < 300 * min(values)
@@ -428,7 +428,7 @@ def _log_ticks(axis: Any, values: list[float]) -> None:
 
 
 def _legend(figure: "Figure", panels: list) -> None:
-    """Below all panels, each name once."""
+    """A legend below all panels, with each name once."""
     named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
         named.values(),

@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-# What must agree for a run to go on where another stopped.
+# Fields of ``machine`` that must agree to resume a run.
 _SAME = ("device", "processor", "python", "revision", "versions")
 
 
 class ResultsError(Exception):
-    """A result file that cannot be written, or not be continued; says why."""
+    """A result file that cannot be written or resumed, with the reason."""
 
 
 class ResultsFile:
     """Results of one run.
 
     Args:
-      path: where to write, or None: nowhere.
+      path: where to write; None writes nothing.
       suite: name of the suite.
       machine: from :func:`bench.machine.describe`.
-      resume: go on with the file that is there.
+      resume: continue the existing file.
 
     Raises:
-      ResultsError: the file cannot be written; what is there is no result file of schema 1; or, with ``resume``, it is
-        of another suite, machine or revision.
+      ResultsError: the file cannot be written; an existing file has no schema 1; or, with ``resume``, its suite,
+        machine or revision differs.
     """
 
     def __init__(self, path: Path | None, *, suite: str, machine: dict[str, Any], resume: bool = False) -> None:
@@ -36,17 +36,17 @@ class ResultsFile:
         self.results: list[dict[str, Any]] = []
         if path is None:
             if resume:
-                raise ResultsError("--resume: expected --out with it, the file to go on with")
+                raise ResultsError("--resume: expected --out, the file to continue")
             return
         before = _read(path)
         if before is not None and resume:
             self._check_same(before)
-            # What could not run may be able to now.
+            # Cases that could not run are tried again.
             self.results = [result for result in before["results"] if result["contenders"]]
-        self._scratch().unlink()  # it can be written; what is there stays until there is a result
+        self._scratch().unlink()  # writable; an existing file stays until there is a result
 
     def has(self, case: str) -> bool:
-        """Whether the case is done."""
+        """Whether the file has a result of the case."""
         return any(result["case"] == case for result in self.results)
 
     def add(self, result: dict[str, Any]) -> None:
@@ -60,10 +60,10 @@ class ResultsFile:
         pairs |= {name: (before["machine"].get(name), self.machine[name]) for name in _SAME}
         for name, (old, new) in pairs.items():
             if old != new:
-                raise ResultsError(f"{self.path}: cannot resume: its {name} is {old}, and here it is {new}")
+                raise ResultsError(f"{self.path}: cannot resume: its {name} is {old}, here it is {new}")
 
     def _write(self) -> None:
-        """Writes a new file and puts it in the old one's place: a reader never sees half of one."""
+        """Replaces the file atomically: a reader never sees half of one."""
         assert self.path is not None
         content = {"schema": SCHEMA, "suite": self.suite, "machine": self.machine, "results": self.results}
         scratch = self._scratch()
@@ -83,7 +83,7 @@ class ResultsFile:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What is there, or None where nothing is."""
+    """The content of an existing file, or None."""
     try:
         text = path.read_text()
     except FileNotFoundError:

@@ -1,6 +1,6 @@
 """Times attention, masks, caches and generation against their peers.
 
-``python -m bench.run --suite cpu``. Before anything is timed, results are compared; of what is wrong no speed is shown.
+``python -m bench.run --suite cpu``. Results are compared before anything is timed; a wrong result gets no time.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bench.times.peers import Peer, all_peers
 from bench.times.physics import bound_seconds
 
 _ROOT = Path(__file__).parents[1]
-# A case that starts in time may end after it.
+# No case starts after these; one that has started finishes.
 _MINUTES = {"cpu": 14.0, "gpu": 7.5}
 _EFFORT = {"cpu": Effort(), "gpu": Effort(rounds=7, seconds=2.0, prepare_seconds=12.0)}
 _DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a suite.
 
     Returns:
-      0; 1 if a result is wrong, a case broke off or the GPU tests failed; 2 for a call that is wrong or cannot be
-      served here; 3 if time was up before the last case.
+      0; 1 if a result is wrong, a case broke off or the GPU tests failed; 2 for wrong arguments or a suite that this
+      machine cannot run; 3 if time ran out before the last case.
     """
     options = _parse(argv)
-    # PyTorch needs some of the GPU's memory, too. JAX reads this when it first looks for a GPU.
+    # Leaves GPU memory to PyTorch. JAX reads this when it first looks for a GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     console = Console(stderr=True)
     suites = SUITES if options.suite == "all" else (options.suite,)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class UsageError(Exception):
-    """A call that makes no sense, or cannot be served here; says why."""
+    """Wrong arguments, or a suite that this machine cannot run, with the reason."""
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,12 +78,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=[*SUITES, "all"], required=True)
     parser.add_argument("--case", metavar="NAMES", action="append", help="only these, separated by commas; see --list")
     parser.add_argument("--peers", metavar="NAMES", help='only these, separated by commas, or "none"; see --list')
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write results there as JSON, after each case")
-    parser.add_argument("--resume", action="store_true", help="go on with --out: skip the cases that it has")
-    parser.add_argument("--minutes", type=_positive, help="no case starts after them (default 14 for cpu, 7.5 for gpu)")
-    parser.add_argument("--toy", action="store_true", help="toy sizes, our kernels interpreted: a rehearsal, no result")
-    parser.add_argument("--even-if-tests-fail", action="store_true", help="suite gpu: go on if the GPU tests fail")
-    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, after each case")
+    parser.add_argument("--resume", action="store_true", help="continue --out: skip the cases that it has")
+    parser.add_argument("--minutes", type=_positive, help="start no case after these (default 14 for cpu, 7.5 for gpu)")
+    parser.add_argument("--toy", action="store_true", help="rehearse with toy sizes and interpreted kernels")
+    parser.add_argument("--even-if-tests-fail", action="store_true", help="suite gpu: continue if the GPU tests fail")
+    parser.add_argument("--revision", metavar="COMMIT", help="commit of a copy without .git, for --out")
     parser.add_argument("--list", action="store_true", help="show cases and peers, and why some cannot run here")
     return parser.parse_args(argv)
 
@@ -128,10 +128,10 @@ def _results_file(options: argparse.Namespace, suite: str, described: dict) -> R
 
 
 def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, console: Console) -> int:
-    """Runs the cases that the file does not have yet, and prints the table."""
+    """Runs the cases that are missing from the file, and prints the table."""
     start, minutes = time.perf_counter(), options.minutes or _MINUTES[suite]
     if suite == "gpu" and not _gpu_tests_pass(options.toy, console) and not options.even_if_tests_fail:
-        console.print("The GPU tests must pass first; --even-if-tests-fail goes on without that.", style="red")
+        console.print("The GPU tests must pass first; --even-if-tests-fail continues without that.", style="red")
         return _WRONG
     setting = Setting(
         suite,
@@ -157,14 +157,14 @@ def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, c
     out.print(table(file.results, machine.peaks() or setting.measured))
     _print_skipped(file.results, out)
     if late:
-        out.print(f"After {minutes:g} minutes no time was left for: {', '.join(late)}. --resume goes on.")
-    # A case that could not run, for a reason that it gives, is not wrong.
+        out.print(f"After {minutes:g} minutes no time was left for: {', '.join(late)}. --resume continues.")
+    # None: the case could not run, and gives the reason. That is not wrong.
     wrong = any(result["correct"] is False for result in file.results)
     return _WRONG if wrong else _UNFINISHED if late else _OK
 
 
 def _measured_peaks(file: ResultsFile, suite: str, toy: bool) -> Peaks:
-    """What the machine reaches now, in the dtype of the suite. The file has it, too."""
+    """The peaks that the machine reaches now, in the dtype of the suite; also recorded in the file."""
     dtype, sizes = _DTYPES[suite], peaks.TOY if toy else peaks.SIZES[suite]
     found = peaks.measure(dtype, sizes, by_device=suite == "gpu")
     file.machine = file.machine | {
@@ -176,14 +176,14 @@ def _measured_peaks(file: ResultsFile, suite: str, toy: bool) -> Peaks:
 def _measured(case: Case, setting: Setting) -> dict:
     try:
         return measure(case, setting)
-    except Exception as error:  # one case that breaks must not cost the others
+    except Exception as error:  # the other cases still run
         return failed(case, setting, error)
     finally:
         free_memory()
 
 
 def _gpu_tests_pass(toy: bool, console: Console) -> bool:
-    """``pytest -m gpu``; in a rehearsal they are only collected."""
+    """Runs ``pytest -m gpu``; a rehearsal only collects the tests."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
     console.print(f"{'Collecting' if toy else 'Running'} the GPU tests: {' '.join(command[1:])}", markup=False)
     try:
@@ -195,7 +195,7 @@ def _gpu_tests_pass(toy: bool, console: Console) -> bool:
             timeout=_TESTS_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        console.print(f"The GPU tests did not end within {_TESTS_SECONDS} s.", style="red")
+        console.print(f"The GPU tests did not finish within {_TESTS_SECONDS} s.", style="red")
         return False
     if done.returncode:
         console.print((done.stdout + done.stderr)[-4000:], markup=False, highlight=False)
@@ -203,10 +203,10 @@ def _gpu_tests_pass(toy: bool, console: Console) -> bool:
 
 
 def table(results: list[dict], peaks: Peaks | None) -> Table:
-    """One line per case: our time and rate, the shares of the bound and of a copy, and each peer's time over ours."""
+    """One row per case: our time and rate, fractions of the bound and of a copy, and peer time / our time."""
     names = list(dict.fromkeys(name for result in results for name in (*result["ratios"], *_wrong_peers(result))))
     columns = ("case", "active", "ours, ms", "rate", "of bound", "of copy", *names, "claims")
-    out = Table(*columns, title="median of turns; under a peer's name its time over ours", title_justify="left")
+    out = Table(*columns, title="medians of interleaved runs; peers: peer time / our time", title_justify="left")
     for result in results:
         mine = result["contenders"].get(OURS, {})
         if "ms" not in mine:
@@ -251,14 +251,14 @@ def _share_of_bound(result: dict, milliseconds: float, peaks: Peaks | None) -> s
 
 
 def _claims(result: dict) -> str:
-    """Every claim that could be put to the test, and whether it holds."""
+    """Every claim whose peer was timed, and whether it holds."""
     tested = {name: claim for name, claim in result["claims"].items() if name in result["ratios"]}
     missed = [f"missed: {name} {claim:.2f}" for name, claim in tested.items() if result["ratios"][name] < claim]
     return ", ".join(missed) or ("kept" if tested else "")
 
 
 def _print_skipped(results: list[dict], out: Console) -> None:
-    """Each reason once, with the cases that it is about."""
+    """Prints each reason once, with the cases to which it applies."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for name, reason in result["skipped"].items():
@@ -270,7 +270,7 @@ def _print_skipped(results: list[dict], out: Console) -> None:
 
 def _print_list(suites: Sequence[str], wanted: list[str] | None, peers: dict[str, Peer]) -> None:
     out = Console(width=None if sys.stdout.isatty() else 160)
-    cases = Table("case", "kind", "what it is", "suites and sizes")
+    cases = Table("case", "kind", "about", "suites and sizes")
     for case in {case.name: case for suite in suites for case in _chosen(suite, wanted)}.values():
         sizes = "\n".join(f"{suite}: {case.sizes[suite]}" for suite in suites if suite in case.sizes)
         cases.add_row(case.name, case.kind, case.about.replace("{S}", "S"), sizes)

@@ -1,7 +1,7 @@
-"""How decode shares out a ragged batch, as a picture: ``python -m bench.schedule_picture --out schedule.png``.
+"""Draws how decode splits a ragged batch: ``python -m bench.schedule_picture --out schedule.png``.
 
-One long row among short ones, cut into equal shares (``pallas_attn.schedule``), and, for comparison, every row cut into
-the same number of parts, as a kernel does that does not know how long its rows are. A bar is a program.
+One long row among short ones, split into equal shares (``pallas_attn.schedule``), and, for comparison, every row split
+into the same number of parts, as by a kernel that does not know the lengths. A bar is a program.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _LONG, _SHORT, _TEXT = "#1f4e79", "#f2a65a", "#4a5561"
 
 
 def shares(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Row, and KV blocks, of every program of the balanced schedule that is not spare."""
+    """Row and number of KV blocks of every program of the balanced schedule, without the idle ones."""
     num_active = jnp.asarray([-(-length // KV_BLOCK) for length in lengths], jnp.int32)
     schedule = Schedule.balanced(num_active, int(num_active.max()), SHARES)
     total = int(schedule.total)
@@ -34,14 +34,14 @@ def shares(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parts(lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The same where every row is cut into ``PARTS``."""
+    """The same with every row split into ``PARTS``."""
     blocks = np.array([-(-length // KV_BLOCK) for length in lengths])
     edges = np.linspace(0, blocks, PARTS + 1).round().astype(int)
     return np.repeat(np.arange(len(lengths)), PARTS), np.diff(edges, axis=0).T.ravel()
 
 
 def picture() -> "Figure":
-    """Both, one above the other, on the same scale."""
+    """Draws both, one above the other, on the same scale."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -61,13 +61,13 @@ def picture() -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("program", color=_TEXT, fontsize=9)
     lengths = f"the row of {ROW_LENGTHS[0]:,} keys", f"the {len(ROW_LENGTHS) - 1} rows of {ROW_LENGTHS[1]:,}"
-    patches = [Patch(color=colour, label=label) for colour, label in zip((_LONG, _SHORT), lengths, strict=True)]
+    patches = [Patch(color=color, label=label) for color, label in zip((_LONG, _SHORT), lengths, strict=True)]
     panels[0].legend(handles=patches, frameon=False, fontsize=9, loc="center right")
     return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws it; see ``--help``."""
+    """Writes the picture; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m bench.schedule_picture", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a .png or .svg file")
     out = parser.parse_args(arguments).out

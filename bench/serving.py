@@ -1,12 +1,11 @@
-"""Generation as it is served: ``python -m bench.serving --out serving.json``.
+"""Serving throughput of the Generator: ``python -m bench.serving --out serving.json``.
 
-Three questions, each to our own Generator in two ways that must give the same tokens:
+Each case runs our own Generator in two ways that must give the same tokens:
 
-- *continuous batching*: what does it bring that a row which is done makes room for the next request at once, over
-  batches that wait for their longest row? Requests are of unequal lengths, as users' are.
-- *speculation*: what do drafts that are looked up in the prompt bring where the answer is not there to be copied, and
-  where it is?
-- *streaming*: what does Python cost per token, where every token is told at once?
+- *continuous batching*: a finished row goes to the next request at once, against batches that wait for their longest
+  row. Requests have unequal lengths.
+- *speculation*: drafts that are looked up in the prompt, where it contains the answer and where it does not.
+- *streaming*: the cost of Python per token, streaming every step.
 """
 
 import argparse
@@ -41,17 +40,17 @@ INTERVALS = f"interval {LONG_INTERVAL}"
 _OK, _WRONG, _USAGE = range(3)
 
 _ROWS, _CAPACITY = 8, 768  # for the shipped checkpoint
-AIM_MS = 1.0  # of Python, for a step whose tokens are told at once
+AIM_MS = 1.0  # of Python, per step that is streamed
 Tokens = list[list[int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 if tokens differ; 2 for a call that is wrong or a file that cannot be written."""
+    """Returns 0; 1 if tokens differ; 2 for wrong arguments or a file that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--case", choices=list(CASES), action="append", help="only this; may be repeated")
-    parser.add_argument("--toy", action="store_true", help="toy sizes: a rehearsal, no result")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write results there as JSON, after each case")
-    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="run only this; may be repeated")
+    parser.add_argument("--toy", action="store_true", help="rehearse with toy sizes")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, after each case")
+    parser.add_argument("--revision", metavar="COMMIT", help="commit of a copy without .git, for --out")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bar = progress.add_task("", total=len(names))
         for name in names:
             progress.update(bar, description=name)
-            # TF32, JAX's default for float32 products on a GPU, could draw other tokens.
+            # TF32, JAX's default for float32 products on a GPU, could change tokens.
             with jax.default_matmul_precision("highest"):
                 file.add(CASES[name](TOY if options.toy else FULL))
             progress.advance(bar)
@@ -77,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """A line for each case."""
-    title = "medians of turns; ratio: the other's time over ours"
-    out = Table("case", "new tokens", "ours, tokens/s", "other", "its tokens/s", "ratio", "", title=title)
+    """One row per case."""
+    title = "medians of interleaved runs; ratio: baseline time / our time"
+    out = Table("case", "new tokens", "ours, tokens/s", "baseline", "its tokens/s", "ratio", "", title=title)
     for result in results:
         if not result["correct"]:
             out.add_row(result["case"], str(result["new_tokens"]), f"WRONG in {result['error']:.0f} rows")
@@ -94,25 +93,25 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 def _finding(result: dict[str, Any]) -> str:
     if "least_steps" in result:
         steps = result["least_steps"]
-        return f"{steps[SEQUENTIAL] / steps[OURS]:.2f} times as many steps at least"
+        return f"batches take {steps[SEQUENTIAL] / steps[OURS]:.2f} times the minimum of steps"
     if "acceptance" in result:
-        accepted = "no draft" if result["acceptance"] is None else f"{result['acceptance']:.0%} of drafted tokens right"
+        accepted = "no draft" if result["acceptance"] is None else f"{result['acceptance']:.0%} of drafts accepted"
         return f"{accepted}, {result['tokens_per_step']:.2f} tokens per step"
     kept = "kept" if result["overhead_ms"] <= AIM_MS else "missed"
-    return f"{result['overhead_ms']:.2f} ms per step that is told (aim: {AIM_MS:g} ms, {kept})"
+    return f"{result['overhead_ms']:.2f} ms per streamed step (goal: {AIM_MS:g} ms, {kept})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much work the cases are.
+    """Sizes of the cases.
 
     Attributes:
       rounds: turns of each contender.
-      requests, batch: of continuous batching.
+      requests, batch: requests and rows of continuous batching.
       chat, documents: the longest prompt and continuation of two kinds of requests; the shortest have 8 and 4 tokens.
-      model: of continuous batching, random.
-      prompts: of speculation, for each task.
-      streamed: new tokens of each row.
+      model: the random model of continuous batching.
+      prompts: prompts per task of speculation.
+      streamed: new tokens per row of streaming.
     """
 
     rounds: int
@@ -149,24 +148,24 @@ TOY = Scale(
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Prompts, and how they are to be continued."""
+    """Prompts and the sampling settings of each."""
 
     prompts: list[list[int]]
     samplings: list[Sampling]
 
     def batches(self, size: int) -> list["Requests"]:
-        """So many at a time, in their order."""
+        """Batches of ``size`` requests, in order."""
         starts = range(0, len(self.prompts), size)
         return [Requests(self.prompts[i : i + size], self.samplings[i : i + size]) for i in starts]
 
     @property
     def new_tokens(self) -> list[int]:
-        """The budget of each."""
+        """The budget of each request."""
         return [sampling.max_new_tokens for sampling in self.samplings]
 
 
 def unequal_requests(scale: Scale, longest_prompt: int, most_new: int) -> Requests:
-    """Lengths of prompts and of continuations are log-uniform and independent: most are short, a few are very long."""
+    """Prompt and continuation lengths are log-uniform and independent: most are short, a few are very long."""
     rng = np.random.default_rng(0)
 
     def lengths(least: int, most: int) -> np.ndarray:
@@ -177,7 +176,7 @@ def unequal_requests(scale: Scale, longest_prompt: int, most_new: int) -> Reques
 
 
 def continuous_batching(kind: str, scale: Scale) -> dict[str, Any]:
-    """All requests at once, and the same in batches; how many steps these take follows from the requests."""
+    """Submits all requests at once, and in batches; the minimum of steps follows from the requests."""
     longest_prompt, most_new = getattr(scale, kind)
     requests = unequal_requests(scale, longest_prompt, most_new)
     capacity = longest_prompt + most_new
@@ -211,7 +210,7 @@ def _answers(task: str, **options: int) -> Callable[[int], Requests]:
 
 
 def _copies(count: int) -> Requests:
-    """A letter many times, and more of it: the most that drafts from the prompt can bring."""
+    """A repeated letter, continued by itself: the most that drafts from the prompt can gain."""
     letters = [ord(string.ascii_lowercase[i % 26]) for i in range(count)]
     sampling = Sampling(max_new_tokens=64, forbidden_tokens=(tasks.END_TOKEN,))
     return Requests([[letter] * 24 for letter in letters], [sampling] * count)
@@ -244,7 +243,7 @@ def _speculation(name: str, about: str, draw: Callable[[int], Requests]) -> Call
 
 
 def streaming(scale: Scale) -> dict[str, Any]:
-    """What it costs to come back to Python after every step, and not after many."""
+    """The cost of returning to Python after every step instead of after many."""
     generator = shipped_generator()
     # No row ends early: all intervals take the same steps.
     sampling = Sampling(max_new_tokens=scale.streamed, forbidden_tokens=(tasks.END_TOKEN,))
@@ -259,7 +258,7 @@ def streaming(scale: Scale) -> dict[str, Any]:
 
     contenders = {OURS: lambda: tokens(1), INTERVALS: lambda: tokens(LONG_INTERVAL)}
     shape = _shape(_ROWS, _CAPACITY, generator.model.config)
-    about = f"every token told at once, {scale.streamed} of each row"
+    about = f"streaming every step, {scale.streamed} tokens per row"
     entry = _compared("streaming", about, shape, contenders, scale.rounds)
     once, seldom = (entry["contenders"][name]["ms"]["median"] for name in (OURS, INTERVALS))
     more_returns = scale.streamed - -(-scale.streamed // LONG_INTERVAL)
@@ -270,18 +269,18 @@ CASES: dict[str, Callable[[Scale], dict[str, Any]]] = {
     "batching-chat": functools.partial(continuous_batching, "chat"),
     "batching-documents": functools.partial(continuous_batching, "documents"),
     "speculation-recall": _speculation("recall", "recall from lists of 1 to 90 pairs", _answers("recall")),
-    "speculation-reversal": _speculation("reversal", "words read backwards", _answers("reversal")),
-    "speculation-copy": _speculation("copy", "64 times the letter that the prompt consists of", _copies),
+    "speculation-reversal": _speculation("reversal", "reversed words", _answers("reversal")),
+    "speculation-copy": _speculation("copy", "64 repetitions of the letter that the prompt repeats", _copies),
     "streaming": streaming,
 }
 
 
-# --- what all cases share ---
+# --- shared by all cases ---
 
 
 @functools.cache
 def shipped_generator(speculation: PromptLookup | None = None) -> Generator:
-    """With the checkpoint that ships; what is compiled for one case serves the next."""
+    """A Generator with the shipped checkpoint; cases share what it compiled."""
     checkpoint = weights.DIRECTORY
     model = load_hf(checkpoint, dtype=jnp.float32)
     return Generator(model, batch_size=_ROWS, capacity=_CAPACITY, speculation=speculation)
@@ -295,7 +294,7 @@ def _shape(rows: int, capacity: int, config: DecoderConfig) -> dict[str, int]:
 def _compared(
     name: str, about: str, shape: dict[str, int], contenders: dict[str, Callable[[], Tokens]], rounds: int
 ) -> dict[str, Any]:
-    """The result file's entry of two contenders, ours first. They take turns if their tokens are the same."""
+    """The result entry of two contenders, ours first; they are timed only if their tokens agree."""
     prepared = {
         contender: prepare(Contender(generate, [()], "host"), by_device=False)
         for contender, generate in contenders.items()

@@ -1,4 +1,4 @@
-"""``python -m bench.static``: what the machine code of the kernels says."""
+"""``python -m bench.static``: the machine-code report of the kernels."""
 
 import sys
 

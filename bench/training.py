@@ -1,11 +1,11 @@
-"""Trains the model of the shipped checkpoint twice, in turns, step by step: ``python -m bench.training``.
+"""Trains the model of the shipped checkpoint twice, alternating step by step: ``python -m bench.training``.
 
-Once with the attention that users get, and once with the reference: the same seed, the same batches. The losses must
-agree at every step. That can be asked of a short training only: rounding errors grow, in the curriculum's full length
-to 1e-3 within 140 steps, and so they do from the reference to itself with weights that differ in the last bit.
+One run uses the default attention, the other the reference, with the same seed and batches. The losses must agree at
+every step. That holds only for a short training, because rounding errors grow: in the full curriculum to 1e-3 within
+140 steps, as they do between two runs of the reference whose weights differ in the last bit.
 
-Rows are packed documents, so the lists name only a part of the blocks. Where attention takes that part of the
-reference's time, and all else stays, a step is faster by what skipping allows: the claim of a phase.
+Rows are packed documents, so the lists name only some of the blocks. The claim of a phase is the speed-up of a step if
+attention took the visited fraction of the reference's time and nothing else changed.
 """
 
 import argparse
@@ -40,26 +40,26 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 _IMPLEMENTATIONS = {OURS: None, REFERENCE: REFERENCE}
 _STEPS = 100
-_COLOURS = {OURS: "#0072b2", REFERENCE: "#e69f00"}  # of Okabe and Ito, which colour-blind eyes tell apart
+_COLORS = {OURS: "#0072b2", REFERENCE: "#e69f00"}  # Okabe and Ito's, safe for color-blind readers
 _OK, _WRONG, _USAGE = range(3)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 if the losses disagree; 2 for a call that is wrong or a file that cannot be written."""
+    """Returns 0; 1 if the losses disagree; 2 for wrong arguments or a file that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__, allow_abbrev=False)
     total = sum(phase.steps for phase in train.PHASES)
     parser.add_argument("--steps", type=int, default=_STEPS, help=f"default %(default)s; the checkpoint took {total}")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write results there as JSON, and losses beside as PNG"
+        "--out", type=Path, metavar="FILE", help="write the results as JSON, and a picture of the losses next to it"
     )
-    parser.add_argument("--revision", metavar="COMMIT", help="what a copy that is no clone was made of, for --out")
+    parser.add_argument("--revision", metavar="COMMIT", help="commit of a copy without .git, for --out")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
         phases = train.scaled(train.PHASES, options.steps)
         if min(phase.steps for phase in phases) < 2:
-            raise ValueError(f"--steps: expected two or more for each phase, got {options.steps}")
+            raise ValueError(f"--steps: expected at least two for each phase, got {options.steps}")
         file = ResultsFile(options.out, suite="training", machine=machine.describe(options.revision))
     except (ValueError, ResultsError) as error:
         console.print(f"python -m bench.training: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Run:
-    """One of the two trainings."""
+    """One of the two training runs."""
 
     def __init__(self, phases: Sequence[train.Phase], seed: int, implementation: str | None) -> None:
         self.model = train.new_model(seed, implementation)
@@ -84,14 +84,14 @@ class _Run:
         self._optimizer = nnx.Optimizer(self.model, optimizer, wrt=nnx.Param)
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """Learns from a batch: the loss before, and the seconds that it took."""
+        """Trains on a batch; returns the loss before the update, and the seconds of the step."""
         start = time.perf_counter()
         loss = float(train.train_step(self.model, self._optimizer, batch)[0])
         return loss, time.perf_counter() - start
 
 
 def compare(phases: Sequence[train.Phase], seed: int, console: Console) -> Iterator[dict[str, Any]]:
-    """Trains with both. Yields an entry of the result file for each phase."""
+    """Trains with both. Yields a result entry for each phase."""
     runs = {name: _Run(phases, seed, implementation) for name, implementation in _IMPLEMENTATIONS.items()}
     layers = {name: _layer(implementation) for name, implementation in _IMPLEMENTATIONS.items()}
     batches = train.batches(phases, seed)
@@ -120,14 +120,14 @@ def compare(phases: Sequence[train.Phase], seed: int, console: Console) -> Itera
 
 @nnx.jit
 def _block_mask(model: Decoder, batch: Batch) -> tuple[pa.BlockMask, Array]:
-    """The lists that all layers share (of the rest, XLA computes nothing), and the share of pairs that may attend."""
+    """The lists that all layers share, and the fraction of pairs that may attend. XLA drops the rest of the model."""
     block_mask = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids, apply_head=False).block_masks[0]
     allowed = block_mask.mask.dense_array(block_mask.q_positions, block_mask.kv_positions)
     return block_mask, allowed.mean()
 
 
 def _layer(implementation: str | None) -> Callable[..., tuple[Array, ...]]:
-    """Attention of one layer, and its gradients."""
+    """The gradients of one layer's attention, as a jitted function."""
 
     @jax.jit
     def gradients(query: Array, key: Array, value: Array, d_out: Array, block_mask: pa.BlockMask) -> tuple[Array, ...]:
@@ -140,7 +140,7 @@ def _layer(implementation: str | None) -> Callable[..., tuple[Array, ...]]:
 
 
 def _arrays(phase: train.Phase) -> list[Array]:
-    """Random query, key, value and derivative of the output, as large as those of a layer."""
+    """Random query, key, value and output gradient, shaped as in a layer."""
     config = train.CONFIG
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads, config.num_heads)
     keys = jax.random.split(jax.random.key(0), len(heads))
@@ -149,7 +149,7 @@ def _arrays(phase: train.Phase) -> list[Array]:
 
 
 def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    jax.block_until_ready(function(*arguments))  # untimed: what the other left in the caches is not its own work
+    jax.block_until_ready(function(*arguments))  # untimed: the other run has filled the CPU's caches
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
@@ -200,10 +200,10 @@ def _entry(
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """A line for each phase."""
+    """One row per phase."""
     columns = ("batch", "pairs allowed", "blocks visited", "loss differs by")
     columns += ("step, ms", "reference, ms", "ratio", "claim", "attention of a layer, ms", "reference, ms", "ratio")
-    out = Table(*columns, title="medians of turns; ratios: the reference's time over ours", title_justify="left")
+    out = Table(*columns, title="medians of interleaved runs; ratios: reference time / our time", title_justify="left")
     for result in results:
 
         def times(of: dict[str, Any]) -> list[str]:
@@ -225,20 +225,20 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def draw(results: Sequence[dict[str, Any]]) -> "Figure":
-    """Both losses of every step, and below them how far they are apart."""
+    """Draws both losses of every step, and their difference below."""
     from matplotlib.figure import Figure
 
-    losses = {name: np.concatenate([result["losses"][name] for result in results]) for name in _COLOURS}
+    losses = {name: np.concatenate([result["losses"][name] for result in results]) for name in _COLORS}
     figure = Figure(figsize=(7.2, 4.4), facecolor="white", layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     steps = np.arange(1, losses[OURS].size + 1)
     for name, width in ((REFERENCE, 4.0), (OURS, 1.2)):
-        above.plot(steps, losses[name], color=_COLOURS[name], linewidth=width, label=name)
+        above.plot(steps, losses[name], color=_COLORS[name], linewidth=width, label=name)
     above.set_ylabel("loss, nats")
     above.legend(frameon=False)
-    # What is equal bit for bit has no logarithm.
+    # Equal losses have a difference of 0, which has no logarithm.
     apart = np.maximum(np.abs(losses[OURS] - losses[REFERENCE]), np.finfo(np.float32).eps / 2)
-    below.plot(steps, apart, color=_COLOURS[OURS], linewidth=1.2)
+    below.plot(steps, apart, color=_COLORS[OURS], linewidth=1.2)
     below.axhline(tolerances.TRAINING_LOSS, color="#d55e00", linestyle="--", label="allowed")
     below.set_yscale("log")
     below.set_ylabel("difference")
@@ -246,7 +246,7 @@ def draw(results: Sequence[dict[str, Any]]) -> "Figure":
     below.legend(frameon=False, loc="center right")
     for end in np.cumsum([len(result["losses"][OURS]) for result in results])[:-1]:
         for axes in (above, below):
-            axes.axvline(end + 0.5, color="#b4bdc7", linewidth=0.8, zorder=0)  # from here on longer rows
+            axes.axvline(end + 0.5, color="#b4bdc7", linewidth=0.8, zorder=0)  # longer rows from here on
     figure.suptitle("Training with the kernels and with the reference", x=0.02, ha="left", fontweight="bold")
     return figure
 

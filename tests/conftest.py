@@ -39,10 +39,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--optimize"):
         jax.config.update("jax_disable_most_optimizations", True)
-    # Workers and later runs share compiled programs; `pytest --cache-clear` removes them.
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if hasattr(config, "cache"):  # `-p no:cacheprovider` removes it
+        # Workers and later runs share compiled programs; `pytest --cache-clear` removes them.
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marks

@@ -1,4 +1,4 @@
-"""Functions of one query and one key as users write them, and attention of its definition with such functions."""
+"""Custom masks and scores as users write them, and attention from its definition with such functions."""
 
 import functools
 from typing import NamedTuple
@@ -13,7 +13,7 @@ BUCKETS = 17
 
 
 class Closed(NamedTuple):
-    """What they close over."""
+    """Arrays that the functions close over."""
 
     number: Array  # float32 []
     slopes: Array  # float32 [N]
@@ -45,7 +45,7 @@ def closed(seed: int = 0) -> Closed:
 
 
 def split(c: Closed) -> tuple[Closed, Closed]:
-    """The arrays that have gradients, and the others; None in their place."""
+    """The arrays with gradients, and the others, each with None in the other's place."""
     is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in c]
     floats, rest = ([x if y == wanted else None for x, y in zip(c, is_float, strict=True)] for wanted in (True, False))
     return Closed(*floats), Closed(*rest)
@@ -56,7 +56,7 @@ def join(floats: Closed, rest: Closed) -> Closed:
 
 
 class Layer:
-    """A method that reads its own arrays."""
+    """A module whose method reads its own arrays."""
 
     def __init__(self, c: Closed):
         self.slopes = c.slopes
@@ -84,7 +84,7 @@ def f32(x) -> np.float32:
     return np.float32(x)
 
 
-# Given what they close over: functions of (logit, q_position, kv_position, head, params).
+# From the arrays to a function of (logit, q_position, kv_position, head, params).
 SCORES = {
     "a slope per head": lambda c: lambda s, q, k, h, p: s * c.slopes[h],
     "a number": lambda c: lambda s, q, k, h, p: s * c.number,
@@ -144,7 +144,7 @@ SCORES = {
     "the row, by keyword": lambda c: lambda s, q, k, h, p, *, batch: s + c.of_rows[batch] * c.slopes[h],
     "tanh": lambda c: lambda s, q, k, h, p: c.number * jnp.tanh(s / (c.number + 2)),
 }
-# ... and of (q_position, kv_position).
+# From the arrays to a function of (q_position, kv_position).
 MASKS = {
     "documents": lambda c: lambda q, k: c.documents[q] == c.documents[k],
     "documents and causal": lambda c: lambda q, k: (k <= q) & (c.documents[q] == c.documents[k]),
@@ -161,19 +161,19 @@ MASKS = {
 
 
 def normal(name: str, *shape: int) -> Array:
-    """Numbers that depend on the name alone."""
+    """Normal numbers, seeded by the name."""
     return jnp.asarray(np.random.default_rng(list(name.encode())).standard_normal(shape), jnp.float32)
 
 
 def pairs(function, *axes: Array) -> Array:
-    """A function of numbers for all combinations of the entries of vectors."""
+    """Applies a function of scalars to all combinations of the entries of vectors."""
     for axis in reversed(range(len(axes))):
         function = jax.vmap(function, [0 if n == axis else None for n in range(len(axes))])
     return function(*axes)
 
 
 def attention(query: Array, key: Array, value: Array, score, visible, q_positions: Array) -> Array:
-    """By its definition, of functions of numbers: ``score(logit, q, k, head, batch)`` and ``visible(q, k)``."""
+    """Attention from the definition, with ``score(logit, q, k, head, batch)`` and ``visible(q, k)`` of scalars."""
     key, value = (jnp.repeat(x, N // K, axis=2) for x in (key, value))
     logits = jnp.einsum("btnd,bsnd->bnts", query, key, precision="highest") * f32(D**-0.5)
     keys = jnp.arange(S, dtype=jnp.int32)

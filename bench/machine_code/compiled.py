@@ -1,8 +1,8 @@
-"""What the machine code of a Triton kernel says, on a machine without a GPU.
+"""Compiles Triton kernels to machine code on a machine without a GPU.
 
 JAX lowers a Pallas kernel to Triton IR inside a custom call. PyPI's `triton` compiles that IR for any NVIDIA target,
-and the tools in its wheel read the result. The same passes run as in XLA, which carries its own version of Triton: so
-this is evidence, not proof.
+and the tools in its wheel disassemble the result. The passes are those of XLA, but XLA carries its own version of
+Triton, so this is evidence, not proof.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ class MachineCode:
     """One compiled kernel.
 
     Attributes:
-      name: of the kernel.
+      name: the kernel's name.
       num_warps: warps per program.
-      registers: per thread.
-      stack_bytes: per thread; a spilled register lives there.
+      registers: registers per thread.
+      stack_bytes: stack per thread, which holds spilled registers.
       spill_stores, spill_loads: instructions that write and read the stack.
       shared_bytes: shared memory per program.
       ir: the Triton IR, as text, whose lines ``sass`` refers to.
@@ -49,10 +49,10 @@ class MachineCode:
 
 
 def lower_for_cuda(function: Callable, *arguments, capability: int = 90):
-    """Lowers ``function`` for a GPU of compute capability 80 or 90 that need not be there.
+    """Lowers ``function`` for a GPU of compute capability 80 or 90, which may be absent.
 
     Args:
-      function: what to lower; it calls the Triton kernels directly, since ``attention`` finds no GPU to choose.
+      function: calls the Triton kernels directly, because ``attention`` finds no GPU to choose them for.
       *arguments: arrays or ``jax.ShapeDtypeStruct``.
       capability: ten times the compute capability.
     """
@@ -64,13 +64,13 @@ def lower_for_cuda(function: Callable, *arguments, capability: int = 90):
 
 @contextlib.contextmanager
 def _assumed_device(kind: str) -> Iterator[None]:
-    if jax.__version_info__ < (0, 11):  # needs no device, and takes compute capability 9.0 for granted
+    if jax.__version_info__ < (0, 11):  # needs no device and assumes compute capability 9.0
         yield
         return
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    # No axes: with one, differentiation inside a kernel fails.
+    # No axes: differentiation inside a kernel fails with one.
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         yield
 
@@ -78,7 +78,7 @@ def _assumed_device(kind: str) -> Iterator[None]:
 def compile_kernels(lowered, capability: int = 90, *, name: str | None = None) -> list[MachineCode]:
     """Compiles every Triton kernel of a lowered function, or those of one name, in order of appearance.
 
-    Triton keeps what it compiled under a key of the IR, the options and its own version (``TRITON_CACHE_DIR``).
+    Triton caches results under a key of the IR, the options and its version (``TRITON_CACHE_DIR``).
 
     Raises:
       ModuleNotFoundError: PyPI's `triton` is not installed (extra [bench]).
@@ -97,7 +97,7 @@ def _compile(config: dict, capability: int) -> MachineCode:
     options = {
         "num_warps": config["num_warps"].value,
         "num_stages": config["num_stages"].value,
-        # As XLA compiles: with fused multiply-adds, and with denormals in libdevice (`xla_gpu_ftz` is off).
+        # As XLA does: fused multiply-adds, and denormals in libdevice (`xla_gpu_ftz` is off).
         "enable_fp_fusion": True,
         "enable_reflect_ftz": False,
     }
@@ -139,19 +139,19 @@ def _triton_calls(operation) -> Iterator[dict]:
 
 
 def _as_text(bytecode: bytes) -> str:
-    """The module without JAX's locations, so that the lines of the text itself become the locations."""
+    """The module without JAX's locations, so that lines of the text become the locations."""
     with ir.Context() as context:
         triton_dialect.register_dialect(context)
-        # An attribute that a newer Triton does not know must not stop the parser.
+        # The parser must accept attributes of other Triton versions.
         context.allow_unregistered_dialects = True
         return str(ir.Module.parse(bytecode))
 
 
 def _simplified(source: Path, target, options: dict) -> str:
-    """The IR after Triton's first passes, which `triton.compile` leaves out for a file, and XLA does not.
+    """The IR after Triton's first passes, which XLA runs and `triton.compile` skips for a file.
 
-    One of them turns ``acc * decay + dot(p, v)`` into a product that accumulates in place: without it, registers for a
-    second accumulator are counted.
+    One of them turns ``acc * decay + dot(p, v)`` into a product that accumulates in place; without it the kernel would
+    need registers for a second accumulator.
     """
     from triton._C.libtriton import ir as triton_ir
     from triton.backends.nvidia.compiler import CUDABackend
@@ -163,7 +163,7 @@ def _simplified(source: Path, target, options: dict) -> str:
     module = triton_ir.parse_mlir_module(str(source), context)
     module.context = context
     simplified = backend.make_ttir(module, {}, backend.parse_options(dict(options)), target.arch)
-    # Locations must not name the temporary directory: Triton's cache would never find the text again.
+    # A temporary directory in the locations would defeat Triton's cache.
     return str(simplified).replace(str(source), source.name)
 
 
@@ -172,7 +172,7 @@ def _tool(name: str) -> str:
 
     path = Path(nvidia.__file__).parent / "bin" / name
     if not path.exists():
-        raise FileNotFoundError(f"{name}: the wheel of triton has it at {path}, where there is none")
+        raise FileNotFoundError(f"{name}: expected it in the wheel of triton at {path}, found none")
     return str(path)
 
 

@@ -1,4 +1,4 @@
-"""What NVIDIA publishes about a multiprocessor's limits and rates, and an estimate of cycles made from it.
+"""NVIDIA's published limits and rates of a multiprocessor, and an estimate of cycles made from them.
 
 Sources:
   [guide] CUDA C++ Programming Guide: "Compute Capabilities", technical specifications (registers, warps, blocks, shared
@@ -9,7 +9,7 @@ Sources:
   [ga100] NVIDIA A100 Tensor Core GPU Architecture, whitepaper: 108 multiprocessors, 1024 dense 16-bit multiply-adds per
     clock and multiprocessor, 5120 bytes per clock from the L2 cache.
   [gh100] NVIDIA H100 Tensor Core GPU Architecture, whitepaper: 132 multiprocessors, 2048 multiply-adds. It gives no
-    bytes per clock for the L2 cache: those of the A100 are taken.
+    bytes per clock for the L2 cache, so the A100's are used.
 
 A multiprocessor has four sub-partitions, and each issues one instruction of one warp per clock [guide].
 """
@@ -32,10 +32,10 @@ class Processor:
 
     Attributes:
       capability: ten times the compute capability.
-      multiprocessors: of the GPU that shares one L2 cache.
-      multiply_adds: of 16-bit matrices, per clock and multiprocessor.
+      multiprocessors: multiprocessors of the GPU, which share one L2 cache.
+      multiply_adds: 16-bit matrix multiply-adds per clock and multiprocessor.
       fp32_lanes: FP32 adds, products or multiply-adds per clock and multiprocessor.
-      shared_bytes, block_shared_bytes: of a multiprocessor, and the most that one block can have.
+      shared_bytes, block_shared_bytes: shared memory of a multiprocessor, and the maximum of one block.
     """
 
     capability: int
@@ -47,7 +47,7 @@ class Processor:
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
-    reserved_shared_bytes: int = 1024  # per block, by the system
+    reserved_shared_bytes: int = 1024  # per block, for the system
     l2_bytes: int = 5120  # per clock
 
 
@@ -59,7 +59,7 @@ PROCESSORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Occupancy:
-    """How many blocks (programs) and warps are resident on a multiprocessor, and what keeps more out."""
+    """Blocks (programs) and warps resident on a multiprocessor, and the resource that limits them."""
 
     blocks: int
     warps: int
@@ -67,9 +67,9 @@ class Occupancy:
 
 
 def occupancy(processor: Processor, *, registers: int, shared_bytes: int, num_warps: int) -> Occupancy:
-    """Blocks on a multiprocessor from a kernel's resources; 0 where not even one fits.
+    """Occupancy from a kernel's resources; 0 blocks if not even one fits.
 
-    Registers are given to a warp in units of 256, so per thread in eights [guide].
+    Registers are allocated to a warp in units of 256, so per thread in eights [guide].
     """
     per_warp = _WARP * 8 * -(-registers // 8)
     limits = {
@@ -84,11 +84,11 @@ def occupancy(processor: Processor, *, registers: int, shared_bytes: int, num_wa
     return Occupancy(limits[limit], limits[limit] * num_warps, limit)
 
 
-# Kinds of instructions as the report counts them, each with the unit that runs it. What has no unit takes a slot of
-# issue and nothing else that is published.
+# Kinds of instructions, as the report counts them. A kind without a published unit takes an issue slot and nothing
+# else.
 _KINDS = {
     "matrix": "HMMA HGMMA",
-    "ex2": "",  # MUFU.EX2 alone
+    "ex2": "",  # MUFU.EX2 only
     "special": "MUFU I2F F2I F2F FRND POPC FLO BREV",
     "fp32": "FADD FMUL FFMA",
     "fp32 max": "FMNMX",
@@ -110,7 +110,7 @@ COMPARES = {"select", "uniform select"}
 
 
 def kind(instruction: Instruction) -> str:
-    """The kind of an instruction; "other" for branches, constants, and what is not known."""
+    """The kind of an instruction; "other" for branches, constants and unknown opcodes."""
     if instruction.opcode.startswith("MUFU.EX2"):
         return "ex2"
     return _KIND_OF.get(instruction.name, "other")
@@ -118,7 +118,7 @@ def kind(instruction: Instruction) -> str:
 
 def unit_cycles(instruction: Instruction, processor: Processor) -> dict[str, float]:
     """Clocks for which one warp's instruction keeps each unit of its sub-partition busy."""
-    # One that never runs is issued all the same.
+    # An instruction that never runs is still issued.
     busy = {"issue": 1.0}
     if instruction.never_runs:
         return busy
@@ -139,14 +139,14 @@ def unit_cycles(instruction: Instruction, processor: Processor) -> dict[str, flo
         case "shuffle":
             busy["shared memory"] = _at(32)
         case "shared" | "async copy" | "global" | "stack":
-            # Loads and stores of all four sub-partitions share one path.
+            # Loads and stores of the four sub-partitions share one path.
             bytes_moved = _WARP * _bytes_per_thread(instruction)
             busy["shared memory"] = SUB_PARTITIONS * bytes_moved / _SHARED_BYTES_PER_CLOCK
     return busy
 
 
 def _at(lanes: int) -> float:
-    """Clocks of a warp's instruction on a unit that does ``lanes`` results per clock and multiprocessor."""
+    """Clocks of a warp's instruction on a unit with ``lanes`` results per clock and multiprocessor."""
     return _WARP / (lanes / SUB_PARTITIONS)
 
 
@@ -174,7 +174,7 @@ def _matrix_operand_bytes(instruction: Instruction) -> int:
 
 
 def _bytes_per_thread(instruction: Instruction) -> int:
-    if instruction.name == "LDS":  # threads may read the same words, which then move once: the least is counted
+    if instruction.name == "LDS":  # threads may share words, which then move once: count the minimum
         return 4
     if instruction.name == "LDSM":  # a matrix of 8 rows of 16 bytes is 4 bytes per thread
         matrices = instruction.opcode.rpartition(".")[2]
@@ -192,7 +192,7 @@ def copied_bytes(instructions: Iterable[Instruction]) -> int:
 
 
 def wide_bytes(instructions: Iterable[Instruction]) -> int:
-    """Bytes that one warp loads from global memory into registers, 16 per thread at once."""
+    """Bytes that one warp loads from global memory into registers in units of 16 bytes per thread."""
     return sum(_WARP * 16 for x in instructions if x.name == "LDG" and ".128" in x.opcode and not x.never_runs)
 
 
@@ -202,9 +202,9 @@ class Estimate:
 
     Attributes:
       cycles: the estimate.
-      overlapped: the busiest unit alone: nothing can be faster.
+      overlapped: the busiest unit alone, a lower bound.
       serial: matrix instructions and the rest one after the other, in every warp.
-      units: clocks of each unit.
+      units: clocks per unit.
       bound: the busiest unit.
     """
 
@@ -216,19 +216,19 @@ class Estimate:
 
 
 def estimate(instructions: Iterable[Instruction], processor: Processor, *, num_warps: int, warps: int) -> Estimate:
-    """Clocks per trip of a loop from issue rates alone; latencies are not in it.
+    """Clocks per trip of a loop from issue rates alone, without latencies.
 
-    A warp does its matrix instructions, then everything else, then the next block. The other warps of its sub-partition
-    do the same, out of step, so that one's products hide another's softmax. How well is the throughput of a closed
-    network of two queues, by mean-value analysis (Reiser and Lavenberg, J. ACM 27(2), 1980): with one warp the two add
-    up, with many the busier is the bound. Shared memory and the L2 cache are copied from asynchronously, so they only
-    bound it from below.
+    A warp runs its matrix instructions, then everything else, then the next block. The other warps of its sub-partition
+    do the same out of step, so that the products of one hide the softmax of another. Mean-value analysis of a closed
+    network of two queues gives the throughput (Reiser and Lavenberg, J. ACM 27(2), 1980): with one warp the two add
+    up, with many the busier is the bound. Copies from shared memory and the L2 cache are asynchronous, so they are
+    only a lower bound.
 
     Args:
-      instructions: of one trip of one warp.
-      processor: where it runs.
-      num_warps: of a program.
-      warps: resident on the multiprocessor.
+      instructions: instructions of one trip of one warp.
+      processor: the multiprocessor.
+      num_warps: warps per program.
+      warps: warps resident on the multiprocessor.
     """
     instructions = list(instructions)
     units = {"issue": 0.0, "matrix": 0.0, "fp32": 0.0, "integer": 0.0, "ex2": 0.0, "shared memory": 0.0}
@@ -251,7 +251,7 @@ def estimate(instructions: Iterable[Instruction], processor: Processor, *, num_w
 
 
 def _two_queues(first: float, second: float, customers: int) -> float:
-    """Mean time between two customers that have visited both queues, with so many going round."""
+    """Mean time between customers that finish both queues, with ``customers`` circulating."""
     waiting_first = waiting_second = time = 0.0
     for n in range(1, customers + 1):
         in_first, in_second = first * (1 + waiting_first), second * (1 + waiting_second)

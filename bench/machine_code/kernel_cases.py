@@ -1,4 +1,4 @@
-"""The Triton kernels that the machine-code report covers: one entry each."""
+"""The Triton kernels of the machine-code report, one entry each."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from pallas_attn.kernels.triton.key_weight_pass import sizes_of as key_weights_s
 from pallas_attn.scores import Scores
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Two rows of 2048 tokens, eight query heads on two KV heads: their values leave no trace in the loops.
+# Two rows of 2048 tokens, eight query heads on two KV heads. The loops do not depend on these sizes.
 _BATCH, _LENGTH, _Q_HEADS, _KV_HEADS = 2, 2048, 8, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What one kernel is compiled for; ``capability`` is ten times the compute capability."""
+    """The target and sizes of a compiled kernel; ``capability`` is ten times the compute capability."""
 
     capability: int
     head_dim: int
@@ -38,15 +38,15 @@ class KernelCase:
     """A kernel under one mask, with or without scores.
 
     Attributes:
-      name: of the case.
-      kernel: its name in Pallas; cases of one kernel differ in their mask and scores.
+      name: the case's name.
+      kernel: the kernel's name in Pallas; cases of one kernel differ in their mask and scores.
       about: the mask and the scores, in words.
-      loops: names of the kernel's loops over blocks, in their order; one named "full" must hold no mask.
+      loops: names of the kernel's loops over blocks, in order; one named "full" must hold no mask.
       lower: a setting -> the lowered function.
       default_sizes: (head_dim, dtype, capability) -> the entry of the tuning table.
-      has_scores: whether logits are changed; then there may be compares in full blocks, plain loads, and spills around
-        the loops.
-      pipelined: whether its loops copy asynchronously; otherwise they load 16 bytes per thread at once.
+      has_scores: whether scores change logits, which allows compares in full blocks, plain loads, and spills around the
+        loops.
+      pipelined: whether its loops copy asynchronously; otherwise they load in units of 16 bytes per thread.
     """
 
     name: str
@@ -96,7 +96,7 @@ def _decode(
     return_key_weights: bool = False,
     q_len: int = 1,
 ):
-    """The split kernel and the merge, and with weights of keys their own."""
+    """The split kernel, the merge, and with ``return_key_weights`` the kernel for key weights."""
 
     def decode(query, key, value, q_positions, kv_positions, page_table):
         block_mask = pa.BlockMask.from_mask(_CAUSAL, q_positions, kv_positions, setting.sizes)
@@ -116,7 +116,7 @@ def _decode(
 
 
 def _decode_in_default_blocks(setting: Setting, **options):
-    """The same, for the kernels whose sizes are their own."""
+    """As :func:`_decode`, for kernels with their own sizes."""
     sizes = _default_sizes("decode")(setting.head_dim, setting.dtype, setting.capability)
     return _decode(dataclasses.replace(setting, sizes=sizes), **options)
 
@@ -130,12 +130,12 @@ def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def _per_query() -> jax.ShapeDtypeStruct:
-    """A number for every query and head."""
+    """A float32 per query and head."""
     return jax.ShapeDtypeStruct((_BATCH, _Q_HEADS, _LENGTH), jnp.float32)
 
 
 def _lse() -> Lse:
-    """What the forward pass left."""
+    """The lse of the forward pass."""
     return Lse(_per_query(), _per_query())
 
 
@@ -168,7 +168,7 @@ def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: pa.masks.Mask, s
 
 
 def _key_weights_case(suffix: str, about: str, mask: pa.masks.Mask, scores: Scores = ()) -> KernelCase:
-    """The pass that finds the weights of keys after a forward pass, whose blocks it has."""
+    """The second pass that computes key weights after a forward pass, with its blocks."""
     return KernelCase(
         f"key-weights{suffix}",
         "pallas_attn_key_weights",
@@ -181,7 +181,7 @@ def _key_weights_case(suffix: str, about: str, mask: pa.masks.Mask, scores: Scor
 
 
 def _score_gradient_case(suffix: str, about: str, scores: Scores) -> KernelCase:
-    """The gradient of the one array of a score."""
+    """The gradient of a score's array."""
     return KernelCase(
         f"d-score{suffix}",
         "pallas_attn_d_score",
@@ -238,11 +238,11 @@ CASES = [
     _decode_case("-int8", "int8 keys and values", "int8"),
     _decode_case("-int4", "int4 keys and values", "int4"),
     _decode_case("-paged", "pages of 64 keys", page=64),
-    _decode_case("-logits", "plain keys; logits are kept for the weights of keys", return_key_weights=True),
+    _decode_case("-logits", "plain keys; logits are kept for the key weights", return_key_weights=True),
     KernelCase(
         "decode-merge",
         "pallas_attn_merge",
-        "what the programs of decode found",
+        "the partial results of decode",
         ("parts",),
         _decode_in_default_blocks,
         lambda *_: MERGE_SIZES,
@@ -251,7 +251,7 @@ CASES = [
     KernelCase(
         "decode-weights",
         "pallas_attn_decode_weights",
-        "four queries, a group of four heads; the weights of keys, from logits of decode",
+        "four queries, a group of four heads; key weights from the logits of decode",
         ("visited",),
         lambda setting: _decode_in_default_blocks(setting, return_key_weights=True, q_len=4),
         lambda *_: LOGITS_SIZES,

@@ -1,4 +1,4 @@
-"""One kernel's machine code as numbers, and what must not be in it."""
+"""One kernel's machine code as numbers, and the problems in it."""
 
 import dataclasses
 from collections import Counter
@@ -9,7 +9,7 @@ from bench.machine_code.kernel_cases import KernelCase, Setting
 
 
 def entry(case: KernelCase, setting: Setting) -> dict:
-    """Compiles a case and describes it; the dictionary is what the report's JSON holds."""
+    """Compiles a case and returns its entry of the report's JSON."""
     (code,) = compile_kernels(case.lower(setting), setting.capability, name=case.kernel)
     return describe(code, case, setting)
 
@@ -48,10 +48,10 @@ def describe(code: MachineCode, case: KernelCase, setting: Setting) -> dict:
 
 
 def _machine_loop(loop: triton_ir.Loop, machine_loops: list[list[sass.Instruction]]) -> list[sass.Instruction]:
-    """The machine's loop for a loop of the IR; empty where the compiler left none.
+    """The machine loop of a loop of the IR; empty if the compiler left none.
 
-    It is the smallest that holds half of the instructions from the loop's lines that any loop holds: what is pipelined
-    out of an inner loop stays in the outer one, and a spinning wait is a loop of its own.
+    It is the smallest loop with at least half of the maximal count of instructions from the IR loop's lines, because
+    instructions pipelined out of an inner loop stay in the outer one, and a spinning wait is a separate loop.
     """
     counted = [(sum(x.line in loop.lines for x in body), body) for body in machine_loops]
     most = max((count for count, _ in counted), default=0)
@@ -87,7 +87,7 @@ def _describe_loop(
 
 
 def _copied(instructions: list[sass.Instruction], loop: triton_ir.Loop, code: MachineCode) -> int:
-    """Bytes of the loop's tiles that are copied asynchronously; of a small tile only some threads copy a part."""
+    """Bytes of the loop's tiles that are copied asynchronously; only some threads copy a small tile."""
 
     def copied(line: int) -> int:
         return issue_rates.copied_bytes(x for x in instructions if x.line == line) * code.num_warps
@@ -101,7 +101,7 @@ def _belongs_to_mask(instruction: sass.Instruction, masks: triton_ir.MaskLines) 
 
 
 def spills(entry: dict) -> list[str]:
-    """What is spilled, in words."""
+    """Spills, in words."""
     stores, loads = entry["spill_stores"], entry["spill_loads"]
     if entry["stack_bytes"] or stores or loads:
         return [f"spills: {entry['stack_bytes']} bytes of stack, {stores} stores and {loads} loads"]
@@ -109,10 +109,10 @@ def spills(entry: dict) -> list[str]:
 
 
 def problems(entry: dict) -> list[str]:
-    """What must not be in a default entry, in words.
+    """Problems of an entry, in words.
 
-    Scores may take compares in full blocks, and plain loads of their operands; and what is kept for after the loops may
-    be spilled before them.
+    With scores, full blocks may have compares and plain loads of operands, and values that are needed only after the
+    loops may be spilled before them.
     """
     found = [] if entry["has_scores"] else spills(entry)
     if entry["occupancy"]["blocks"] == 0:

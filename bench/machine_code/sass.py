@@ -1,6 +1,6 @@
-"""Reads nvdisasm's text: instructions, their control-flow graph, its loops.
+"""Parses nvdisasm's text into instructions, their control-flow graph and its loops.
 
-A loop is found by the graph, not by the order of the text: a back edge is an edge to a block that dominates its source,
+The graph defines loops, not the order of the text: a back edge is an edge to a block that dominates its source,
 and the natural loop of a back edge holds all blocks that reach its source without passing its target (Aho, Lam, Sethi
 and Ullman, *Compilers*, second edition, section 9.6).
 """
@@ -14,7 +14,7 @@ _LABEL = re.compile(r"^(\.L_x_\d+|\$[\w$.]+):")
 _TARGET = re.compile(r"`\((\.L_x_\d+|\$[\w$.]+)\)")
 _LINE = re.compile(r"//## File \"[^\"]*\", line (\d+)")
 
-# nvcc and ptxas also write a predicated jump out of a loop as a call that never returns.
+# nvcc and ptxas also emit a predicated jump out of a loop as a call that never returns.
 _JUMPS = {"BRA", "CALL", "JMP"}
 _ENDS = {"EXIT", "RET", "BRX", "JMX", "BREAK"}
 
@@ -24,10 +24,10 @@ class Instruction:
     """One machine instruction.
 
     Attributes:
-      opcode: with its modifiers, such as ``HGMMA.64x128x16.F32.BF16``.
-      operands: as text.
-      predicate: such as ``P0`` or ``!P0``; None where it always runs.
-      line: of the IR that it comes from; 0 where the compiler names none.
+      opcode: opcode with modifiers, such as ``HGMMA.64x128x16.F32.BF16``.
+      operands: the operands as text.
+      predicate: for example ``P0`` or ``!P0``; None if it always runs.
+      line: line of the IR that it comes from; 0 if unknown.
     """
 
     opcode: str
@@ -47,7 +47,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Instructions that run one after the other, and the indices of the blocks that may follow."""
+    """A basic block: its instructions, and the indices of the blocks that may follow."""
 
     instructions: tuple[Instruction, ...]
     successors: tuple[int, ...]
@@ -85,11 +85,11 @@ def parse(text: str) -> list[Block]:
 
 
 def natural_loops(blocks: list[Block]) -> list[list[Instruction]]:
-    """The instructions of each loop, in the order of the text; a loop that holds another has its instructions too."""
+    """The instructions of each loop, in text order, those of nested loops included."""
     loops: dict[int, set[int]] = {}
     dominators = _dominators(blocks)
     predecessors = _predecessors(blocks)
-    # A block that only jumps to itself fills the space behind the last EXIT: the entry does not reach it.
+    # Unreachable: the padding after the last EXIT is a block that jumps to itself.
     for source in dominators:
         for header in blocks[source].successors:
             if header in dominators[source]:
@@ -106,7 +106,7 @@ def _predecessors(blocks: list[Block]) -> list[list[int]]:
 
 
 def _dominators(blocks: list[Block]) -> dict[int, set[int]]:
-    """For each block that the entry reaches: the blocks on every path to it."""
+    """For each reachable block, the blocks on every path to it."""
     reached, pending = set(), [0]
     while pending:
         block = pending.pop()

@@ -1,7 +1,7 @@
-"""The machine code of every Triton kernel, without a GPU: ``python -m bench.static``.
+"""Reports the machine code of every Triton kernel, without a GPU: ``python -m bench.static``.
 
-Prints registers, spills, occupancy, and what the loops over full and partial blocks cost by published issue rates;
-then the difference from the committed report. bench/README.md explains the columns, and what they cannot tell.
+Prints registers, spills, occupancy and the cost of the loops over full and partial blocks by published issue rates,
+then the difference from the committed report. bench/README.md explains the columns and their limits.
 """
 
 import argparse
@@ -34,22 +34,22 @@ SCHEMA = 1
 BASELINE = Path(__file__).parents[1] / "results" / "static.json"
 _CAPABILITIES = (80, 90)
 _HEAD_DIMS = (64, 128, 256)
-_DEFAULT_DTYPES = ("bfloat16", "float32")  # float16 differs from bfloat16 in the names of its instructions alone
+_DEFAULT_DTYPES = ("bfloat16", "float32")  # float16 differs only in instruction names
 _CASES = {case.name: case for case in CASES}
-_COUNTED = ("matrix", "ex2", "async copy", "barrier", "stack")  # kinds of instructions whose change is reported
-_TABLE_KEY = ("kernel", "capability", "head_dim", "itemsize")  # of an entry of the tuning table
+_COUNTED = ("matrix", "ex2", "async copy", "barrier", "stack")  # kinds whose changes are reported
+_TABLE_KEY = ("kernel", "capability", "head_dim", "itemsize")  # identifies an entry of the tuning table
 
 
-class _Refused(Exception):
-    """What the command cannot do, in words for its user."""
+class _UsageError(Exception):
+    """A request that the command cannot serve, with a message for the user."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report; returns 0, or 1 if ``--check`` finds a problem, or 2 for a wrong call."""
+    """Prints the report. Returns 0; 1 if ``--check`` finds a problem; 2 for wrong arguments."""
     options = _options(argv)
     try:
         return _run(options)
-    except (_Refused, FileNotFoundError) as error:
+    except (_UsageError, FileNotFoundError) as error:
         print(f"python -m bench.static: error: {error}", file=sys.stderr)
         return 2
 
@@ -60,25 +60,27 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     add("--capability", type=int, choices=_CAPABILITIES, help="ten times the compute capability; may be repeated")
     add("--head-dim", type=int, choices=_HEAD_DIMS, help="only this head size; may be repeated")
     add("--dtype", choices=DTYPES, help="only this dtype; may be repeated (default: not float16)")
-    add("--kernel", choices=list(_CASES), help="only this case; may be repeated")
+    add("--kernel", choices=list(_CASES), help="only this case (kernel and mask); may be repeated")
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
-    parser.add_argument("--baseline", type=Path, help=f"report to compare with (default {BASELINE.name} in results/)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--resume", action="store_true", help="go on with --out of a sweep: skip what it has")
+    parser.add_argument("--baseline", type=Path, help=f"report to compare with (default results/{BASELINE.name})")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes (default 2)")
+    parser.add_argument("--resume", action="store_true", help="continue --out of a sweep: skip its entries")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--check", action="store_true", help="exit 1 if an entry spills, masks full blocks, or loses")
-    action.add_argument("--sweep", action="store_true", help="rank block sizes instead, and compare with the table")
+    action.add_argument(
+        "--check", action="store_true", help="exit 1 on spills, masked full blocks or lost instructions"
+    )
+    action.add_argument("--sweep", action="store_true", help="rank block sizes and compare them with the tuning table")
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"argument --jobs: expected at least 1, got {options.jobs}")
     if options.resume and not (options.sweep and options.out):
-        parser.error("argument --resume: expected --sweep and --out with it, the file to go on with")
+        parser.error("argument --resume: expected --sweep and --out, the file to continue")
     return options
 
 
 def _run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None:
-        raise _Refused("PyPI's triton compiles the kernels and is not installed: pip install 'pallas-attn[bench]'")
+        raise _UsageError("PyPI's triton compiles the kernels and is not installed: pip install 'pallas-attn[bench]'")
     baseline = _read_baseline(options.baseline or BASELINE, required=options.baseline is not None)
     if options.out:
         _check_writable(options.out)
@@ -127,16 +129,16 @@ def _default_entry(name: str, setting: Setting) -> dict:
 
 
 def _candidate(names: tuple[str, ...], setting: Setting, reason: str | None = None) -> Candidate:
-    """A candidate in some cases; out as soon as one of them has a problem, or at once for a ``reason``."""
+    """Compiles a candidate in some cases until one has a problem; a ``reason`` rejects it without compiling."""
     if reason:
         return Candidate(setting, (), reason)
     entries = []
     for name in names:
         try:
             entries.append(report.entry(_CASES[name], setting))
-        except (ImportError, FileNotFoundError):  # the installation's fault, not the candidate's
+        except (ImportError, FileNotFoundError):  # an installation problem, not the candidate's
             raise
-        except Exception as error:  # whatever a compiler raises: the candidate is out, the sweep goes on
+        except Exception as error:  # any compiler error rejects the candidate only
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             return Candidate(setting, tuple(entries), f"{name}: {reason}")
         if found := report.problems(entries[-1]):
@@ -146,15 +148,15 @@ def _candidate(names: tuple[str, ...], setting: Setting, reason: str | None = No
 
 @contextlib.contextmanager
 def _compilers(jobs: int, total: int) -> Iterator[Callable[[str, Callable, list[tuple]], list]]:
-    """Processes that compile, and a bar of ``total`` pieces of work.
+    """Compiler processes with a progress bar of ``total`` steps.
 
-    Yields a function of what the work is about, of a function, and of pieces of work, that gives the function's results
-    in their order. Triton's own cache makes a second run short.
+    Yields ``compiled(about, function, work)``, which maps the function over the work, in order. Triton's cache makes a
+    second run short.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
     task = progress.add_task("", total=total)
-    # Not forked: JAX has threads.
+    # JAX has threads, so processes are not forked.
     spawn = multiprocessing.get_context("spawn")
     pool = None if jobs == 1 else ProcessPoolExecutor(jobs, mp_context=spawn)
 
@@ -168,7 +170,7 @@ def _compilers(jobs: int, total: int) -> Iterator[Callable[[str, Callable, list[
 
     def compiled(about: str, function: Callable, work: list[tuple]) -> list:
         progress.update(task, description=about)
-        with progress:  # gone when it is over: what is found is printed in between
+        with progress:  # cleared at the end, because results are printed in between
             found = []
             for result in results(function, work):
                 found.append(result)
@@ -178,16 +180,16 @@ def _compilers(jobs: int, total: int) -> Iterator[Callable[[str, Callable, list[
     try:
         yield compiled
     except BrokenProcessPool:
-        raise _Refused("a compiler ended its process; --jobs 1 shows at which kernel") from None
+        raise _UsageError("a compiler crashed its process; --jobs 1 shows at which kernel") from None
     finally:
         if pool is not None:
-            pool.shutdown(cancel_futures=True)  # what waits when a run is stopped is not compiled
+            pool.shutdown(cancel_futures=True)  # a stopped run compiles nothing more
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Ranks candidates per entry of the tuning table; float16 and bfloat16 share entries."""
     if fixed := [name for name in options.kernel or () if _CASES[name].kernel not in sweep.HELD]:
-        raise _Refused(f"--sweep: {', '.join(fixed)} is not swept")
+        raise _UsageError(f"--sweep: {', '.join(fixed)} is not swept")
     document = {**_report_head("static sweep"), "rankings": _done_rankings(options)}
     done = [tuple(ranking[name] for name in _TABLE_KEY) for ranking in document["rankings"]]
     todo: dict[tuple, tuple[KernelCase, list[Setting], BlockSizes]] = {}
@@ -218,10 +220,10 @@ def _ranked_entry(
     current: BlockSizes,
     compiled: Callable[[str, Callable, list[tuple]], list],
 ) -> tuple[dict, list[Candidate]]:
-    """An entry of the tuning table as the sweep's report has it, and its candidates in order."""
+    """The sweep report's entry, and its candidates, best first."""
 
     def hopeless(sizes: BlockSizes) -> str | None:
-        # What is in the table is compared in any case.
+        # The table's entry is always compiled.
         return None if sizes == current else sweep.hopeless(sizes, tried)
 
     tried: list[Candidate] = []
@@ -249,7 +251,7 @@ def _about(key: tuple) -> str:
 
 
 def _done_rankings(options: argparse.Namespace) -> list[dict]:
-    """What ``--resume`` finds in the file."""
+    """The rankings that ``--resume`` finds in the file."""
     if not options.resume:
         return []
     try:
@@ -257,11 +259,11 @@ def _done_rankings(options: argparse.Namespace) -> list[dict]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise _Refused(f"--resume: {options.out}: cannot be read: {error}") from None
+        raise _UsageError(f"--resume: {options.out}: cannot be read: {error}") from None
     for name, here in _report_head("static sweep").items():
         there = found.get(name) if isinstance(found, dict) else None
         if there != here:
-            raise _Refused(f"--resume: {options.out}: its {name} is {there}, and here it is {here}")
+            raise _UsageError(f"--resume: {options.out}: its {name} is {there}, here it is {here}")
     return found["rankings"]
 
 
@@ -281,12 +283,12 @@ def _ranking_table(title: str, order: list[Candidate], current: BlockSizes) -> T
         )
     table.caption = "clocks per 64 x 64 pairs"
     if not any(x.setting.sizes == current for x in order):
-        table.caption += f"; in the table, but not among the best: {current}"
+        table.caption += f"; the entry of the table is not among the best: {current}"
     return table
 
 
 def label(entry: dict) -> str:
-    """The entry in words."""
+    """The entry's name in messages."""
     return f"{entry['case']}, sm_{entry['capability']}, D {entry['head_dim']}, {entry['dtype']}"
 
 
@@ -342,13 +344,13 @@ def _loop_cells(loop: dict) -> list[str]:
 
 
 def matrix_share(loop: dict) -> float:
-    """The least clocks that the block's own matrix products need, as a share of the estimate."""
+    """The minimum of clocks for the block's own matrix products, as a fraction of the estimate."""
     done, asked = loop["multiply_adds"]["done"], loop["multiply_adds"]["asked"]
     return loop["units"]["matrix"] * min(1.0, asked / done) / loop["cycles"] if done else 0.0
 
 
 def differences(baseline: dict, report: dict) -> list[str]:
-    """What changed since the baseline, a line per entry; entries that only the baseline has were not asked for."""
+    """Changes since the baseline, a line per entry; entries that only the baseline has are ignored."""
     lines = [
         f"baseline made with {name} {baseline['versions'].get(name)}, this with {version}"
         for name, version in report["versions"].items()
@@ -367,7 +369,7 @@ def differences(baseline: dict, report: dict) -> list[str]:
 
 
 def _facts(entry: dict) -> dict[str, object]:
-    """What a change is reported of, flat."""
+    """The facts whose changes are reported, flat."""
     facts: dict[str, object] = {"blocks": "x".join(map(str, entry["blocks"].values()))}
     facts |= {name: entry[name] for name in ("registers", "stack_bytes", "shared_bytes")}
     facts["warps on SM"] = entry["occupancy"]["warps"]
@@ -382,40 +384,40 @@ def _read_baseline(path: Path, *, required: bool) -> dict | None:
         report = json.loads(path.read_text())
     except FileNotFoundError:
         if required:
-            raise _Refused(f"--baseline {path}: there is no such file") from None
+            raise _UsageError(f"--baseline {path}: no such file") from None
         return None
     except (OSError, ValueError) as error:
-        raise _Refused(f"baseline {path}: cannot be read: {error}") from None
+        raise _UsageError(f"baseline {path}: cannot be read: {error}") from None
     schema, suite = (report.get("schema"), report.get("suite")) if isinstance(report, dict) else (None, None)
     if (schema, suite) != (SCHEMA, "static"):
-        raise _Refused(f"baseline {path}: expected schema {SCHEMA} of suite 'static', got {schema!r} of {suite!r}")
+        raise _UsageError(f"baseline {path}: expected schema {SCHEMA} of suite 'static', got {schema!r} of {suite!r}")
     return report
 
 
 def _as_json(report: dict, rows: str) -> str:
-    """The report, with one line for each of its ``rows``: short, and what changed can still be read from a diff."""
+    """The report with one line per entry of ``rows``, so that diffs are readable."""
     head = json.dumps({**report, rows: []}).removesuffix("]}")
     lines = ",\n".join(map(json.dumps, report[rows]))
     return f"{head}\n{lines}\n]}}\n"
 
 
 def _write(path: Path, text: str) -> None:
-    """Puts a new file in the old one's place: a run that is stopped leaves no half of one."""
+    """Replaces the file atomically: a stopped run leaves no half of one."""
     scratch = path.with_name(f".{path.name}.part")
     try:
         scratch.write_text(text)
         os.replace(scratch, path)
     except OSError as error:
-        raise _Refused(f"--out {path}: cannot be written: {error.strerror}") from None
+        raise _UsageError(f"--out {path}: cannot be written: {error.strerror}") from None
 
 
 def _check_writable(path: Path) -> None:
-    """Before the long work, not after it; leaves what is there."""
+    """Fails before the long work, not after it; keeps an existing file."""
     new = not path.exists()
     try:
         path.open("a").close()
     except OSError as error:
-        raise _Refused(f"--out {path}: cannot be written: {error.strerror}") from None
+        raise _UsageError(f"--out {path}: cannot be written: {error.strerror}") from None
     if new:
         path.unlink()
 

@@ -1,4 +1,4 @@
-"""Chooses block sizes by machine code: every candidate that fits without a spill, ranked by its estimate."""
+"""Chooses block sizes by machine code: ranks the candidates that fit without a spill by their estimates."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from pallas_attn import BlockSizes
 
 # Larger blocks than 128 would skip less of a sparse mask.
 _SIZES = {2: (32, 64, 128), 4: (16, 32, 64)}
-# What a program holds in float32 at a time: sums as wide as a head, and tiles of queries by keys.
+# What a program holds in float32 at a time: (accumulators as wide as a head, tiles of queries x keys).
 HELD = {
     "pallas_attn_forward": (1, 1),
     "pallas_attn_decode": (1, 1),
@@ -18,15 +18,15 @@ HELD = {
 }
 _WARPS = (4, 8)
 _STAGES = (2, 3)
-# How many of the best in one case are wanted that have no problem in the others either.
+# How many candidates without a problem in any case are ranked.
 FINALISTS = 3
-# With XLA's version of the compilers a kernel may need a few registers more. One that has hardly any left would then
-# spill a little, which is taken to cost so much.
+# With XLA's version of the compilers a kernel may need a few more registers. One with hardly any left would then spill
+# a little, at the cost of this handicap.
 _MOST_REGISTERS = 248  # of 255; the next smaller unit of allocation
 _HANDICAP = 1.1
-# Estimates closer than this are alike: they leave out more than that.
+# Estimates closer than this count as equal, because they neglect more than that.
 _ALIKE = 0.03
-# Bytes of a thread's stack. Who spills so much spills in larger blocks too, and takes longest to compile.
+# Bytes of a thread's stack. Larger blocks than one that spills this much spill too, and compile slowest.
 _HOPELESS = 128
 
 
@@ -38,7 +38,7 @@ def candidates(kernel: str, head_dim: int, itemsize: int) -> list[BlockSizes]:
         rows = sizes.kv if kernel == "pallas_attn_d_key_value" else sizes.q
         return (rows * sums * head_dim + sizes.q * sizes.kv * tiles) / (32 * sizes.num_warps)
 
-    # The few queries of decode are one block, and its tile the least that a matrix instruction takes.
+    # The queries of decode are one block, the smallest tile of a matrix instruction.
     queries = (16,) if kernel == "pallas_attn_decode" else _SIZES[itemsize]
     choices = itertools.product(queries, _SIZES[itemsize], _WARPS, _STAGES)
     return [x for x in itertools.starmap(BlockSizes, choices) if registers(x) < 255]
@@ -46,7 +46,7 @@ def candidates(kernel: str, head_dim: int, itemsize: int) -> list[BlockSizes]:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A setting with the report's entries, one per case, or with the reason why it is out."""
+    """A setting with the report's entries, one per case, or the reason why it is rejected."""
 
     setting: Setting
     entries: tuple[dict, ...]
@@ -54,12 +54,12 @@ class Candidate:
 
     @property
     def registers(self) -> int:
-        """Of the case that needs most."""
+        """Registers of the case that needs the most."""
         return max(entry["registers"] for entry in self.entries)
 
     @property
     def warps(self) -> int:
-        """Resident on a multiprocessor, with the case that leaves fewest."""
+        """Warps resident on a multiprocessor in the worst case."""
         return min(entry["occupancy"]["warps"] for entry in self.entries)
 
     def cycles_per_tile(self, loop: str) -> float:
@@ -70,7 +70,7 @@ class Candidate:
 
 
 def waves(settings: list[Setting]) -> Iterator[list[Setting]]:
-    """The settings, small blocks and few stages first, so that what one wave finds can spare the next ones."""
+    """The settings, small blocks and few stages first, so that one wave can rule out candidates of the next."""
 
     def size(setting: Setting) -> tuple[int, int]:
         return setting.sizes.q * setting.sizes.kv, setting.sizes.num_stages
@@ -80,7 +80,7 @@ def waves(settings: list[Setting]) -> Iterator[list[Setting]]:
 
 
 def hopeless(sizes: BlockSizes, tried: list[Candidate]) -> str | None:
-    """Why a candidate need not be compiled: its blocks are no smaller than those of one that spills much."""
+    """Why a candidate is not compiled: its blocks are no smaller than those of one that spills much; or None."""
     for candidate in tried:
         smaller = candidate.setting.sizes
         stack = max((entry["stack_bytes"] for entry in candidate.entries), default=0)
@@ -92,10 +92,10 @@ def hopeless(sizes: BlockSizes, tried: list[Candidate]) -> str | None:
 
 
 def ranked(tried: list[Candidate]) -> list[Candidate]:
-    """Those without a problem, best first.
+    """Candidates without a problem, best first.
 
-    Among estimates that are alike the one with cheaper partial blocks leads, then the one with more warps resident,
-    then the one with more copies in flight: the estimate knows no latency, which those hide.
+    Among equal estimates, cheaper partial blocks come first, then more resident warps, then more copies in flight,
+    because these hide latency, which the estimate neglects.
     """
     fitting = [x for x in tried if x.reason is None]
 

@@ -1,6 +1,6 @@
-"""The tables of bench/README.md, from the machine-code report: ``python -m bench.static_tables``.
+"""Prints the machine-code tables of bench/README.md as Markdown: ``python -m bench.static_tables``.
 
-Prints them as Markdown. A test compares them with those in the README.
+A test compares them with the README.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def _of_decode(entries: list[dict]) -> str:
 
 
 def _stored_bytes(kind: Kind, head_dim: int) -> int:
-    """Of a key (or value) of one head, scales included."""
+    """Bytes of a key (or value) of one head, scales included."""
     x = jax.ShapeDtypeStruct((head_dim,), jnp.bfloat16)
     if kind == "bfloat16":
         return x.size * x.dtype.itemsize
@@ -75,7 +75,7 @@ def _stored_bytes(kind: Kind, head_dim: int) -> int:
 
 
 def _clocks_per_byte(capability: int) -> float:
-    """Of a multiprocessor with its share of the memory's bandwidth, at the clock of the GPU's published peak."""
+    """Clocks per byte of a multiprocessor's share of the memory bandwidth, at the clock of the published peak."""
     processor, peaks = issue_rates.PROCESSORS[capability], machine.peaks_of(DEVICE_KINDS[capability])
     assert peaks is not None
     clock = peaks.tflops * 1e12 / (processor.multiprocessors * processor.multiply_adds * 2)

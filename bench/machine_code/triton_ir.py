@@ -1,4 +1,4 @@
-"""Reads the Triton IR of a kernel: its loops over blocks, and which of its lines belong to a mask."""
+"""Finds the loops over blocks and the mask operations in the Triton IR of a kernel."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ class Loop:
     """A loop over blocks.
 
     Attributes:
-      lines: of its text, without those of loops inside it.
-      multiply_adds: of its products of 16-bit tiles, per trip.
-      tiles: bytes of the tiles of numbers that it loads, per trip, by line; a tile that is compared holds booleans.
+      lines: its lines, without those of nested loops.
+      multiply_adds: multiply-adds of its 16-bit products, per trip.
+      tiles: bytes of the tiles of numbers that it loads per trip, by line; a compared tile holds booleans.
     """
 
     lines: frozenset[int]
@@ -26,11 +26,11 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class MaskLines:
-    """Lines with operations of a mask, which are those on tensors; scalar ones steer loops and addresses.
+    """Lines with mask operations on tensors; scalar ones control loops and addresses.
 
     Attributes:
       logic: compares, selects and logic of booleans.
-      loads: loads of which a mask excludes a part.
+      loads: masked loads.
     """
 
     logic: frozenset[int]
@@ -38,9 +38,9 @@ class MaskLines:
 
 
 def read(text: str) -> tuple[list[Loop], MaskLines]:
-    """The loops over blocks, in the order of the text, and the lines of masks.
+    """The loops over blocks, in text order, and the lines of masks.
 
-    They are those with matrix products; in a kernel without products, those that load.
+    Loops over blocks have matrix products; in a kernel without products, they have loads.
     """
     with ir.Context() as context:
         triton_dialect.register_dialect(context)
@@ -72,7 +72,7 @@ def _walk(operation, *, into_loops: bool = True) -> Iterator:
 
 
 def _loops(bodies: list[tuple], name: str) -> list[Loop]:
-    """Those with an operation of that name."""
+    """The loops with an operation of that name."""
     return [_loop(operation, body) for operation, body in bodies if any(x.name == name for x in body)]
 
 
@@ -93,7 +93,7 @@ def _multiply_adds(product) -> int:
 
 def _tile_bytes(operation) -> int:
     users = [use.owner.name for use in operation.results[0].uses] if operation.name == "tt.load" else []
-    # Pallas lowers a store to a swap, whose load nobody uses and no compiler keeps.
+    # Pallas lowers a store to a swap, whose unused load the compiler removes.
     if not users or "arith.cmpi" in users:
         return 0
     return math.prod(_tile(operation.results[0])) // 8
@@ -108,5 +108,5 @@ def _tile(value) -> tuple[int, int, int]:
 def _line(operation) -> int:
     found = re.search(r":(\d+):\d+", str(operation.location))
     if found is None:
-        raise ValueError(f"{operation.name}: an operation without a line: {operation.location}")
+        raise ValueError(f"{operation.name}: expected a location with a line, got {operation.location}")
     return int(found[1])

@@ -1,1 +1,1 @@
-"""``jax.nn.dot_product_attention`` and Flax's attention against ours: the same results for the same arguments."""
+"""Compares ``jax.nn.dot_product_attention`` and Flax's attention with ours on the same arguments."""

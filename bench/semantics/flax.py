@@ -1,6 +1,6 @@
 """Flax's attention modules and functions, NNX and linen, with and without ``pallas_attn.flax.attention_fn``.
 
-What is right is the same call in float64, with :func:`bench.semantics_judge.exact_attention` in its place.
+The expected result is the same call in float64 with :func:`bench.semantics.judge.exact_attention`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import pallas_attn as pa
-from bench.semantics.judge import Behaviour, Compared, compare_gradients, exact_attention, lenient
+from bench.semantics.judge import Behavior, Compared, compare_gradients, exact_attention, lenient
 
 B, T, S, E, N, K = 2, 9, 12, 64, 4, 2
 _BLOCKS = pa.BlockSizes(16, 16)
@@ -31,20 +31,20 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def some(*shape: int) -> np.ndarray:
-    """A mask in which every query sees key 0."""
+    """A random mask in which every query sees key 0."""
     seen = np.random.default_rng(2).random(shape) < 0.5
     seen[..., 0] = True
     return seen
 
 
 def in_float64(tree: Any) -> Any:
-    """To be called where JAX has 64 bits."""
+    """Floats of a pytree as float64; call it with 64 bits enabled."""
     floating = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if floating(x) else x, tree)
 
 
 def _compare(apply: Callable[[Function | None, Any], Any], arrays: Any, options: dict[str, Any]) -> list[Compared]:
-    """Output and gradients of ``apply(attention_fn, arrays)``, with ours, with Flax's own (None), in float64."""
+    """Output and gradients of ``apply(attention_fn, arrays)`` with ours, with Flax's own (None), and in float64."""
 
     def passes(attention: Function | None, arrays: Any, jit: Callable = lambda f: f) -> tuple[Any, Any]:
         @jit
@@ -70,7 +70,7 @@ def _compare(apply: Callable[[Function | None, Any], Any], arrays: Any, options:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A module made with ``made``, and called with ``called``: on itself, or on ``kv_len`` other tokens."""
+    """A module built with ``made`` and called with ``called``: self-attention, or over ``kv_len`` other tokens."""
 
     name: str
     made: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -84,7 +84,7 @@ class Layer:
         return [normal(*self.batch, length, E, seed=length).astype(jnp.dtype(self.dtype)) for length in lengths]
 
     def nnx(self, attention: Function | None = None, **made: Any) -> nnx.MultiHeadAttention:
-        """The same weights each time; Flax's own products are as precise as ours."""
+        """Builds the same weights each time, with products as precise as ours."""
         options: dict[str, Any] = {"decode": False} | self._options(attention) | made
         return nnx.MultiHeadAttention(N, E, rngs=nnx.Rngs(0), **options)
 
@@ -94,7 +94,7 @@ class Layer:
     def _options(self, attention: Function | None) -> dict[str, Any]:
         chosen: dict[str, Any] = {} if attention is None else {"attention_fn": attention}
         if attention is exact_attention:
-            chosen["dtype"] = None  # that of the inputs
+            chosen["dtype"] = None  # the dtype of the inputs
         return {"precision": "highest"} | self.made | chosen
 
     def nnx_params(self) -> Any:
@@ -125,7 +125,7 @@ class Layer:
 
 
 def _layers() -> list[Layer]:
-    """For both."""
+    """Layers of NNX and linen."""
     left = (np.arange(T) >= np.array([[0], [4]]))[:, None, None]
     keys = (np.arange(S) < np.array([[S], [7]]))[:, None, None]
     causal = np.tri(T, dtype=bool)[None, None]
@@ -148,15 +148,15 @@ def _layers() -> list[Layer]:
         Layer("two batch axes", batch=(2, 3)),
         Layer("two batch axes, mask", called={"mask": some(2, 3, 1, T, T)}, batch=(2, 3)),
         Layer("computes in bfloat16", {"dtype": jnp.bfloat16}),
-        Layer("dropout that is off", {"dropout_rate": 0.5}, {"deterministic": True}),
-        Layer("normalised queries and keys", {"normalize_qk": True}),
+        Layer("dropout switched off", {"dropout_rate": 0.5}, {"deterministic": True}),
+        Layer("normalized queries and keys", {"normalize_qk": True}),
         Layer("more features inside", {"qkv_features": 2 * E}),
         *(Layer(f"precision {p}", {"precision": p}) for p in ("default", "high", jax.lax.Precision.HIGHEST)),
     ]
 
 
 def _nnx_layers() -> list[Layer]:
-    """What linen does not have: grouped heads, and causal as an option."""
+    """Layers that linen lacks: grouped heads, and causal as an option."""
     grouped, keys = {"num_kv_heads": K}, (np.arange(S) < np.array([[S], [7]]))[:, None, None]
     return [
         Layer("grouped heads", grouped),
@@ -171,11 +171,11 @@ def _nnx_layers() -> list[Layer]:
     ]
 
 
-# --- the functions under them ---
+# --- functions ---
 
 
-def _functions() -> list[Behaviour]:
-    """With a bias, which no module passes on."""
+def _functions() -> list[Behavior]:
+    """The functions with a bias, which no module passes on."""
     both = {"nnx": nnx.dot_product_attention, "linen": nn.dot_product_attention}
     biases = [(B, N, T, S), (B, 1, 1, S), (1, N, T, S), (1, 1, T, S), (N, T, S), (T, S)]
     found = []
@@ -193,20 +193,20 @@ def _functions() -> list[Behaviour]:
     ]
 
 
-def _function(name, function, bias, *, batch=(B,), kv_heads=N, **called: Any) -> Behaviour:
+def _function(name, function, bias, *, batch=(B,), kv_heads=N, **called: Any) -> Behavior:
     shapes = [(T, N, 16), (S, kv_heads, 16), (S, kv_heads, 16)]
     arrays = (*(normal(*batch, *shape, seed=seed) for seed, shape in enumerate(shapes)), bias)
 
     def apply(attention, arrays):
         return (attention or function)(*arrays, deterministic=True, **called)
 
-    return Behaviour(name, lambda options: _compare(apply, arrays, options))
+    return Behavior(name, lambda options: _compare(apply, arrays, options))
 
 
-def behaviours() -> list[Behaviour]:
+def behaviors() -> list[Behavior]:
     nnx_layers = [*_layers(), *_nnx_layers()]
     return [
-        *(Behaviour(f"nnx: {layer.name}", layer.compare_nnx) for layer in nnx_layers),
-        *(Behaviour(f"linen: {layer.name}", layer.compare_linen) for layer in _layers()),
+        *(Behavior(f"nnx: {layer.name}", layer.compare_nnx) for layer in nnx_layers),
+        *(Behavior(f"linen: {layer.name}", layer.compare_linen) for layer in _layers()),
         *_functions(),
     ]

@@ -1,6 +1,6 @@
-"""Flax's modules decoding token by token with their caches, and the calls that ours cannot serve.
+"""Flax's modules decoding token by token with their caches, and the calls that we reject.
 
-What is right is the whole sequence at once, causal, in float64.
+The expected result is causal attention over the whole sequence in float64.
 """
 
 import dataclasses
@@ -15,26 +15,26 @@ from flax import nnx
 
 import pallas_attn as pa
 from bench.semantics.flax import B, E, Function, K, Layer, N, S, T, in_float64, normal, ours
-from bench.semantics.judge import Behaviour, Compared, exact_attention, lenient, refused
+from bench.semantics.judge import Behavior, Compared, assert_rejected, exact_attention, lenient
 
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """``layer`` decodes ``x`` in a cache of ``slots``; ``starts`` tokens of a row are left padding."""
+    """``layer`` decodes ``x`` in a cache of ``slots``; the first ``starts`` tokens of a row are padding."""
 
     name: str
     layer: Layer = dataclasses.field(default_factory=lambda: Layer(""))
     slots: int = T
     starts: tuple[int, ...] | None = None
-    called: dict[str, Any] = dataclasses.field(default_factory=dict)  # with ours alone
+    called: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of our call only
 
     @property
     def real(self) -> np.ndarray | None:
-        """Bool ``[B, T]``: the tokens that are no padding."""
+        """Bool ``[B, T]``: tokens that are not padding."""
         return None if self.starts is None else np.arange(T) >= np.array(self.starts)[:, None]
 
     def mask(self) -> dict[str, np.ndarray]:
-        """Of a step: ``[B, 1, 1, slots]``."""
+        """The mask of a step, ``[B, 1, 1, slots]``."""
         if self.starts is None:
             return {}
         return {"mask": (np.arange(self.slots) >= np.array(self.starts)[:, None])[:, None, None]}
@@ -77,7 +77,7 @@ class Decode:
     def _linen_steps(self, x: np.ndarray, attention: Function | None, jit: Callable, called: dict[str, Any]) -> Any:
         layer = self.layer.linen(attention, decode=True)
         cache = layer.init(jax.random.key(0), jnp.zeros((*self.layer.batch, self.slots, E), x.dtype))["cache"]
-        # Initialised with parameters of float32, it is of float32, whatever those of the call are.
+        # Initialized with float32 parameters, the cache is float32 whatever the parameters of the call.
         cache = jax.tree.map(lambda c: c.astype(x.dtype) if jnp.issubdtype(c.dtype, jnp.floating) else c, cache)
         params = self.layer.linen_params()
 
@@ -104,10 +104,10 @@ def _each_token(step: Callable, state: Any, x: np.ndarray, mask: dict[str, np.nd
 _COMMON = [
     Decode("decodes"),
     Decode("decodes, bfloat16", Layer("", dtype="bfloat16")),
-    Decode("decodes, a cache that is not filled", slots=40),
+    Decode("decodes, a partly filled cache", slots=40),
     Decode("decodes, left-padded rows", starts=(0, 4)),
     Decode("decodes, two batch axes", Layer("", batch=(2, 3))),
-    Decode("decodes, normalised queries and keys", Layer("", {"normalize_qk": True})),
+    Decode("decodes, normalized queries and keys", Layer("", {"normalize_qk": True})),
 ]
 _GROUPED = Layer("", {"num_kv_heads": K})
 _NNX = [
@@ -119,15 +119,15 @@ _NNX = [
         (3, 0),
     ),
 ]
-# Some versions of Flax attend to key 0 alone then (google/flax, issue 5591): theirs is called without.
-_IS_CAUSAL = Decode("decodes, is_causal is what decoding is anyway", called={"is_causal": True})
+# Some versions of Flax then attend to key 0 only (google/flax, issue 5591), so theirs is called without it.
+_IS_CAUSAL = Decode("decodes, is_causal changes nothing", called={"is_causal": True})
 
 
 # --- different on purpose ---
 
 
 def _sees_nothing(options: dict[str, Any]) -> list[Compared]:
-    """Ours is 0, theirs the mean of all values."""
+    """A query without keys: ours is 0, theirs the mean of all values."""
     query, key, value = normal(B, T, N, 16), normal(B, S, N, 16, seed=1), normal(B, S, N, 16, seed=2)
     mask = np.arange(T)[:, None] + np.zeros((1, 1, 1, S)) != 4
     mine = ours(options)(query, key, value, mask=jnp.asarray(mask))[:, 4]
@@ -140,11 +140,11 @@ def _sees_nothing(options: dict[str, Any]) -> list[Compared]:
     return found
 
 
-# --- what ours cannot serve ---
+# --- calls that we reject ---
 
 
-def _layer_refusal(mentions: str, kind: str, made: dict[str, Any], called: dict[str, Any]) -> Behaviour:
-    """An option of a module, which must not be lost without a word."""
+def _layer_refusal(mentions: str, kind: str, made: dict[str, Any], called: dict[str, Any]) -> Behavior:
+    """An option of a module that must not be ignored silently."""
 
     def compare(options: dict[str, Any]) -> list[Compared]:
         layer, attention = Layer("", made), ours(options)
@@ -156,13 +156,13 @@ def _layer_refusal(mentions: str, kind: str, made: dict[str, Any], called: dict[
             keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
             return layer.linen(attention).init(keys, x, **called)
 
-        refused("ours", NotImplementedError, call, f"attention_fn: {mentions}")
+        assert_rejected("ours", NotImplementedError, call, f"attention_fn: {mentions}")
         return []
 
-    return Behaviour(f"{kind}: ours refuses {mentions}", compare)
+    return Behavior(f"{kind}: ours rejects {mentions}", compare)
 
 
-def _refusals() -> list[Behaviour]:
+def _refusals() -> list[Behavior]:
     dropout, active = {"dropout_rate": 0.5}, {"deterministic": False}
     einsums = {f"{name}_einsum_cls": lambda: jnp.einsum for name in ("qk_attn_weights", "attn_weights_value")}
     algorithm = {"precision": jax.lax.DotAlgorithmPreset.F32_F32_F32}
@@ -177,27 +177,27 @@ def _refusals() -> list[Behaviour]:
         found.append(_function_refusal(name, NotImplementedError, lambda: (x, x, x), {name: option}))
     wrong = {"mask": np.ones((B, 1, T, T + 1), bool), "bias": normal(B, N, T + 1, T)}
     found += [_function_refusal(name, ValueError, lambda: (x, x, x), {name: array}) for name, array in wrong.items()]
-    return [*found, Behaviour("ours refuses a BlockMask", _block_mask_refusal)]
+    return [*found, Behavior("ours rejects a BlockMask", _block_mask_refusal)]
 
 
 def _block_mask_refusal(options: dict[str, Any]) -> list[Compared]:
     block_mask: Any = pa.BlockMask.from_mask(pa.masks.causal(), T, T)
-    refused("ours", TypeError, lambda: pa.flax.attention_fn(block_mask, **options), "mask")
+    assert_rejected("ours", TypeError, lambda: pa.flax.attention_fn(block_mask, **options), "mask")
     return []
 
 
-def _function_refusal(name: str, error: type[Exception], arrays: Callable, called: dict[str, Any]) -> Behaviour:
+def _function_refusal(name: str, error: type[Exception], arrays: Callable, called: dict[str, Any]) -> Behavior:
     def compare(options: dict[str, Any]) -> list[Compared]:
-        refused("ours", error, lambda: ours(options)(*arrays(), **called), name)
+        assert_rejected("ours", error, lambda: ours(options)(*arrays(), **called), name)
         return []
 
-    return Behaviour(f"function: ours refuses {name}", compare)
+    return Behavior(f"function: ours rejects {name}", compare)
 
 
-def behaviours() -> list[Behaviour]:
+def behaviors() -> list[Behavior]:
     return [
-        *(Behaviour(f"nnx: {case.name}", case.compare_nnx) for case in (*_COMMON, *_NNX, _IS_CAUSAL)),
-        *(Behaviour(f"linen: {case.name}", case.compare_linen) for case in _COMMON),
-        Behaviour("differs: a mask that leaves a query nothing", _sees_nothing),
+        *(Behavior(f"nnx: {case.name}", case.compare_nnx) for case in (*_COMMON, *_NNX, _IS_CAUSAL)),
+        *(Behavior(f"linen: {case.name}", case.compare_linen) for case in _COMMON),
+        Behavior("differs: a mask that leaves a query nothing", _sees_nothing),
         *_refusals(),
     ]

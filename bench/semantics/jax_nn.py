@@ -1,7 +1,7 @@
-"""What ``jax.nn.dot_product_attention`` does, done by ``pallas_attn.attention``.
+"""``jax.nn.dot_product_attention`` in terms of ``pallas_attn.attention``.
 
-:func:`attend` is the translation, and the only place where conventions meet. What should come out is written down a
-second time for the oracle (:meth:`Call.visible`), from the documentation of ``jax.nn``.
+:func:`attend` is the translation, and the only place that knows both conventions. The oracle has its own version
+(:meth:`Call.visible`), written from the documentation of ``jax.nn``.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ def attend(
     return_residual: bool = False,
     **options: Any,
 ) -> Any:
-    """The same arguments, the same result.
+    """Takes the arguments of ``jax.nn.dot_product_attention`` and returns its result.
 
-    Both put query ``t`` at position ``t`` and key ``s`` at ``s``, whatever T and S: causal means ``s <= t``. A window
-    ``(l, r)`` has the keys ``t - l <= s <= t + r``; ours counts the query's own place on the left. Tokens beyond a
-    length are not there. The residual is ``[B, T, N]`` in key's dtype; ours is float32 ``[B, N, T]``.
+    Both put query ``t`` at position ``t`` and key ``s`` at ``s`` for any T and S: causal means ``s <= t``. A window
+    ``(l, r)`` has the keys ``t - l <= s <= t + r``; ours counts the query's own position on the left. Tokens beyond a
+    length are padding. The residual is ``[B, T, N]`` in key's dtype; ours is float32 ``[B, N, T]``.
     """
     flat = query.ndim == 3
     query, key, value = (x[None] if flat else x for x in (query, key, value))
@@ -82,7 +82,7 @@ def _positions(length: int, real: Array | None) -> Array | None:
 
 
 class Passes(NamedTuple):
-    """What a call and its derivative give; there may be no residual."""
+    """Results of a call and its gradients; the residual may be None."""
 
     out: Any
     residual: Any
@@ -107,13 +107,13 @@ class Call:
         return 1 if self.flat else B, self.q_heads, self.q_len, self.kv_len
 
     def arrays(self) -> tuple[dict[str, Any], np.ndarray]:
-        """What has a derivative, always with a batch axis, and the gradient of the output."""
+        """Differentiable arrays, always with a batch axis, and the gradient of the output."""
         batch, generator = self.extents[0], np.random.default_rng(0)
         shapes = {"query": (self.q_len, self.q_heads), "key": (self.kv_len, self.kv_heads)}
         shapes |= {"value": shapes["key"], "d_out": shapes["query"]}
         made: dict[str, Any] = {name: generator.standard_normal((batch, *shape, D)) for name, shape in shapes.items()}
         made = {name: x.astype(jnp.dtype(self.dtype)) for name, x in made.items()}
-        # What a query without keys passes on is a difference of its own.
+        # Queries without keys differ on purpose; `jax_nn_cases` compares their gradients separately.
         d_out = np.where(self.seeing()[..., None], made.pop("d_out"), 0).astype(jnp.dtype(self.dtype))
         return made | ({"bias": self.options["bias"]} if "bias" in self.options else {}), d_out
 
@@ -131,15 +131,15 @@ class Call:
         return seen
 
     def seeing(self) -> np.ndarray:
-        """Bool ``[B, T, N]``: queries that see a key, or are not there."""
+        """Bool ``[B, T, N]``: queries that see a key or are padding."""
         there = self.options.get("query_seq_lengths", np.full(self.extents[0], self.q_len)).reshape(-1, 1, 1)
         return np.asarray(np.any(self.visible(), axis=-1)).swapaxes(1, 2) | (np.arange(self.q_len)[:, None] >= there)
 
     def passes(self, function: Callable, jit: Callable[[Callable], Callable] = lambda f: f) -> Passes:
-        """Output, residual and gradients of ``function``, which has the arguments of ``jax.nn``'s.
+        """Output, residual and gradients of ``function``, which takes the arguments of ``jax.nn``'s.
 
-        Theirs is not compiled: operations of the same shapes are quick to run again, and float16 on CPUs, for which
-        ``jax.nn`` tries a precision that is not there, cannot be compiled.
+        Theirs is not compiled: repeated operations of the same shapes run quickly, and float16 on CPUs does not
+        compile, because ``jax.nn`` requests a precision that does not exist there.
         """
         arrays, d_out = self.arrays()
         others = {name: x for name, x in self.options.items() if name != "bias"}
@@ -175,7 +175,7 @@ class Call:
         return Passes(out, lse.swapaxes(1, 2), gradients)
 
     def compare(self, options: dict[str, Any]) -> list[Compared]:
-        """Where a query sees a key; the residual where it is there, too."""
+        """Compares queries that see a key or are padding; the residual only for queries that see a key."""
         ours = self.passes(functools.partial(attend, **options), jit=jax.jit)
         with lenient():
             theirs = self.passes(jax.nn.dot_product_attention)

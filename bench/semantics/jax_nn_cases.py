@@ -1,4 +1,4 @@
-"""Calls of ``jax.nn.dot_product_attention``: every option, and what differs on purpose."""
+"""Calls of ``jax.nn.dot_product_attention``: every option, and the intended differences."""
 
 import functools
 import itertools
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.semantics.jax_nn import B, Call, K, N, S, T, attend
-from bench.semantics.judge import Behaviour, Compared, lenient, refused
+from bench.semantics.judge import Behavior, Compared, assert_rejected, lenient
 
 
-def behaviours() -> list[Behaviour]:
-    found = [Behaviour(call.name, call.compare) for call in _calls()]
-    found += [Behaviour(f"differs: {name}", compare) for name, compare in _DIFFERENCES.items()]
-    return found + [Behaviour(f"both refuse: {name}", _refusal(change)) for name, change in _wrong_calls().items()]
+def behaviors() -> list[Behavior]:
+    found = [Behavior(call.name, call.compare) for call in _calls()]
+    found += [Behavior(f"differs: {name}", compare) for name, compare in _DIFFERENCES.items()]
+    return found + [Behavior(f"both reject: {name}", _refusal(change)) for name, change in _wrong_calls().items()]
 
 
 # --- equal ---
@@ -27,7 +27,7 @@ def _random(*shape: int) -> np.ndarray:
 
 
 def _mask(*shape: int) -> np.ndarray:
-    """Half of all pairs; every query sees key 0."""
+    """A random half of the pairs; every query sees key 0."""
     seen = _random(*shape) < 0.5
     seen[..., 0] = True
     return seen
@@ -42,7 +42,7 @@ def _lengths(*lengths: int) -> np.ndarray:
 
 
 def _broadcasts() -> list[tuple[int, ...]]:
-    """All of ``[B|1, N|1, T|1, S|1]``, and without leading axes."""
+    """All shapes ``[B|1, N|1, T|1, S|1]``, and those without leading axes."""
     extents = (B, N, T, S)
     shared = itertools.product((False, True), repeat=4)
     four = [tuple(1 if one else size for one, size in zip(ones, extents, strict=True)) for ones in shared]
@@ -64,7 +64,7 @@ def _calls() -> list[Call]:
         Call("mask and bias, as many heads", {"mask": _mask(1, N, T, S), "bias": _bias(B, 1, 1, S)}, kv_heads=N),
         Call("bfloat16 bias of float32", {"bias": _bias(1, N, T, S, dtype=jnp.bfloat16)}),
         Call("float32 bias of bfloat16", {"bias": _bias(1, N, T, S)}, dtype="bfloat16"),
-        Call("a bias of -inf, a mask that is added", {"bias": minus_infinity}),
+        Call("a bias of -inf, an additive mask", {"bias": minus_infinity}),
         *(Call(f"causal, T {t}, S {s}", {"is_causal": True}, q_len=t, kv_len=s) for t, s in ((T, S), (T, T), (S, T))),
         *(Call(name, {name: x}) for name, x in lengths.items()),
         Call("both lengths", lengths),
@@ -97,7 +97,7 @@ def _both(call: Call, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _sees_nothing(call: Call) -> Callable[[dict[str, Any]], list[Compared]]:
-    """Ours is 0, and lse -inf. Theirs is the mean of all values, and the residual near the lowest float32."""
+    """Our output is 0 and lse -inf; theirs is the mean of all values, and its residual near the lowest float32."""
 
     def compare(options: dict[str, Any]) -> list[Compared]:
         ours, theirs = _both(call, options)
@@ -115,7 +115,7 @@ def _sees_nothing(call: Call) -> Callable[[dict[str, Any]], list[Compared]]:
 
 
 def _gradient_of_nothing(options: dict[str, Any]) -> list[Compared]:
-    """What a query without keys passes on to values: nothing, or a share for each key."""
+    """The gradient that a query without keys gives to values: none in ours, a share per key in theirs."""
     arrays = Call("").arrays()[0]
     mask = np.zeros((1, 1, T, S), bool)
 
@@ -129,8 +129,8 @@ def _gradient_of_nothing(options: dict[str, Any]) -> list[Compared]:
     return [Compared("d value", ours, theirs, np.zeros(shape), np.full(shape, T * (N // K) / S))]
 
 
-def _nan_where_no_key_is(options: dict[str, Any]) -> list[Compared]:
-    """Keys beyond a length hold NaN. No bit of them reaches our output; ``jax.nn`` multiplies them by 0."""
+def _nan_beyond_length(options: dict[str, Any]) -> list[Compared]:
+    """Keys beyond a length hold NaN, which never reaches our output; ``jax.nn`` multiplies it by 0."""
     arrays, length = Call("").arrays()[0], 20
     dirty = {
         name: np.where(np.arange(S)[:, None, None] < length, x, np.nan) for name, x in arrays.items() if x.shape[1] == S
@@ -145,7 +145,7 @@ def _nan_where_no_key_is(options: dict[str, Any]) -> list[Compared]:
 
 
 def _no_finite_logit(options: dict[str, Any]) -> list[Compared]:
-    """A bias of -inf for every key of a query: 0, where ``jax.nn`` gives NaN."""
+    """A bias of -inf for every key of a query: ours is 0, theirs NaN."""
     bias = jnp.zeros((1, 1, T, S), jnp.float32).at[:, :, 4].set(-jnp.inf)
     arrays = Call("").arrays()[0]
     ours = attend(**arrays, bias=bias, **options)[:, 4]
@@ -155,7 +155,7 @@ def _no_finite_logit(options: dict[str, Any]) -> list[Compared]:
 
 
 def _residual_has_a_gradient(options: dict[str, Any]) -> list[Compared]:
-    """Ours: by a bias of one number it is 1. Theirs stops it."""
+    """The gradient of our residual by a scalar bias is 1; theirs stops it."""
     arrays = Call("").arrays()[0]
 
     def total(bias, function):
@@ -169,11 +169,13 @@ def _residual_has_a_gradient(options: dict[str, Any]) -> list[Compared]:
 
 
 def _traced_scale(options: dict[str, Any]) -> list[Compared]:
-    """Ours must be known when the call is traced; a scale that is learnt multiplies the query."""
+    """Our scale must be static; a learned scale multiplies the query."""
     arrays = Call("").arrays()[0]
     with lenient():
         jax.jit(lambda scale: jax.nn.dot_product_attention(**arrays, scale=scale))(0.3)
-    refused("ours", TypeError, lambda: jax.jit(lambda scale: attend(**arrays, scale=scale, **options))(0.3), "scale")
+    assert_rejected(
+        "ours", TypeError, lambda: jax.jit(lambda scale: attend(**arrays, scale=scale, **options))(0.3), "scale"
+    )
     return []
 
 
@@ -186,17 +188,17 @@ _DIFFERENCES: dict[str, Callable[[dict[str, Any]], list[Compared]]] = {
     "a key length of 0": _sees_nothing(_NO_KEYS),
     "a window beyond the last key": _sees_nothing(_BEFORE_ALL_KEYS),
     "the gradient of a query that sees nothing": _gradient_of_nothing,
-    "NaN beyond a key length": _nan_where_no_key_is,
+    "NaN beyond a key length": _nan_beyond_length,
     "a bias of -inf for all keys": _no_finite_logit,
     "the residual's gradient": _residual_has_a_gradient,
     "a traced scale": _traced_scale,
 }
 
-# --- refused ---
+# --- calls that both reject ---
 
 
 def _wrong_calls() -> dict[str, dict[str, Any]]:
-    """What is changed in a call that is right."""
+    """Changes that make a right call wrong."""
     right = Call("").arrays()[0]
     return {
         "value of another length": {"value": right["value"][:, 1:]},
@@ -217,8 +219,8 @@ def _refusal(change: dict[str, Any]) -> Callable[[dict[str, Any]], list[Compared
         arguments = Call("").arrays()[0] | change
         with lenient():
             # Shapes that do not broadcast raise a TypeError or a ValueError, by version.
-            refused("jax.nn", (TypeError, ValueError), lambda: jax.nn.dot_product_attention(**arguments))
-        refused("ours", ValueError, lambda: attend(**arguments, **options))
+            assert_rejected("jax.nn", (TypeError, ValueError), lambda: jax.nn.dot_product_attention(**arguments))
+        assert_rejected("ours", ValueError, lambda: attend(**arguments, **options))
         return []
 
     return compare

@@ -1,7 +1,7 @@
-"""A behaviour that another library shares with this one, and whether both show it.
+"""A behavior of another library and of ours, and whether they agree.
 
-What is right is known in float64. The error of ours is judged as FlashAttention's tests do: against the error of the
-other in the same dtype. The other must be about right, too: else the two were not asked for the same thing.
+The expected result is computed in float64. As in FlashAttention's tests, our error is judged against the error of the
+other library in the same dtype. The other's must be small, too, or else the two computed different functions.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ _NAN = float("nan")
 
 
 class Compared(NamedTuple):
-    """One array as both make it, and as it should be."""
+    """One array from both libraries, and the expected one."""
 
     what: str
     ours: Any
     theirs: Any
     exact: np.ndarray
-    theirs_exact: np.ndarray | None = None  # where theirs is known to be something else
+    theirs_exact: np.ndarray | None = None  # if theirs is known to differ
     limit: Callable[[float, float, Any], float] = tolerances.attention_limit
     dtype: Any = None  # default: theirs
 
     @staticmethod
     def at(rows: Any, what: str, ours: Any, theirs: Any, exact: Any) -> "Compared":
-        """Of those elements alone."""
+        """Compares those elements only."""
         return Compared(what, np.asarray(ours)[rows], np.asarray(theirs)[rows], np.asarray(exact)[rows])
 
 
-class Behaviour(NamedTuple):
+class Behavior(NamedTuple):
     """``compare(options)`` runs both; ``options`` (implementation, interpret) are for ours.
 
-    It returns nothing where both must refuse the call, and did; it raises where they do not agree on that.
+    It returns an empty list if both rejected a call that they must reject, and raises if they disagree.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Behaviour(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The array of a behaviour that is the nearest to its limit, or beyond it."""
+    """The array of a behavior nearest to its limit, or beyond it."""
 
     name: str
     what: str
@@ -57,15 +57,15 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def judge(behaviour: Behaviour, options: dict[str, Any]) -> Row:
-    """Runs both. An exception is a failure: everything here is what both claim to support."""
+def judge(behavior: Behavior, options: dict[str, Any]) -> Row:
+    """Runs both. An exception is a failure, because both claim to support the call."""
     try:
-        rows = [_row(behaviour.name, one) for one in behaviour.compare(options)]
+        rows = [_row(behavior.name, one) for one in behavior.compare(options)]
     except Exception as error:
         reason = " ".join(str(error).split())
-        return Row(behaviour.name, "", _NAN, _NAN, _NAN, _NAN, False, f"{type(error).__name__}: {reason}")
+        return Row(behavior.name, "", _NAN, _NAN, _NAN, _NAN, False, f"{type(error).__name__}: {reason}")
     if not rows:
-        return Row(behaviour.name, "refused", _NAN, _NAN, _NAN, _NAN, True)
+        return Row(behavior.name, "rejected", _NAN, _NAN, _NAN, _NAN, True)
     return max(rows, key=lambda row: (not row.correct, row.error / max(row.limit, np.finfo(float).tiny)))
 
 
@@ -78,7 +78,7 @@ def _row(name: str, one: Compared) -> Row:
     if kinds[0] != kinds[1]:
         note = f"ours is {kinds[0]}, theirs {kinds[1]}"
     elif not their_error <= tolerances.BENCH_PEER * one.limit(0.0, _largest(theirs_exact), dtype):
-        note = "theirs is something else than was expected"
+        note = "theirs is not what was expected"
     else:
         note = "" if error <= limit else "ours is wrong"
     apart = _distance(one.ours, one.theirs)
@@ -86,7 +86,7 @@ def _row(name: str, one: Compared) -> Row:
 
 
 def _distance(a: Any, b: Any) -> float:
-    """The largest difference; what is equal, infinities and NaN included, has none."""
+    """The largest difference; equal infinities and NaN in both count as 0."""
     a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
     with np.errstate(invalid="ignore"):
         apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
@@ -99,9 +99,9 @@ def _largest(x: np.ndarray) -> float:
 
 
 def compare_gradients(ours: Any, theirs: Any, exact: Any, dtype: Any) -> Compared:
-    """Of pytrees, of a call in ``dtype``: all gradients as one vector, judged by the largest of all.
+    """Compares pytrees of gradients of a call in ``dtype`` as one vector, judged by the largest entry.
 
-    Some are 0 but for rounding: that of a bias which is the same for all keys, for one.
+    Some gradients are 0 up to rounding, such as that of a bias which is the same for all keys.
     """
     kinds = [[(x.shape, x.dtype) for x in jax.tree.leaves(tree)] for tree in (ours, theirs)]
     assert kinds[0] == kinds[1], f"gradients: ours are {kinds[0]}, theirs {kinds[1]}"
@@ -115,7 +115,7 @@ def compare_gradients(ours: Any, theirs: Any, exact: Any, dtype: Any) -> Compare
 
 @contextlib.contextmanager
 def lenient() -> Iterator[None]:
-    """For code that was not written for JAX at its strictest; float32 products have all their bits, on GPUs, too."""
+    """Relaxes JAX's strict modes for code of others, and computes float32 products exactly on GPUs, too."""
     with (
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
@@ -124,23 +124,23 @@ def lenient() -> Iterator[None]:
         yield
 
 
-def refused(
+def assert_rejected(
     by: str, error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], Any], mentions: str = ""
 ) -> None:
-    """Raises AssertionError unless the call raises that error, with those words."""
+    """Raises AssertionError unless the call raises ``error`` with ``mentions`` in its message."""
     try:
         call()
     except error as found:
         if mentions not in str(found):
-            raise AssertionError(f"{by} refuses it without a word about {mentions}: {found}") from found
+            raise AssertionError(f"{by} rejects it without mentioning {mentions}: {found}") from found
         return
-    raise AssertionError(f"{by} does not refuse it")
+    raise AssertionError(f"{by} does not reject it")
 
 
 def exact_attention(query, key, value, bias=None, mask=None, is_causal=False, **_):
-    """Attention of float64 arrays, as the formula says, of Flax's arguments. To be traced where JAX has 64 bits.
+    """Attention in float64 from the formula, with Flax's arguments; trace it with 64 bits enabled.
 
-    A query that sees nothing gets 0.
+    A query that sees no key gets 0.
     """
     group = query.shape[-2] // key.shape[-2]
     key, value = (jnp.repeat(x, group, axis=-2) for x in (key, value))
@@ -148,7 +148,7 @@ def exact_attention(query, key, value, bias=None, mask=None, is_causal=False, **
     logits = logits if bias is None else logits + bias
     seen = jnp.tri(*logits.shape[-2:], dtype=bool) if is_causal else jnp.ones(logits.shape[-2:], bool)
     seen = jnp.broadcast_to(seen if mask is None else seen & mask.astype(bool), logits.shape)
-    # A weight of 1 for nobody keeps the quotient finite.
+    # A total of 1 for a query without keys keeps the quotient finite.
     weights = jnp.where(seen, jnp.exp(logits - logits.max(-1, keepdims=True)), 0)
     total = weights.sum(-1, keepdims=True)
     return jnp.einsum("...nts,...snd->...tnd", weights / jnp.where(total > 0, total, 1), value)

@@ -1,1 +1,1 @@
-"""What the timing commands share: cases, peers, checks, clocks, and the physics that bounds a time."""
+"""Cases, peers, checks, clocks and physical bounds of the timing commands."""

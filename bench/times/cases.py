@@ -1,7 +1,7 @@
-"""The benchmark cases by name: real shapes, and what the project claims of them.
+"""The benchmark cases by name: real shapes, and the project's claims.
 
-Suite ``cpu``: float32, sizes for two cores. Suite ``gpu``: bfloat16, sizes of published benchmarks; ``toy`` is the gpu
-suite as small as interpreted kernels need it. Cases stand in order of importance: what time is up for comes last.
+Suite ``cpu``: float32, sizes for two cores. Suite ``gpu``: bfloat16, sizes of published benchmarks. ``--toy`` shrinks
+them for interpreted kernels. Cases are in order of importance, because a run may stop before the last ones.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ LISTS_AT_HAND = "lists at hand"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A workload, what it stands for, and the smallest ratios (peer's time over ours) that the project claims.
+    """A workload, and the smallest ratios (peer time / our time) that the project claims.
 
     Attributes:
-      name, about: what it is called, and what it stands for in a sentence.
+      name, about: the name, and a description in a sentence.
       kind: "forward", "backward", "decode", "mask", "append" or "generation".
       build: from a size to the workload.
-      sizes: by suite; a suite that is not there does not have the case.
+      sizes: by suite; the case is in these suites only.
       claims: by peer, in suite ``cpu``.
-      capacity: the size of a cache, where there is one: the case is part of a comparison of capacities.
-      beside: in suite ``cpu``, our own time on other workloads, by the name under which its ratio is reported.
+      capacity: whether the case belongs to the comparison of cache capacities.
+      variants: in suite ``cpu``, other workloads that we time with it, by the name under which the ratio is reported.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Case:
     sizes: dict[str, Size]
     claims: dict[str, float] = dataclasses.field(default_factory=dict)
     capacity: bool = False
-    beside: dict[str, Callable[[], Workload]] = dataclasses.field(default_factory=dict)
+    variants: dict[str, Callable[[], Workload]] = dataclasses.field(default_factory=dict)
 
     def size(self, suite: str, toy: bool = False) -> Size:
-        """Of the suite, or the toy made of it."""
+        """The suite's size, or its toy version."""
         return self.sizes[suite].toy() if toy else self.sizes[suite]
 
 
 def named(suite: str) -> dict[str, Case]:
-    """The cases of a suite by name, in order; those of all suites for "all"."""
+    """The cases of a suite, or of all suites for "all", by name, in order."""
     suites = SUITES if suite == "all" else (suite,)
     return {case.name: case for case in CASES if any(one in case.sizes for one in suites)}
 
@@ -68,7 +68,7 @@ def _gpu(batch: int, tokens: int, heads: int = 16, head_dim: int = 128) -> Size:
 
 
 def _attention(mask: pa.masks.Mask, size: Size, starts=(0,), backward: bool = False) -> Attention:
-    """Queries are keys; row b begins at token ``starts[b]``, and is padded before that."""
+    """Self-attention; row b begins at token ``starts[b]`` and is left-padded before it."""
     positions = np.arange(size.kv_len)[None] - np.asarray(starts)[:, None]
     positions = jnp.asarray(np.maximum(positions, -1), jnp.int32)
     return Attention(size, mask, positions, positions, backward)
@@ -104,7 +104,7 @@ def _window_backward(size: Size) -> Attention:
 
 
 def document_ids(size: Size, documents: int = 12) -> Array:
-    """int32 ``[B, T]``: which document a token is of. Each token falls to a random document, so lengths are unequal."""
+    """int32 ``[B, T]``: each token's document. Lengths are multinomial, so they are unequal."""
     rng = np.random.default_rng(0)
     lengths = rng.multinomial(size.q_len, np.full(documents, 1 / documents), size.batch)
     return jnp.asarray([np.repeat(np.arange(documents, dtype=np.int32), row) for row in lengths])
@@ -128,7 +128,7 @@ def _blocks(active: float) -> Callable[[Size], Attention]:
         block = max(1, size.kv_len // 32)
         rows = -(-size.q_len // block)
         rng = np.random.default_rng(0)
-        # Exactly so many, and in every row of blocks the one on the diagonal: no query is left without a key.
+        # Exactly this many, with the diagonal of every row, so that each query sees a key.
         chosen = np.eye(rows, dtype=bool).ravel()
         others = np.flatnonzero(~chosen)
         chosen[rng.choice(others, max(0, round(active * rows * rows) - rows), replace=False)] = True
@@ -142,7 +142,7 @@ def _boolean_causal(size: Size) -> Attention:
     return _attention(pa.masks.dense(jnp.tril(jnp.ones((size.q_len, size.kv_len), jnp.bool_))), size)
 
 
-# --- one query for each row of a buffer ---
+# --- decode: one query per row of a buffer ---
 
 
 def _decode_rows(live: np.ndarray, size: Size) -> Attention:
@@ -186,7 +186,7 @@ def _decode_ragged(size: Size) -> Attention:
     return _decode_rows(live, size)
 
 
-# --- around attention ---
+# --- masks, caches, generation ---
 
 
 def _mask_of(build: Callable[[Size], Attention]) -> Callable[[Size], MaskBuild]:
@@ -229,7 +229,7 @@ CASES = (
         {"cpu": _DECODE_SIZE},
         {"jax.nn": 40.0, BUFFER_OF_2048: 1 / 1.2},
         capacity=True,
-        beside={
+        variants={
             BUFFER_OF_2048: lambda: _decode(dataclasses.replace(_DECODE_SIZE, kv_len=2048)),
             LISTS_AT_HAND: _at_hand(_decode, _DECODE_SIZE),
         },
@@ -284,7 +284,7 @@ CASES = (
         "decode",
         _decode_ragged,
         {"cpu": _DECODE_SIZE, "gpu": Size(32, 1, 65536, 32, 8, 128, "bfloat16")},
-        beside={LISTS_AT_HAND: _at_hand(_decode_ragged, _DECODE_SIZE)},
+        variants={LISTS_AT_HAND: _at_hand(_decode_ragged, _DECODE_SIZE)},
     ),
     Case(
         "decode-llama-8b",
@@ -300,7 +300,7 @@ CASES = (
         _decode_1024,
         _LARGE_BUFFER,
         {BUFFER_OF_2048: 1 / 1.3},
-        beside={
+        variants={
             BUFFER_OF_2048: lambda: _decode_1024(dataclasses.replace(_LARGE_BUFFER["cpu"], kv_len=2048)),
             LISTS_AT_HAND: _at_hand(_decode_1024, _LARGE_BUFFER["cpu"]),
         },
@@ -312,7 +312,7 @@ CASES = (
         _quantized(_decode_8192, "int8"),
         _LARGE_BUFFER,
         {FLOAT32_KEYS: 1.0},
-        beside={
+        variants={
             FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"]),
             LISTS_AT_HAND: _at_hand(_quantized(_decode_8192, "int8"), _LARGE_BUFFER["cpu"]),
         },
@@ -323,7 +323,7 @@ CASES = (
         "decode",
         _quantized(_decode_8192, "int4"),
         _LARGE_BUFFER,
-        beside={FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
+        variants={FLOAT32_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
     ),
     Case(
         "decode-paged",
@@ -332,7 +332,7 @@ CASES = (
         _paged(_decode_8192, 64),
         _LARGE_BUFFER,
         {CONTIGUOUS_KEYS: 1 / 1.25},
-        beside={CONTIGUOUS_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
+        variants={CONTIGUOUS_KEYS: lambda: _decode_8192(_LARGE_BUFFER["cpu"])},
     ),
     Case("dense", "every query sees every key", "forward", _dense, {"cpu": _cpu(1, 2048), "gpu": _gpu(4, 4096)}),
     Case(
@@ -421,5 +421,5 @@ CASES = (
     ),
 )
 
-# Names of our own times on other workloads.
-BESIDE = frozenset(name for case in CASES for name in case.beside)
+# Names under which our own times on other workloads are reported.
+VARIANTS = frozenset(name for case in CASES for name in case.variants)

@@ -1,8 +1,7 @@
-"""Results first: no speed is shown of what computes something else.
+"""Checks results before any time is shown.
 
-The oracle is attention in float64, from the formula. It is too slow for every query of a large case, so it is asked
-about a random sample of them. An error is judged as FlashAttention's tests do: against that of plain attention in the
-same dtype.
+The oracle is attention in float64, from the formula. It is too slow for every query of a large case, so it computes a
+random sample. As in FlashAttention's tests, errors are judged against plain attention in the same dtype.
 """
 
 import dataclasses
@@ -19,13 +18,13 @@ from tests import oracle, tolerances
 
 _SAMPLE = 48
 _SAMPLE_KEYS = 2**21
-# In the place of what is not a number, which JSON does not know.
+# Stands for NaN and infinity, which JSON lacks.
 _NOT_A_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The largest error, and the largest that is allowed."""
+    """The largest error, and the allowed one."""
 
     error: float
     allowed: float
@@ -35,12 +34,12 @@ class Verdict:
         return self.error <= self.allowed
 
     def of_peer(self) -> "Verdict":
-        """The same error, judged more mildly: a peer only has to compute the same function."""
+        """The same error with a peer's larger tolerance: a peer only has to compute the same function."""
         return Verdict(self.error, tolerances.BENCH_PEER * self.allowed)
 
 
 class Oracle:
-    """Knows the right result of a workload, and judges any contender's."""
+    """Knows the right result of a workload and judges contenders."""
 
     def __init__(self, workload: Attention | MaskBuild | Append) -> None:
         match workload:
@@ -54,7 +53,7 @@ class Oracle:
                 self._judge = _append_judge(workload)
 
     def judge(self, result: Any) -> Verdict:
-        """Args: what a contender made of the first set of inputs; for attention ``[B, T, N, D]``."""
+        """Judges a contender's result for the first set of inputs; for attention ``[B, T, N, D]``."""
         return self._judge(result)
 
 
@@ -67,7 +66,7 @@ def _verdict(differences, allowed: float) -> Verdict:
 
 
 def _row_judge(workload: Attention):
-    """Compares a sample of the queries that see any key; all of the output has to be finite where there is a query."""
+    """Compares a sample of the queries that see any key; the output of every real query must be finite."""
     query, key, value = (np.asarray(x) for x in workload.arrays(0)[:3])
     scale = workload.size.head_dim**-0.5
     group = workload.size.q_heads // workload.size.kv_heads
@@ -98,7 +97,7 @@ def _row_judge(workload: Attention):
 
 
 def _sample(workload: Attention) -> list[tuple[tuple[int, int, int], np.ndarray]]:
-    """Random (b, t, n), and the first and last query of a row, each with the keys that it sees, bool ``[S]``."""
+    """The first and last query of a row and random (b, t, n), each with its visible keys, bool ``[S]``."""
     size, rng = workload.size, np.random.default_rng(0)
     rows, keys = [], 0
     for t in [0, size.q_len - 1, *rng.integers(0, size.q_len, 4 * _SAMPLE)]:
@@ -115,17 +114,17 @@ def _sample(workload: Attention) -> list[tuple[tuple[int, int, int], np.ndarray]
 
 @jax.jit
 def _visible(mask, q_positions, kv_positions, t):
-    """Bool ``[B|1, S]`` of one query."""
+    """The visible keys of one query, bool ``[B|1, S]``."""
     one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, t, 1, 2) if x.shape[2] > 1 else x, mask)
     q_position = jax.lax.dynamic_slice_in_dim(q_positions, t, 1, 1)
     return one.dense_array(q_position, kv_positions)[:, 0, 0]
 
 
-# --- its derivative ---
+# --- its gradients ---
 
 
 def _gradient_judge(workload: Attention):
-    """Compares the derivatives that one batch row and one KV head get, all of them."""
+    """Compares all gradients of one batch row and one KV head."""
     size, rng = workload.size, np.random.default_rng(0)
     b, head = int(rng.integers(size.batch)), int(rng.integers(size.kv_heads))
     group = size.q_heads // size.kv_heads
@@ -153,7 +152,7 @@ def _gradient_judge(workload: Attention):
     def judge(result) -> Verdict:
         got = slices(*result)
         verdicts = [_verdict([g - e], limit) for g, e, limit in zip(got, exact, limits, strict=True)]
-        # A derivative may be 0 all over: that of queries which see but one key.
+        # Gradients may be 0 everywhere, such as those of queries that see one key.
         return max(verdicts, key=lambda verdict: verdict.error / max(verdict.allowed, np.finfo(float).tiny))
 
     return judge
@@ -178,7 +177,7 @@ def _exact_gradients(arrays, visible, scale) -> list[np.ndarray]:
 
 
 def _plain_gradients(arrays, visible, scale) -> list[np.ndarray]:
-    """The same as one writes it, in the inputs' dtype with float32 sums."""
+    """Gradients of plain attention in the inputs' dtype, with float32 sums."""
 
     def attend(query, key, value):
         logits = scale * jnp.einsum("tgd,sd->gts", query, key, preferred_element_type=jnp.float32)
@@ -196,7 +195,7 @@ def _plain_gradients(arrays, visible, scale) -> list[np.ndarray]:
 
 
 def block_classes(workload: MaskBuild, q_block: int, kv_block: int) -> np.ndarray:
-    """The class of every block of the first batch row, ``[nq, nk]``, by looking at every pair."""
+    """The class of every block of the first batch row, ``[nq, nk]``, from every pair."""
     x = workload.attention
     q_positions, kv_positions = x.q_positions[:1], x.kv_positions[:1]
     mask = jax.tree.map(lambda operand: operand[:1], x.mask)
@@ -205,7 +204,7 @@ def block_classes(workload: MaskBuild, q_block: int, kv_block: int) -> np.ndarra
 
 
 def _lists_judge(workload: MaskBuild):
-    """Counts the blocks of the first batch row whose class is another."""
+    """Counts the blocks of the first batch row whose class differs."""
 
     def judge(result: BlockClasses) -> Verdict:
         expected = block_classes(workload, result.q_block, result.kv_block)
@@ -215,7 +214,7 @@ def _lists_judge(workload: MaskBuild):
 
 
 def _append_judge(workload: Append):
-    """The new tokens are in their slots, and nothing else has changed."""
+    """Checks that the new tokens are in their slots and nothing else has changed."""
     size, before = workload.size, workload.state().view()
     key, value, positions = (np.asarray(x) for x in workload.tokens)
 

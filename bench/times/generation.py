@@ -1,10 +1,10 @@
-"""Generation: a Llama of random weights, continued by our Generator and by transformers' ``generate``.
+"""Generation from a random Llama by our Generator and by transformers' ``generate``.
 
-Both hold a cache of the same fixed capacity, read the same float32 weights, and choose greedily, so both must draw the
-same tokens. The prompts are left-padded for transformers; ours needs no padding.
+Both have a cache of the same capacity, the same float32 weights, and greedy sampling, so they must produce the same
+tokens. The prompts are left-padded for transformers; ours needs no padding.
 """
 
-# PyTorch and transformers are no dependencies.
+# PyTorch and transformers are not dependencies.
 # pyright: reportMissingImports=false
 
 import functools
@@ -20,16 +20,16 @@ from bench.times.workloads import Generation
 
 
 def unavailable() -> str | None:
-    """Why nothing can be compared here, or None."""
+    """Why the comparison cannot run here, or None."""
     for package in ("torch", "transformers"):
         try:
             __import__(package)
         except ImportError:
-            return f"{package} is not installed: there is nothing to check the tokens against"
+            return f"{package} is not installed, so the tokens cannot be checked"
     try:
         import pallas_attn_models  # noqa: F401
     except ImportError:
-        return "pallas_attn_models is not installed (pip install '.[models]', or models/ on PYTHONPATH)"
+        return "pallas_attn_models is not installed (pip install '.[models]', or put models/ on PYTHONPATH)"
     return None
 
 
@@ -46,7 +46,7 @@ def our_contender(workload: Generation) -> Contender:
     sampling = Sampling(max_new_tokens=size.new)
 
     def generate():
-        # TF32, JAX's default for float32 products on a GPU, would draw other tokens.
+        # TF32, JAX's default for float32 products on a GPU, would change tokens.
         with jax.default_matmul_precision("highest"):
             return np.array(generator.generate(prompts, sampling).tokens)
 
@@ -84,7 +84,7 @@ def transformers_contender(workload: Generation) -> Contender:
 
 @functools.lru_cache(maxsize=1)
 def _llama(workload: Generation) -> Any:
-    """The same random weights every time, and no token that ends a row."""
+    """The same random weights every time, without a token that ends a row."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging

@@ -1,5 +1,8 @@
-"""One case from its name to its entry in the result file: results are compared first, then contenders take turns."""
-# PyTorch is no dependency.
+"""Measures one case: compares results first, then times the contenders in turns.
+
+The result is an entry of the result file.
+"""
+# PyTorch is not a dependency.
 # pyright: reportMissingImports=false
 
 import dataclasses
@@ -26,12 +29,12 @@ _MOST_SETS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much time a case may take.
+    """The time budget of a case.
 
     Attributes:
-      rounds: of turns, at most.
-      seconds: for the rounds; no further one starts after them.
-      prepare_seconds: for compiling and checking peers; one whose turn comes later is skipped.
+      rounds: the maximum of rounds.
+      seconds: no further round starts after this time.
+      prepare_seconds: time for compiling and checking peers; later peers are skipped.
     """
 
     rounds: int = 15
@@ -41,12 +44,12 @@ class Effort:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is the same for all cases of a run.
+    """Settings shared by all cases of a run.
 
     Attributes:
-      suite, peers, effort: which, against whom, and how long.
-      toy: toy sizes, our Triton kernels in Pallas' interpreter.
-      measured: what the machine reaches at best.
+      suite, peers, effort: the suite, the peers, and the time budget of a case.
+      toy: toy sizes, with our Triton kernels in Pallas' interpreter.
+      measured: the measured peaks of the machine.
     """
 
     suite: str
@@ -57,7 +60,7 @@ class Setting:
 
     @property
     def by_device(self) -> bool:
-        """Time by the device's clock."""
+        """Whether the device's clock is used."""
         return self.suite == "gpu"
 
 
@@ -68,7 +71,7 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
     result = _description(case, size, workload, setting)
     sets = _number_of_sets(workload, setting)
 
-    # Ours first: without it there is nothing to compare.
+    # Ours first: without it there is no comparison.
     try:
         if isinstance(workload, Generation) and (reason := generation.unavailable()):
             raise NotImplementedError(reason)
@@ -85,8 +88,8 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
     turns = {OURS: ours.turn} | _peers_turns(result, workload, sets, judge, ready, setting)
 
     if not setting.by_device:
-        for name, build in case.beside.items():
-            # Ours takes turns with itself alone: a peer's hundreds of MB in between would empty the caches.
+        for name, build in case.variants.items():
+            # Without peers in between, whose hundreds of MB would evict the CPU's caches.
             other = prepare(_our_contender(build(), 1, setting), by_device=False)
             pair, effort = {OURS: ours.turn, name: other.turn}, setting.effort
             times = take_turns(pair, rounds=4 * effort.rounds, budget=effort.seconds / 4)
@@ -97,7 +100,7 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
 
 
 def _peers_turns(result, workload, sets, judge, ready: dict[str, Prepared], setting) -> dict[str, Callable[[], float]]:
-    """Compiles and checks the peers. What has no turn, the result says why."""
+    """Compiles and checks the peers; the result records why the others have no turn."""
     turns, start = {}, time.perf_counter()
     for name, peer in setting.peers.items():
         if not peer.serves(workload):
@@ -106,12 +109,12 @@ def _peers_turns(result, workload, sets, judge, ready: dict[str, Prepared], sett
             result["skipped"][name] = reason
             continue
         if time.perf_counter() - start > setting.effort.prepare_seconds:
-            result["skipped"][name] = "no time left for it"
+            result["skipped"][name] = "no time left"
             continue
         try:
             prepared = ready.get(name) or prepare(peer.contender(workload, sets), by_device=setting.by_device)
             verdict = judge(prepared.returned).of_peer()
-        except Exception as error:  # whatever happens inside a peer, the others are measured
+        except Exception as error:  # an error of one peer must not stop the others
             result["skipped"][name] = _reason(error)
             continue
         if verdict.correct:
@@ -122,7 +125,7 @@ def _peers_turns(result, workload, sets, judge, ready: dict[str, Prepared], sett
 
 
 def failed(case: Case, setting: Setting, error: Exception) -> dict[str, Any]:
-    """The entry of a case that broke off with an error that nobody expected."""
+    """The entry of a case that stopped with an unexpected error."""
     size = case.size(setting.suite, setting.toy)
     return _entry(case, size, setting) | {"correct": False, "skipped": {OURS: _reason(error)}}
 
@@ -151,7 +154,7 @@ def _entry(case: Case, size: Size, setting: Setting) -> dict[str, Any]:
 
 
 def _description(case: Case, size: Size, workload: Workload, setting: Setting) -> dict[str, Any]:
-    """The entry, with everything that is known before anything runs."""
+    """The entry with everything known before the case runs."""
     entry = _entry(case, size, setting)
     implementation = "triton" if setting.toy else None
     match workload:
@@ -168,7 +171,7 @@ def _description(case: Case, size: Size, workload: Workload, setting: Setting) -
 
 
 def _number_of_sets(workload: Workload, setting: Setting) -> int:
-    """So many different inputs that the GPU's cache holds none of them when it is needed again."""
+    """How many different inputs keep each from still being in the GPU's cache when it is used again."""
     if not setting.by_device or isinstance(workload, Generation):
         return 1
     if setting.toy:
@@ -176,7 +179,7 @@ def _number_of_sets(workload: Workload, setting: Setting) -> int:
     if isinstance(workload, Attention) and workload.backward:
         return 2
     if not isinstance(workload, Attention):
-        return _MOST_SETS  # short: launching one must not outweigh it
+        return _MOST_SETS  # calls are short, so the launch must be shared
     nbytes = sum(x.nbytes for x in workload.arrays(0)[:3])
     return max(2, min(_MOST_SETS, math.ceil(2 * machine.L2_BYTES / nbytes)))
 
@@ -188,10 +191,10 @@ def _our_contender(workload: Workload, sets: int, setting: Setting) -> Contender
 
 
 def _known_result(workload: Workload) -> tuple[Callable[[Any], Verdict], dict[str, Prepared]]:
-    """What judges every contender's result, and by name what had to be run for it."""
+    """The judge of every contender's result, and the peers that had to run for it, by name."""
     if not isinstance(workload, Generation):
         return Oracle(workload).judge, {}
-    # Nobody but the peer knows the right tokens.
+    # The peer's tokens are the expected ones.
     peer = prepare(generation.transformers_contender(workload), by_device=False)
     return _same_tokens(peer.returned), {"transformers": peer}
 
@@ -201,7 +204,7 @@ def _same_tokens(expected: np.ndarray) -> Callable[[Any], Verdict]:
 
 
 def _reason(error: Exception) -> str:
-    """In one line: what an implementation says that it cannot do, or with what it broke off."""
+    """One line: what an implementation does not support, or the error that stopped it."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 200 else text[:197] + "..."
     return text if isinstance(error, NotImplementedError) else f"failed: {type(error).__name__}: {text}"
@@ -210,8 +213,8 @@ def _reason(error: Exception) -> str:
 def _report(
     result: dict[str, Any], workload: Workload, times: dict[str, list[float]], ours: list[float], setting: Setting
 ) -> None:
-    """Adds what was timed to the result."""
-    # Decode moves bytes and computes little: what it could reach is what a copy does.
+    """Adds the times to the result."""
+    # Decode mostly moves bytes, so a copy bounds it.
     copy = setting.measured.gbps if setting.measured and result["kind"] == "decode" else None
     for name, seconds in times.items():
         median = float(np.median(seconds))
@@ -230,7 +233,7 @@ def _report(
 
 
 def free_memory() -> None:
-    """Between cases: what one leaves behind must not be what the next one lacks."""
+    """Frees memory that the next case may need."""
     gc.collect()
     try:
         import torch

@@ -1,8 +1,8 @@
-"""What the machine reaches at best, measured in the run that it judges: a large product of matrices, and a large copy.
+"""Measures the machine's peaks within a run: a large matrix product and a large copy.
 
-The copy counts each byte twice, for it is read and written. It adds one to every number of an array in place: what is
-read and written is that of a copy, but no memory for a new array has to be got, which on a CPU takes several times as
-long, and all cores take part. The product counts ``2 M^3`` operations.
+The copy counts each byte twice, because it is read and written. It adds one to an array in place, which moves the bytes
+of a copy on all cores without allocating a new array; on a CPU that would take several times as long. The product
+counts ``2 M^3`` operations.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from bench.times.timing import Contender, prepare
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the square matrices' side, and of the copied array in bytes: larger than any cache."""
+    """Side of the square matrices, and bytes of the copied array, which exceed any cache."""
 
     side: int
     nbytes: int
@@ -29,14 +29,14 @@ _ROUNDS = 7
 
 
 def measure(dtype: str, sizes: Sizes, *, by_device: bool) -> Peaks:
-    """The medians of a few turns. ``by_device``: the device times them."""
+    """Peaks from the medians of a few turns. ``by_device``: use the device's clock."""
     product = _seconds(_product(dtype, sizes), by_device)
     copy = _seconds(_copy(dtype, sizes), by_device)
     return Peaks(2 * sizes.side**3 / product / 1e12, 2 * sizes.nbytes / copy / 1e9)
 
 
 def _product(dtype: str, sizes: Sizes) -> Contender:
-    # Random numbers: a GPU's clock falls with the bits that change, and zeros change none.
+    # A GPU's clock drops with the number of toggled bits; zeros toggle none, so they would be too fast.
     left, right = (jax.random.normal(jax.random.key(i), (sizes.side, sizes.side), dtype) for i in range(2))
     return Contender(jnp.matmul, [(left, right)])
 

@@ -1,6 +1,6 @@
-"""The peers, each behind an adapter that says why it cannot serve a case.
+"""The peers, each behind an adapter that gives the reason if it does not support a case.
 
-Whatever a peer's users make once for many calls, a boolean mask for example, is made before anything is timed.
+Anything that a peer's users prepare once for many calls, such as a boolean mask, is prepared before the clock starts.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from bench.times.timing import Contender
 from bench.times.workloads import Attention, Generation, MaskBuild, Workload
 from pallas_attn import masks
 
-# Of T x S float32 matrices, above which a peer without tiles is not asked.
+# Bytes of T x S float32 matrices above which a peer without tiles does not run.
 _LARGEST_LOGITS = {"cpu": 3 * 2**30, "gpu": 20 * 2**30}
 
 
@@ -28,10 +28,10 @@ class Peer:
     """Another implementation.
 
     Attributes:
-      name: as ``--peers`` takes it.
+      name: the name for ``--peers``.
       unavailable: why it cannot run on this machine, or None.
       attention, mask, generation: from a workload (and a number of sets of inputs) to a contender; each raises
-        ``NotImplementedError`` with the reason where it cannot serve. None: it has nothing of the kind.
+        ``NotImplementedError`` with the reason for a workload that it does not support. None: it has no such kind.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Peer:
     generation: Callable[[Generation], Contender] | None = None
 
     def serves(self, workload: Workload) -> bool:
-        """Whether it has anything of the workload's kind."""
+        """Whether the peer has workloads of this kind."""
         kinds = {Attention: self.attention, MaskBuild: self.mask, Generation: self.generation}
         return kinds.get(type(workload)) is not None
 
     def contender(self, workload: Workload, sets: int) -> Contender:
-        """What times the peer on the workload.
+        """The contender that runs the peer on the workload.
 
         Raises:
-          NotImplementedError: it cannot serve the workload, with the reason.
+          NotImplementedError: the peer does not support the workload, with the reason.
         """
         if isinstance(workload, Attention) and self.attention is not None:
             return self.attention(workload, sets)
@@ -57,11 +57,11 @@ class Peer:
             return self.mask(workload, sets)
         if isinstance(workload, Generation) and self.generation is not None:
             return self.generation(workload)
-        raise NotImplementedError("has nothing of the kind")
+        raise NotImplementedError("has no such workload")
 
 
 def all_peers(*, interpret: bool = False) -> dict[str, Peer]:
-    """Every peer by name, those that compile quickly first. ``interpret``: JAX's Pallas kernels are interpreted."""
+    """Every peer by name, quick compilers first. ``interpret``: interpret JAX's Pallas kernels."""
     tokamax = ("triton", "mosaic", "cudnn", "xla_chunked", "xla")
     peers = [
         Peer("jax.nn", lambda: None, functools.partial(_jax_nn, implementation="xla")),
@@ -97,9 +97,9 @@ def _no_tokamax(implementation: str) -> str | None:
 
 
 def _structure(workload: Attention, *, ranges: bool) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The mask as keywords of ``jax.nn.dot_product_attention``: those known to the compiler, and arrays.
+    """The mask as keywords of ``jax.nn.dot_product_attention``: static ones, and arrays.
 
-    ``ranges``: say it by a window or by lengths where that is possible, for implementations that then skip work.
+    ``ranges``: prefer a window or lengths, for implementations that then skip work.
     """
     match workload.mask:
         case masks.Full() if workload.plain:
@@ -140,8 +140,8 @@ def _jax_nn(workload: Attention, sets: int, *, implementation: str) -> Contender
 
 def _tokamax(implementation: str, workload: Attention, sets: int) -> Contender:
     if workload.size.q_len == 1 and jax.default_backend() == "cpu":
-        # On two cores it slowed FlexAttention's next turn down by ten times.
-        raise NotImplementedError("decode takes it a second on a CPU, which disturbs who is timed next")
+        # On two cores it made FlexAttention's next turn ten times slower.
+        raise NotImplementedError("needs a second for decode on a CPU, which disturbs the next contender")
     if implementation == "xla":
         _refuse_large_logits(workload)
     function = importlib.import_module("tokamax").dot_product_attention
@@ -156,7 +156,7 @@ def _jax_pallas(workload: Attention, sets: int, *, interpret: bool) -> Contender
         group = size.q_heads // size.kv_heads
 
         def attend_one(query, key, value, lengths):
-            # Its tile holds at least 16 query heads of a group.
+            # The kernel's tile has at least 16 query heads.
             options = {"sm_scale": scale, "block_h": max(16, group), "interpret": interpret}
             return decode.gqa(query[:, 0], key, value, kv_seq_len=lengths, **options)[:, None]
 
@@ -173,7 +173,7 @@ def _jax_pallas(workload: Attention, sets: int, *, interpret: bool) -> Contender
         case masks.And(left=masks.Segments(q_ids=found), right=masks.Causal()) if workload.plain:
             ids, options["causal"] = found[:, 0, :, 0], True
         case _:
-            raise NotImplementedError("has causal masks and packed documents only")
+            raise NotImplementedError("supports only causal masks and packed documents")
     mha = _pallas_op("attention").mha
     if ids is None:
         return workload.contender(lambda q, k, v: mha(q, k, v, None, **options), (), sets)
@@ -184,7 +184,7 @@ def _pallas_op(name: str):
     module = f"jax.experimental.pallas.ops.gpu.{name}"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # it is, upstream
+            warnings.simplefilter("ignore", DeprecationWarning)  # deprecated upstream
             return importlib.import_module(module)
     except ImportError:
         raise NotImplementedError(f"this JAX has no {module}") from None

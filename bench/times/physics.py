@@ -1,9 +1,9 @@
-"""The work in a case: floating-point operations and bytes, and the time below which no machine can do it.
+"""The work of a case in floating-point operations and bytes, and its lower bound in time.
 
-Only *active* work counts: pairs of query and key that the mask allows, and the tokens that take part in any pair.
-A pair costs ``4 D`` operations per query head forward: D multiplications and D additions each for the logit and for the
-weighted sum of values. Backward it costs 2.5 times that: five products of matrices instead of two, as in
-FlashAttention-2 (arXiv:2307.08691, section 4.1). The exponential is not counted.
+Only *active* work counts: pairs of query and key that the mask allows, and the tokens in any such pair. A pair costs
+``4 D`` operations per query head forward: D multiplications and D additions each for the logit and for the weighted sum
+of values. Backward it costs 2.5 times that: five matrix products instead of two, as in FlashAttention-2
+(arXiv:2307.08691, section 4.1). The exponential is not counted.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from bench.machine import Peaks
 
 _FORWARD_FLOPS = 4
 _BACKWARD_FLOPS = 10
-# Elements of the piece of a mask that is looked at in one go.
+# Elements of a mask that are counted at once.
 _PIECE = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """How many pairs the mask allows, and how many queries and keys are in any, summed over the batch, per head."""
+    """Allowed pairs, and the queries and keys in any of them, summed over the batch, per head."""
 
     pairs: int
     queries: int
@@ -32,7 +32,7 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """``pairs`` are counted per query head; ``nbytes`` is what must move even if everything is read only once."""
+    """``pairs`` are counted per query head; ``nbytes`` must move even if everything is read only once."""
 
     pairs: int
     flops: int
@@ -40,15 +40,15 @@ class Work:
 
 
 def count(mask: pa.masks.Mask, q_positions: Array, kv_positions: Array, batch: int) -> Counts:
-    """Looks at every pair, a piece of the queries at a time, so that no T x S array is held.
+    """Counts every pair, some queries at a time, so that no T x S array is held.
 
     Args:
-      mask: one that all heads share.
+      mask: shared by all heads.
       q_positions: int32 ``[B|1, T]``; kv_positions: int32 ``[B|1, S]``.
       batch: B.
     """
     if any(x.shape[1] > 1 for x in pa.masks.operands(mask)):
-        raise ValueError("mask: expected one that all heads share, got one per head")
+        raise ValueError("mask: expected one shared by all heads, got one per head")
     q_len, kv_len = q_positions.shape[1], kv_positions.shape[1]
     step = max(1, min(q_len, _PIECE // (kv_len * batch)))
     pairs = queries = 0
@@ -80,9 +80,9 @@ def attention_work(
     kv_itemsize: float | None = None,
     backward: bool = False,
 ) -> Work:
-    """The work of attention over ``counts``, whose keys and values have the same head size.
+    """The work of attention over ``counts``; keys and values have the same head size.
 
-    A number of keys and values has ``kv_itemsize`` bytes, if other than ``itemsize``, scales included.
+    ``kv_itemsize``: bytes per number of keys and values, scales included, if it differs from ``itemsize``.
 
     Forward reads q, k and v and writes out. Backward reads these four, the derivative of out and the logsumexp
     (float32), and writes the derivatives of q, k and v.
@@ -97,5 +97,5 @@ def attention_work(
 
 
 def bound_seconds(flops: int | None, nbytes: int | None, peaks: Peaks) -> float:
-    """The larger of the times that the operations and the bytes need at the machine's peaks."""
+    """The larger of the times for the operations and for the bytes at the machine's peaks."""
     return max((flops or 0) / (1e12 * peaks.tflops), (nbytes or 0) / (1e9 * peaks.gbps))

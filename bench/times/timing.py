@@ -1,10 +1,10 @@
-"""Timing on a noisy machine: contenders take turns, and what counts is the median ratio of a turn.
+"""Timing on a noisy machine: contenders take turns, and the median ratio of the rounds counts.
 
-A *turn* gives the seconds of one call. On a CPU that is the wall clock around it. On a GPU it is the time of the
-device: JAX runs many calls on different inputs in a row, and the difference between a long and a short row drops what
-waiting costs; PyTorch's calls lie between CUDA events, queued up while the device is still busy.
+A *turn* gives the seconds of one call. On a CPU that is wall-clock time. On a GPU it is device time: JAX runs many
+calls on different inputs in a series, and the difference between a long and a short series cancels the cost of waiting;
+PyTorch's calls lie between CUDA events, queued while the device is still busy.
 """
-# PyTorch is no dependency.
+# PyTorch is not a dependency.
 # pyright: reportMissingImports=false
 
 import dataclasses
@@ -20,23 +20,23 @@ import jax.numpy as jnp
 import numpy as np
 
 _TURN_SECONDS = 0.05
-# Another library's thread pool may still wait actively for its next task.
+# The thread pool of another library may still spin.
 _REST_SECONDS = 0.005
-# Above this, a call is long enough for what the others left behind in the caches not to matter.
+# The state of the caches does not matter for calls longer than this.
 _LONG_SECONDS = 1.0
 _SPIN_CYCLES = 10_000_000  # 5 ms at 2 GHz
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Something that computes a case.
+    """An implementation of a case.
 
     Attributes:
-      function: of one set of inputs. JAX compiles it; PyTorch's is ready to be called.
-      inputs: sets of inputs, used one after the other, so that a GPU's cache holds none of them.
-      framework: whose arrays these are; "host": the function waits for its results, and only a wall clock times it.
-      carries: the result is the first input of the next call, and its buffers are reused.
-      as_result: from what the function returns to what the oracle judges.
+      function: takes one set of inputs. JAX compiles it; PyTorch's is ready to be called.
+      inputs: sets of inputs, used in turn, so that a GPU's cache holds none of them.
+      framework: the framework of the arrays; "host": the function waits for its results, and the wall clock times it.
+      carries: whether the result is the first input of the next call, which reuses its buffers.
+      as_result: converts the returned value to what the oracle judges.
     """
 
     function: Callable
@@ -47,14 +47,14 @@ class Contender:
 
 
 class Prepared(NamedTuple):
-    """A contender, compiled: what it returned for its first set of inputs, and its turn."""
+    """A compiled contender: its result for the first set of inputs, and its turn."""
 
     returned: Any
     turn: Callable[[], float]
 
 
 def prepare(contender: Contender, *, by_device: bool) -> Prepared:
-    """Compiles a contender, and runs it once. ``by_device``: the device times its turns, where one does the work."""
+    """Compiles a contender and runs it once. ``by_device``: use the device's clock if a device does the work."""
     if by_device and contender.framework == "jax":
         return _on_device(contender)
     if by_device and contender.framework == "torch" and _torch_sees_gpu():
@@ -64,7 +64,7 @@ def prepare(contender: Contender, *, by_device: bool) -> Prepared:
 
 
 def _call(contender: Contender) -> Callable[[], Any]:
-    """A function of no argument that computes the first set of inputs and waits for the results."""
+    """A function without arguments that runs the first set of inputs and waits for the results."""
     first = contender.inputs[0]
     if contender.framework == "host" or (contender.framework == "torch" and not _torch_sees_gpu()):
         return lambda: contender.function(*first)
@@ -101,7 +101,7 @@ def _wall_clock(call: Callable[[], Any]) -> Callable[[], float]:
 
     def turn() -> float:
         time.sleep(_REST_SECONDS)
-        # Untimed: the other's turn gave memory back to the system, and getting it anew is no contender's work.
+        # Untimed: allocating memory that the other's turn released is not part of the call.
         first = _seconds(call)
         if first > _LONG_SECONDS:
             return first
@@ -120,9 +120,9 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _on_device(contender: Contender) -> Prepared:
-    """One program calls the function on every set of inputs, and is launched many times without waiting in between.
+    """One program calls the function on every set of inputs, and is launched many times without waiting.
 
-    The sets are arguments, each of its own: XLA can neither compute one call instead of two, nor fold any away.
+    The sets are separate arguments, so XLA can neither merge calls nor fold any away.
     """
     if contender.carries:
         launch, returned = _carrying_program(contender)
@@ -135,7 +135,7 @@ def _on_device(contender: Contender) -> Prepared:
         returned = launch()[0]
     result = contender.as_result(jax.block_until_ready(returned))
 
-    def row(count: int) -> float:
+    def series(count: int) -> float:
         start = time.perf_counter()
         last = None
         for _ in range(count):
@@ -143,12 +143,12 @@ def _on_device(contender: Contender) -> Prepared:
         jax.block_until_ready(last)
         return time.perf_counter() - start
 
-    once = row(2) / 2
+    once = series(2) / 2
     short = max(1, min(100, math.ceil(_TURN_SECONDS / 8 / once)))
 
     def turn() -> float:
-        # What waiting costs is in the long and in the short row alike.
-        differences = [(row(3 * short) - row(short)) / (2 * short) for _ in range(3)]
+        # The cost of waiting is the same in the long and the short series, so it cancels.
+        differences = [(series(3 * short) - series(short)) / (2 * short) for _ in range(3)]
         middle = statistics.median(differences)
         return (middle if middle > 0 else once) / len(contender.inputs)
 
@@ -156,7 +156,7 @@ def _on_device(contender: Contender) -> Prepared:
 
 
 def _carrying_program(contender: Contender) -> tuple[Callable[[], Any], Any]:
-    """A launch that goes on from the state where the last one ended, and the first state."""
+    """A launch that continues from the state of the last one, and the first state."""
 
     def advance(state, rest):
         for one in rest:
@@ -182,7 +182,7 @@ def _on_torch_device(contender: Contender) -> Prepared:
     def once() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        # The device is kept busy while the calls are queued: what Python costs is not timed.
+        # Keeps the device busy while Python queues the calls, so that Python is not timed.
         torch.cuda._sleep(_SPIN_CYCLES)
         start.record()
         for one in contender.inputs:
@@ -199,7 +199,7 @@ def take_turns(turns: dict[str, Callable[[], float]], *, rounds: int, budget: fl
 
     Args:
       turns: from :func:`prepare`.
-      rounds: at most so many, and at least three.
+      rounds: the maximum of rounds; three run in any case.
       budget: seconds after which no further round starts.
     """
     times = {name: [] for name in turns}
@@ -214,11 +214,11 @@ def take_turns(turns: dict[str, Callable[[], float]], *, rounds: int, budget: fl
 
 
 def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """Median over the rounds of ``slow / fast``: a disturbance that lasts a round hits both."""
+    """Median over the rounds of ``slow / fast``: a disturbance that lasts a round affects both."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def summary(seconds: list[float]) -> dict[str, Any]:
-    """Median and quartiles in milliseconds, as the result file has them."""
+    """Median and quartiles in milliseconds, for the result file."""
     low, middle, high = (1e3 * float(q) for q in np.quantile(seconds, [0.25, 0.5, 0.75]))
     return {"median": middle, "quartiles": [low, high], "rounds": len(seconds)}

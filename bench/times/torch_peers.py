@@ -1,9 +1,9 @@
 """PyTorch's attention as a peer: ``scaled_dot_product_attention`` and FlexAttention.
 
-Data crosses, and whatever PyTorch's users make once for many calls (its layout, a boolean mask, FlexAttention's block
-mask) is made, before anything is timed.
+Data transfer, and anything that PyTorch's users prepare once for many calls (its layout, a boolean mask,
+FlexAttention's block mask), happen before the clock starts.
 """
-# PyTorch is no dependency: where it is not installed, the peers say so.
+# PyTorch is not a dependency; the peers report if it is missing.
 # pyright: reportMissingImports=false
 
 import functools
@@ -21,7 +21,7 @@ from pallas_attn import masks
 
 
 def _to_torch(x) -> Any:
-    """By way of the host, which works for every dtype; on the device that JAX uses, if PyTorch has one like it."""
+    """Copies through the host, which works for every dtype, to PyTorch's counterpart of JAX's device."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -40,7 +40,7 @@ def _from_torch(x) -> np.ndarray:
 
 
 def _torch_contender(workload: Attention, sets: int, attend: Callable) -> Contender:
-    """Times ``attend(query, key, value)`` on ``[B, N, T, D]``, or its derivative."""
+    """A contender for ``attend(query, key, value)`` on ``[B, N, T, D]``, or for its gradients."""
     import torch
 
     inputs = [[_to_torch(x).transpose(1, 2).contiguous() for x in workload.arrays(seed)] for seed in range(sets)]
@@ -80,7 +80,7 @@ def flex_attention(workload: Attention, sets: int) -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as attention
 
-    # Else the ninth mask would find its table of compiled functions full, and run without being compiled.
+    # Otherwise the ninth mask would exceed the limit of recompilations and run uncompiled.
     torch.compiler.reset()
     block_mask = create_block_mask(*_flex_arguments(workload), device=_torch_device())
     attend = functools.partial(
@@ -123,13 +123,13 @@ def _torch_device() -> str:
 
 
 def _flex_arguments(workload: Attention) -> tuple:
-    """Of ``create_block_mask``: the mask as a function of indices, B, H, T and S."""
+    """Arguments of ``create_block_mask``: the mask as a function of indices, B, H, T and S."""
     batch = max(x.shape[0] for x in (workload.q_positions, workload.kv_positions, *masks.operands(workload.mask)))
     return _mask_mod(workload), None if batch == 1 else batch, None, workload.size.q_len, workload.size.kv_len
 
 
 def _mask_mod(workload: Attention) -> Callable:
-    """The mask as FlexAttention takes it: elementwise, of the indices of batch row, head, query and key."""
+    """The mask for FlexAttention: elementwise, from indices of batch row, head, query and key."""
     relation = _relation(workload.mask)
     if workload.plain:  # an index is a position
         return lambda b, h, q, k: relation(b, q, k, q, k)

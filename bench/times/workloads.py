@@ -1,4 +1,4 @@
-"""What a case computes: the arrays, the mask, the work in it, and how the library itself does it.
+"""Workloads: arrays, masks, the work in them, and how the library computes them.
 
 B batch, T queries, S keys, N query heads, K KV heads, D head size, as in ``pa.attention``.
 """
@@ -21,7 +21,7 @@ from pallas_attn import tuning
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Extents of a case. ``new`` is what a generation draws per row, or an append writes per row."""
+    """Extents of a case. ``new``: tokens that a generation produces, or an append writes, per row."""
 
     batch: int
     q_len: int
@@ -33,7 +33,7 @@ class Size:
     new: int = 1
 
     def as_dict(self) -> dict[str, int]:
-        """As the result file has it."""
+        """The shape for the result file."""
         names = {"B": "batch", "T": "q_len", "S": "kv_len", "N": "q_heads", "K": "kv_heads", "D": "head_dim"}
         return {letter: getattr(self, name) for letter, name in names.items()}
 
@@ -41,7 +41,7 @@ class Size:
         return " ".join(f"{letter}{extent}" for letter, extent in self.as_dict().items()) + f" {self.dtype}"
 
     def toy(self) -> "Size":
-        """As small as interpreted kernels need it: the same kind of shape, at most 256 keys."""
+        """A small version for interpreted kernels: the same kind of shape, at most 256 keys."""
         group = min(2, self.q_heads // self.kv_heads)
         kv_len = min(self.kv_len, 256)
         q_len = 1 if self.q_len == 1 else kv_len
@@ -55,17 +55,17 @@ def _slots(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attention:
-    """One call of attention, or its derivative.
+    """One call of attention, or its gradients.
 
     Attributes:
       size: extents and dtype.
-      mask: who sees whom.
+      mask: which queries see which keys.
       q_positions: int32 ``[B|1, T]``.
       kv_positions: int32 ``[B|1, S]``.
-      backward: the derivative alone, from what the forward pass left behind.
-      quantized: the kind in which the library has keys and values; peers get the numbers that these stand for.
-      page: keys per page, where the library has them in a pool, in random order.
-      lists_at_hand: the library's block lists are made before, as the layers of a model share those of the step.
+      backward: the gradients alone, from the residuals of the forward pass.
+      quantized: the kind of our keys and values; peers get the dequantized numbers.
+      page: keys per page of our pool, in random order.
+      lists_at_hand: our block lists are prebuilt, as the layers of a model share those of a step.
     """
 
     size: Size
@@ -93,12 +93,12 @@ class Attention:
 
     @property
     def active_fraction(self) -> float:
-        """Share of the T x S pairs that the mask allows."""
+        """Fraction of the T x S pairs that the mask allows."""
         size = self.size
         return self.work.pairs / (size.batch * size.q_heads * size.q_len * size.kv_len)
 
     def visited_fraction(self, implementation: str | None) -> float:
-        """Share of the blocks that the lists name."""
+        """Fraction of the blocks that the lists name."""
         size = self.size
         sizes = tuning.default_block_sizes(
             size.q_len,
@@ -115,7 +115,7 @@ class Attention:
         return {}
 
     def arrays(self, seed: int) -> tuple[Array, Array, Array, Array]:
-        """Random query, key, value and, shaped as the output, its derivative: the same for the same seed."""
+        """Random query, key, value and output gradient, determined by the seed."""
         if seed not in self._made:
             self._made[seed] = self._make(seed)
         return self._made[seed]
@@ -125,14 +125,14 @@ class Attention:
         q_shape = (size.batch, size.q_len, size.q_heads, size.head_dim)
         kv_shape = (size.batch, size.kv_len, size.kv_heads, size.head_dim)
         query, key, value, cotangent = _normal(seed, (q_shape, kv_shape, kv_shape, q_shape), size.dtype)
-        # No loss looks at padding, whose output is 0 here, and with some peers the mean of all values.
+        # A loss ignores padding, whose output is 0 here and the mean of all values in some peers.
         cotangent = jnp.where((self.q_positions >= 0)[..., None, None], cotangent, 0)
         if self.quantized is not None:
             key, value = (self._stored(x).dequantize().astype(x.dtype) for x in (key, value))
         return query, key, value, cotangent
 
     def _stored(self, x: Array) -> Any:
-        """``[B, S, K, D]`` as the library has it. What is quantised already stays the same."""
+        """``[B, S, K, D]`` as we store it; quantizing again changes nothing."""
         stored: Any = x
         if self.quantized is not None:
             stored = pa.QuantizedArray.quantize(x.astype(jnp.float32), self.quantized, self._group)
@@ -143,12 +143,12 @@ class Attention:
 
     @property
     def _group(self) -> int:
-        """Columns with one scale, int4."""
+        """Columns per scale of int4."""
         return min(32, self.size.head_dim // 2)
 
     @property
     def _bytes_per_number(self) -> float:
-        """Of keys and values as they are stored, scales included."""
+        """Bytes per stored number of keys and values, scales included."""
         head_dim = self.size.head_dim
         each = {None: jnp.dtype(self.size.dtype).itemsize, "int4": 0.5 + 4 / self._group}
         return each.get(self.quantized, 1 + 4 / head_dim)
@@ -162,12 +162,12 @@ class Attention:
 
     @functools.cached_property
     def boolean_mask(self) -> Array:
-        """The mask with padding, bool ``[B|1, 1, T, S]``, for peers that take no other."""
+        """The mask with padding, bool ``[B|1, 1, T, S]``, for peers that accept no other."""
         return self.mask.dense_array(self.q_positions, self.kv_positions)
 
     @property
     def logits_bytes(self) -> int:
-        """Of the T x S matrices that an implementation without tiles holds, float32."""
+        """Bytes of the float32 T x S matrices that an implementation without tiles holds."""
         return 4 * self.size.batch * self.size.q_heads * self.size.q_len * self.size.kv_len
 
     @property
@@ -178,7 +178,7 @@ class Attention:
 
     @property
     def live_lengths(self) -> Array | None:
-        """int32 ``[B]`` where a row's only query asks the keys of its first so many slots: decode from a buffer."""
+        """int32 ``[B]`` if each row's only query sees its first filled slots (decode from a buffer), else None."""
         queries, keys = (np.asarray(x) for x in (self.q_positions, self.kv_positions))
         lengths = (keys >= 0).sum(1, keepdims=True)
         filled = (keys == np.where(_slots(keys) < lengths, _slots(keys), -1)).all()
@@ -187,18 +187,18 @@ class Attention:
         return jnp.asarray(np.broadcast_to(lengths[:, 0], self.size.batch), jnp.int32)
 
     def contender(self, attend, extras: tuple = (), sets: int = 1) -> Contender:
-        """What times ``attend(query, key, value, *extras)``, or its derivative with respect to the first three."""
+        """The contender for ``attend(query, key, value, *extras)``, or for its gradients by the first three."""
         inputs = [self.arrays(seed) for seed in range(sets)]
         if not self.backward:
             return Contender(attend, [(q, k, v, *extras) for q, k, v, _ in inputs])
-        # Lowered before it runs: an implementation that cannot be differentiated says so here.
+        # Runs the forward pass now, so that an implementation without gradients fails here.
         keep = jax.jit(lambda q, k, v, *rest: jax.vjp(lambda *qkv: attend(*qkv, *rest), q, k, v)[1])
         return Contender(
             lambda pull, cotangent: pull(cotangent), [(keep(q, k, v, *extras), do) for q, k, v, do in inputs]
         )
 
     def ours(self, *, sets: int = 1, interpret: bool = False) -> Contender:
-        """The library's own way. Unless they are at hand, lists are built inside: their time is ours."""
+        """Our contender. It builds the lists in the timed call unless they are at hand."""
 
         def attend(query, key, value, mask, positions, page_table=None):
             return pa.attention(query, key, value, mask, **positions, page_table=page_table, interpret=interpret)
@@ -216,16 +216,16 @@ class Attention:
 
 @functools.partial(jax.jit, static_argnames=("shapes", "dtype"))
 def _normal(seed: int, shapes: tuple[tuple[int, ...], ...], dtype: str) -> list[Array]:
-    """Arrays of the standard normal distribution."""
+    """Standard normal arrays."""
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    # One loop body for all of them: random bits take long to compile.
+    # One loop body for all, because random bits are slow to compile.
     longest = max(map(math.prod, shapes))
     drawn = jax.lax.map(lambda key: jax.random.normal(key, (longest,), jnp.dtype(dtype)), keys)
     return [row[: math.prod(shape)].reshape(shape) for row, shape in zip(drawn, shapes, strict=True)]
 
 
 class BlockClasses(NamedTuple):
-    """What lists say of the first batch row: the class of every block ``[nq, nk]``, as ``pa.BlockMask.bitmap``."""
+    """Block classes of the first batch row, ``[nq, nk]``, as in ``pa.BlockMask.bitmap``."""
 
     q_block: int
     kv_block: int
@@ -234,7 +234,7 @@ class BlockClasses(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MaskBuild:
-    """From a mask and positions to lists, alone."""
+    """Building block lists from a mask and positions, without attention."""
 
     attention: Attention
 
@@ -243,7 +243,7 @@ class MaskBuild:
         return self.attention.size
 
     def ours(self, *, sets: int = 1, interpret: bool = False) -> Contender:
-        """Lists for the kernels of this machine, from arrays that are on the device."""
+        """Builds lists for the kernels of this machine from arrays on the device."""
         del interpret  # no kernel is called
         x = self.attention
 
@@ -259,7 +259,7 @@ class MaskBuild:
 
 @dataclasses.dataclass(frozen=True)
 class Append:
-    """New tokens of every row written into a cache that is half full, in place."""
+    """Writing new tokens of every row into a half-full cache, in place."""
 
     size: Size
 
@@ -300,7 +300,7 @@ class Append:
         return key, value, jnp.asarray(positions)
 
     def ours(self, *, sets: int = 1, interpret: bool = False) -> Contender:
-        """``append``, with the cursors put back so that the same slots are written again."""
+        """``append`` with the cursors reset, so that each call writes the same slots."""
         del interpret  # no kernel is called
 
         def append(cache, key, value, positions):
@@ -314,9 +314,9 @@ class Append:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A batch of prompts of unequal lengths, continued greedily by a Llama of random weights.
+    """Greedy generation from prompts of unequal lengths by a random Llama.
 
-    ``size.kv_len`` is the capacity of the cache, ``size.new`` the tokens drawn per row.
+    ``size.kv_len`` is the capacity of the cache, ``size.new`` the new tokens per row.
     """
 
     size: Size
@@ -326,7 +326,7 @@ class Generation:
 
     @property
     def llama(self) -> dict[str, Any]:
-        """Fields of a Llama's ``config.json``."""
+        """Fields of the Llama's ``config.json``."""
         width = self.size.q_heads * self.size.head_dim
         return {
             "vocab_size": self.vocab_size,
@@ -341,10 +341,10 @@ class Generation:
         }
 
     def prompts(self) -> list[list[int]]:
-        """Random tokens, lengths from a sixteenth of the longest to all of it."""
+        """Random prompts with lengths from a sixteenth of the longest to the longest."""
         rng = np.random.default_rng(0)
         lengths = np.linspace(max(1, self.longest_prompt // 16), self.longest_prompt, self.size.batch).astype(int)
-        # 0, 1 and 2 are a Llama's padding, beginning and end.
+        # 0, 1 and 2 are Llama's padding, beginning and end.
         return [rng.integers(3, self.vocab_size, length).tolist() for length in lengths]
 
 

@@ -1,4 +1,4 @@
-"""bench.cache_quality: the same questions to every cache, answers counted, memory said."""
+"""bench.cache_quality: the same prompts for every cache, exact answers and memory."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     dense, window, h2o = json.loads(out.read_text())["results"]
     assert dense["accuracy"] == 1.0, "lists of 60 pairs and more fit"
     assert window["accuracy"] < 1.0, "and here they do not"
-    # 3 layers of 2 heads of 64: a slot's keys and values, its positions, what a policy knows; then 5 bytes of the row.
+    # 3 layers of 2 heads of 64: keys and values of a slot, its position, its policy state; then 5 bytes per row.
     assert dense["bytes_per_row"] == 3 * (512 * (2 * 2 * (64 + 4) + 4) + 5)
     assert window["bytes_per_row"] == 3 * (48 * (2 * 2 * 64 * 4 + 4) + 5)
     assert h2o["bytes_per_row"] == 3 * (48 * (2 * 2 * (64 + 4) + 2 * 4 + 2 * 4) + 5)

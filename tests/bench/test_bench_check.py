@@ -1,4 +1,4 @@
-"""The judge accepts what is right, and refuses what is slightly wrong."""
+"""The judge accepts right results and rejects slightly wrong ones."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def test_a_hole_between_the_samples_is_refused():
         broken = result.copy()
         broken[1, t, 2, 5] = np.nan
         assert not judge(broken).correct
-    # Only where there is a query: what a peer makes of padding is its own business.
+    # Padded queries do not count: peers differ there.
     padded = named("gpu")["left-padded"].build(SIZE)
     result = np.array(attend(padded))
     result[np.asarray(padded.q_positions) < 0] = np.nan
@@ -92,7 +92,7 @@ def test_lists_are_compared_block_by_block():
 
 
 def test_lists_at_hand_are_not_built_again(monkeypatch):
-    """The same result from lists that were made before the clock runs."""
+    """The same result from lists that were built before the clock started."""
     workload = named("cpu")["decode"].build(dataclasses.replace(SIZE, q_len=1))
     ours = dataclasses.replace(workload, lists_at_hand=True).ours()
     monkeypatch.setattr(pa.BlockMask, "from_mask", lambda *_, **__: pytest.fail("lists were built"))
@@ -110,8 +110,8 @@ def test_an_append_to_another_slot_is_refused(dtype):
     assert not judge(dataclasses.replace(cache, positions=cache.positions + 1)).correct
 
 
-def test_the_sample_never_asks_about_queries_without_keys():
-    """An ever-empty sample would find everything right."""
+def test_the_sample_has_no_query_without_keys():
+    """An empty sample would accept everything."""
     positions = jnp.asarray([[-1] * 40 + list(range(8))])
     workload = Attention(dataclasses.replace(SIZE, batch=1), pa.masks.causal(), positions, positions)
     assert not Oracle(workload).judge(1.001 * attend(workload)).correct

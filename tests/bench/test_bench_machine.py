@@ -1,4 +1,4 @@
-"""What a result file says of where it was made: the revision of the code, and what the machine reaches."""
+"""The machine of a result file: the revision of the code, and the measured peaks."""
 
 import subprocess
 
@@ -40,14 +40,14 @@ def test_a_tree_that_differs_is_marked(name, clone):
     assert machine.commit(root) == commit + "-dirty"
 
 
-def test_a_copy_is_no_clone(clone, tmp_path):
+def test_a_copy_without_git_has_no_commit(clone, tmp_path):
     root, _ = clone
     assert machine.commit(tmp_path) is None
-    assert machine.commit(root / "bench") is None, "what surrounds a copy is not what it is a copy of"
+    assert machine.commit(root / "bench") is None, "the repository around a copy is not its origin"
 
 
 def test_peaks_count_both_ways_of_a_copy_and_both_operations_of_a_product(monkeypatch):
-    turns = {False: 0.5, True: 0.25}  # of the product, and of what carries on: the copy
+    turns = {False: 0.5, True: 0.25}  # of the product, and of the copy, which carries its state
     monkeypatch.setattr(peaks, "prepare", lambda x, by_device: Prepared(None, lambda: turns[x.carries]))
     found = peaks.measure("float32", peaks.Sizes(side=100, nbytes=10**9), by_device=False)
     assert found == Peaks(tflops=2 * 100**3 / 0.5 / 1e12, gbps=2 * 10**9 / 0.25 / 1e9)

@@ -1,4 +1,4 @@
-"""Each peer computes the case that it is given, and what PyTorch is told of a mask is that mask."""
+"""Each peer computes its case, and PyTorch's translation of a mask is that mask."""
 
 import shutil
 
@@ -21,7 +21,7 @@ def workloads(*kinds: str):
 
 @pytest.fixture(autouse=True)
 def _jax_as_users_have_it():
-    """The peers are not written for JAX at its strictest."""
+    """The peers do not support JAX's strict modes."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -32,7 +32,7 @@ def sized(build, name):
 
 
 @pytest.mark.parametrize(("build", "name"), workloads("forward", "decode", "mask"))
-def test_torch_is_told_the_same_mask(build, name):
+def test_torch_gets_the_same_mask(build, name):
     torch = pytest.importorskip("torch")
     from bench.times.torch_peers import _mask_mod
 
@@ -69,12 +69,12 @@ def test_pallas_operations_compute_the_case(name):
 
 def test_pallas_operations_have_no_windows():
     (case,) = (case for case in CASES if case.name == "window")
-    with pytest.raises(NotImplementedError, match="causal masks and packed documents only"):
+    with pytest.raises(NotImplementedError, match="only causal masks and packed documents"):
         all_peers(interpret=True)["jax.pallas"].contender(case.build(case.size("gpu", toy=True)), 1)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of its own doings
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns about itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention compiles for the CPU by a C++ compiler")
 @pytest.mark.parametrize(("build", "name"), workloads("forward", "decode", "mask"))
 def test_flex_attention_computes_the_case(build, name):
@@ -91,15 +91,15 @@ def test_large_matrices_are_refused():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="on a GPU it takes part")
-def test_what_would_disturb_the_others_is_not_asked():
+def test_a_peer_that_disturbs_the_others_is_skipped():
     (case,) = (case for case in CASES if case.name == "decode-32768")
     workload = case.build(case.size("cpu", toy=True))
     for name in ("tokamax.xla", "tokamax.xla_chunked"):
-        with pytest.raises(NotImplementedError, match="which disturbs who is timed next"):
+        with pytest.raises(NotImplementedError, match="which disturbs the next contender"):
             all_peers()[name].contender(workload, 1)
 
 
-def test_a_peer_without_the_kind_says_so():
+def test_a_peer_rejects_a_kind_that_it_lacks():
     (case,) = (case for case in CASES if case.name == "append-token")
     workload = case.build(case.size("cpu", toy=True))
     for peer in all_peers().values():

@@ -1,4 +1,4 @@
-"""Counted work against brute force, and what follows from it by arithmetic."""
+"""Counted work against brute force, and the numbers that follow from it."""
 
 import types
 
@@ -40,7 +40,7 @@ def test_rows_that_share_positions_are_all_counted():
 
 
 def test_masks_per_head_are_refused():
-    with pytest.raises(ValueError, match="all heads share"):
+    with pytest.raises(ValueError, match="shared by all heads"):
         physics.count(pa.masks.dense(jnp.ones((1, 2, 4, 4), bool)), jnp.arange(4)[None], jnp.arange(4)[None], 1)
 
 
@@ -52,7 +52,7 @@ def test_work_by_hand():
     assert forward == physics.Work(60, 4 * 32 * 60, 2 * q_bytes + 2 * kv_bytes)
     backward = physics.attention_work(counts, **shape, backward=True)
     assert backward.flops == 2.5 * forward.flops
-    # q, out and their derivatives; k, v and theirs; the logsumexp.
+    # q, out and their gradients; k, v and their gradients; the logsumexp.
     assert backward.nbytes == 4 * q_bytes + 4 * kv_bytes + 4 * 6 * 4
 
 
@@ -86,7 +86,7 @@ def test_documents_fill_every_row():
     ids = np.asarray(document_ids(Size(3, 240, 240, 1, 1, 16)))
     assert ids.shape == (3, 240)
     assert (np.diff(ids) >= 0).all()
-    assert len({tuple(np.bincount(row)) for row in ids}) == 3  # of unequal lengths, and not the same in every row
+    assert len({tuple(np.bincount(row)) for row in ids}) == 3  # unequal lengths that differ between rows
 
 
 def test_no_toy_case_has_a_query_batch_without_work():

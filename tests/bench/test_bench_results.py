@@ -1,4 +1,4 @@
-"""The result file: written after each case, gone on with, and never mistaken for another."""
+"""The result file: written after each case, resumed, and never confused with another."""
 
 import json
 
@@ -42,13 +42,13 @@ def test_resume_keeps_what_is_done(path):
     assert not file.has("backward"), "what could not run is tried again"
     assert not file.has("window")
     file = ResultsFile(path, suite="cpu", machine=MACHINE)
-    assert not file.has("causal"), "a new run begins anew"
+    assert not file.has("causal"), "a new run starts empty"
 
 
 @pytest.mark.parametrize("name", ["device", "processor", "python", "revision", "versions"])
 def test_resume_elsewhere_is_refused(path, name):
     ResultsFile(path, suite="cpu", machine=MACHINE).add(DONE)
-    with pytest.raises(ResultsError, match=f"its {name} is .*, and here it is other"):
+    with pytest.raises(ResultsError, match=f"its {name} is .*, here it is other"):
         ResultsFile(path, suite="cpu", machine=MACHINE | {name: "other"}, resume=True)
     with pytest.raises(ResultsError, match="its suite is cpu"):
         ResultsFile(path, suite="gpu", machine=MACHINE, resume=True)

@@ -1,4 +1,4 @@
-"""The command: what it refuses, what it writes, and what it prints."""
+"""The command: the calls that it rejects, its files and its output."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from bench.times import measure, workloads
 from bench.times.cases import CASES, named
 from bench.times.peers import Peer, all_peers
 
-# The quickest case of all, and the quickest of attention.
+# The fastest case, and the fastest case of attention.
 CACHE, ATTENTION = "append-token", "decode-llama-8b"
 
 # Schema 1.
@@ -44,7 +44,7 @@ def results(path) -> dict[str, dict]:
     ("arguments", "message"),
     [
         (["--case", "causal,dens"], "--case: suite cpu has causal, decode, .*; got dens"),
-        (["--case", "decode-131072"], "got decode-131072"),  # it is the gpu suite's
+        (["--case", "decode-131072"], "got decode-131072"),  # a case of the gpu suite
         (["--peers", "jax.nn,flash"], "--peers: expected some of jax.nn, .*transformers, or none; got flash"),
         (["--resume"], "expected --out"),
         (["--out", "nowhere/x.json"], "nowhere/x.json: cannot be written"),
@@ -86,7 +86,7 @@ def test_list_shows_cases_and_peers_with_reasons(capsys):
 @pytest.mark.slow
 def test_the_whole_gpu_suite_at_toy_sizes(tmp_path, capsys):
     path = tmp_path / "gpu.json"
-    # The peers are not written for JAX at its strictest.
+    # The peers do not support JAX's strict modes.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         assert toy("--peers", "jax.nn,jax.nn.cudnn", "--out", str(path)) == 0
     found = results(path)
@@ -132,11 +132,11 @@ def test_peaks_are_measured_in_the_same_run(tmp_path, monkeypatch, capsys):
     assert "of copy" in capsys.readouterr().out
 
 
-def test_what_cannot_know_its_revision_asks_for_it(tmp_path, monkeypatch, capsys):
+def test_a_copy_without_git_needs_a_revision(tmp_path, monkeypatch, capsys):
     path = tmp_path / "gpu.json"
     monkeypatch.setattr(run.machine, "commit", lambda: None)
     assert toy("--case", CACHE, "--out", str(path)) == 0
-    assert "without --revision, no one will know" in capsys.readouterr().err
+    assert "without --revision the file does not name" in capsys.readouterr().err
     assert toy("--case", CACHE, "--out", str(path), "--revision", "abc123") == 0
     assert json.loads(path.read_text())["machine"]["revision"] == "abc123"
     assert "without --revision" not in capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_what_cannot_know_its_revision_asks_for_it(tmp_path, monkeypatch, capsys
     assert "expected none in a clone of the repository, which is at def456; got abc123" in capsys.readouterr().err
 
 
-# --- going on ---
+# --- resuming ---
 
 
 def test_resume_skips_what_is_done(tmp_path, monkeypatch):
@@ -161,11 +161,11 @@ def test_resume_skips_what_is_done(tmp_path, monkeypatch):
 def test_time_is_up(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert toy("--minutes", "1e-9", "--case", CACHE, "--out", str(path)) == 3
-    assert f"no time was left for: {CACHE}. --resume goes on." in capsys.readouterr().out
+    assert f"no time was left for: {CACHE}. --resume continues." in capsys.readouterr().out
     assert not path.exists()
 
 
-def test_a_case_that_breaks_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
+def test_a_case_that_breaks_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     def broken(case, setting):
         if case.name == CACHE:
             raise RuntimeError("out of\nmemory")
@@ -179,11 +179,11 @@ def test_a_case_that_breaks_does_not_cost_the_others(tmp_path, monkeypatch, caps
     assert "FAILED" in capsys.readouterr().out
 
 
-# --- what is wrong, and what cannot run ---
+# --- wrong results, and cases that cannot run ---
 
 
 @pytest.mark.parametrize("wrong", [lambda x: 1.1 * x, lambda x: x.at[0, 0, 0, 0].set(jnp.nan)], ids=["off", "NaN"])
-def test_no_speed_of_what_is_wrong(wrong, tmp_path, monkeypatch, capsys):
+def test_a_wrong_result_has_no_time(wrong, tmp_path, monkeypatch, capsys):
     right = pa.attention
     monkeypatch.setattr(workloads.pa, "attention", lambda *args, **options: wrong(right(*args, **options)))
     path = tmp_path / "gpu.json"
@@ -198,7 +198,7 @@ def test_no_speed_of_what_is_wrong(wrong, tmp_path, monkeypatch, capsys):
     assert "GB/s" not in printed
 
 
-def test_what_cannot_run_says_why(tmp_path, monkeypatch, capsys):
+def test_a_case_that_cannot_run_has_a_reason(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise NotImplementedError("no kernel for it yet")
 
@@ -247,7 +247,7 @@ def test_a_peer_comes_too_late(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_TOY_EFFORT", measure.Effort(rounds=1, seconds=0.0, prepare_seconds=0.0))
     path = tmp_path / "gpu.json"
     assert toy("--case", ATTENTION, "--peers", "jax.nn", "--out", str(path)) == 0
-    assert results(path)[ATTENTION]["skipped"] == {"jax.nn": "no time left for it"}
+    assert results(path)[ATTENTION]["skipped"] == {"jax.nn": "no time left"}
 
 
 def test_generation_without_its_peer_is_skipped(tmp_path, monkeypatch):
@@ -267,14 +267,14 @@ def test_gpu_tests_must_pass(passing, monkeypatch, capsys):
     assert toy("--case", CACHE) == 1
     printed = capsys.readouterr()
     assert ("FAILED" in printed.out) == passing, "nothing runs after tests that fail"
-    assert ("--even-if-tests-fail goes on" in printed.err) != passing
+    assert ("--even-if-tests-fail continues" in printed.err) != passing
     assert toy("--case", CACHE, "--even-if-tests-fail") == 1
     assert "FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("body", "passes"), [("assert True", True), ("assert False", False), (None, False)])
 def test_gpu_tests_are_run(body, passes, tmp_path, monkeypatch, capsys):
-    """In a project of one test; one without any GPU test does not pass."""
+    """In a project with one test; a project without GPU tests does not pass."""
     monkeypatch.undo()
     monkeypatch.setattr(run, "_ROOT", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
@@ -322,7 +322,7 @@ def test_claims_kept_and_missed():
 
 
 def test_ratios_are_peer_over_ours(tmp_path, monkeypatch):
-    """A peer that takes its time three times has a ratio of three."""
+    """A peer that takes three times as long has a ratio of three."""
     turns = {"pallas_attn": 0.002, "p": 0.006}
     monkeypatch.setattr(measure, "take_turns", lambda given, **_: {name: [turns[name]] * 3 for name in given})
     same = Peer("p", lambda: None, lambda workload, sets: workload.ours(interpret=True))

@@ -1,4 +1,4 @@
-"""The comparison with ``jax.nn`` and Flax: that it finds nothing, and that it would."""
+"""The comparison with ``jax.nn`` and Flax: it passes, and it detects planted differences."""
 
 import re
 
@@ -9,22 +9,22 @@ import pytest
 
 import pallas_attn as pa
 from bench.semantics import flax, jax_nn, run
-from bench.semantics.judge import Compared, Row, compare_gradients, judge, refused
+from bench.semantics.judge import Compared, Row, assert_rejected, compare_gradients, judge
 from tests import tolerances
 
 XLA = ["--implementation", "xla"]
 
 
-def behaviours(only: str) -> dict:
+def behaviors(only: str) -> dict:
     return {one.name: one for one in run._SUITES[only]()}
 
 
 def judged(only: str, *names: str) -> list[Row]:
-    found = behaviours(only)
+    found = behaviors(only)
     return [judge(found[name], {"implementation": "xla"}) for name in names]
 
 
-# --- nothing is found ---
+# --- no difference ---
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def judged(only: str, *names: str) -> list[Row]:
         "both lengths, causal",
         "differs: a key length of 0",
         "differs: a traced scale",
-        *(f"both refuse: {what}" for what in ("another dtype", "a mask of floats", "a bias of another shape")),
+        *(f"both reject: {what}" for what in ("another dtype", "a mask of floats", "a bias of another shape")),
     ],
 )
 def test_like_jax_nn(name):
@@ -46,8 +46,8 @@ def test_like_jax_nn(name):
     [
         "linen function, bias and mask",
         "nnx: decodes, grouped heads",
-        *(f"linen: ours refuses {option}" for option in ("dropout_rate", "module", "qk_attn_weights_einsum")),
-        "function: ours refuses mask",
+        *(f"linen: ours rejects {option}" for option in ("dropout_rate", "module", "qk_attn_weights_einsum")),
+        "function: ours rejects mask",
     ],
 )
 def test_like_flax(name):
@@ -58,15 +58,15 @@ def test_like_flax(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [XLA, ["--interpret"]], ids=["xla", "interpreted"])
 @pytest.mark.parametrize("only", ["jax.nn", "flax"])
-def test_all_behaviours(only, how, capsys):
+def test_all_behaviors(only, how, capsys):
     assert run.main(["--only", only, *how]) == 0, capsys.readouterr().out
 
 
-# --- something would be found ---
+# --- planted differences ---
 
 
 def test_another_convention_is_found(monkeypatch):
-    """A window that counts the query's own place as ``jax.nn`` does, one key too few."""
+    """A window that counts the query's own position as ``jax.nn`` does is one key too short."""
     right = pa.masks.sliding_window
     monkeypatch.setattr(jax_nn.pa.masks, "sliding_window", lambda left, right_: right(left - 1, right_))
     (row,) = judged("jax.nn", "window (7, 0)")
@@ -79,7 +79,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     right = pa.attention
 
     def wrong(query, *rest, **options):
-        # The same values; the gradient of the query is 0.1 percent too large.
+        # The same output, with a query gradient 0.1 % too large.
         return right(query + 1e-3 * (query - jax.lax.stop_gradient(query)), *rest, **options)
 
     monkeypatch.setattr(jax_nn.pa, "attention", wrong)
@@ -88,7 +88,7 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     assert row.what == "gradients"
 
 
-def test_a_mask_that_flax_passes_in_vain_is_found(monkeypatch):
+def test_an_ignored_mask_of_flax_is_found(monkeypatch):
     right = pa.flax.attention_fn
 
     def forgetful(**options):
@@ -100,18 +100,18 @@ def test_a_mask_that_flax_passes_in_vain_is_found(monkeypatch):
     assert not row.correct
 
 
-def test_what_should_differ_and_does_not_is_found(monkeypatch):
-    """Were ``jax.nn`` to give 0 some day, the documentation would be wrong."""
+def test_a_missing_intended_difference_is_found(monkeypatch):
+    """If ``jax.nn`` starts to return 0, the documentation is wrong."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", jax_nn.attend)
     (row,) = judged("jax.nn", "differs: a bias of -inf for all keys")
     assert not row.correct
-    assert row.note == "theirs is something else than was expected"
+    assert row.note == "theirs is not what was expected"
 
 
 def test_another_dtype_or_shape_is_found():
     x = np.ones((2, 3), np.float32)
     for ours in (x.astype(np.float16), x[:1]):
-        one = run.Behaviour("", lambda _, ours=ours: [Compared("out", ours, x, x)])
+        one = run.Behavior("", lambda _, ours=ours: [Compared("out", ours, x, x)])
         assert "theirs ('float32', (2, 3))" in judge(one, {}).note
     with pytest.raises(AssertionError, match="theirs"):
         compare_gradients([x], [x.astype(np.float16)], [x], np.float32)
@@ -119,52 +119,52 @@ def test_another_dtype_or_shape_is_found():
 
 def test_nan_is_found():
     x = np.ones(3, np.float32)
-    one = run.Behaviour("", lambda _: [Compared("out", x * np.nan, x, x)])
+    one = run.Behavior("", lambda _: [Compared("out", x * np.nan, x, x)])
     row = judge(one, {})
     assert (row.correct, row.error) == (False, np.inf)
 
 
 def test_the_other_must_be_about_right():
-    """Else twice its error would be no limit."""
+    """Otherwise twice its error would be no limit."""
     x = np.ones(3, np.float32)
     off = tolerances.BENCH_PEER * tolerances.attention_limit(0.0, 1.0, np.float32)
     for factor, correct in ((0.5, True), (2, False)):
         theirs = (x + factor * off).astype(np.float32)
-        one = run.Behaviour("", lambda _, theirs=theirs: [Compared("out", x, theirs, x)])
+        one = run.Behavior("", lambda _, theirs=theirs: [Compared("out", x, theirs, x)])
         assert judge(one, {}).correct == correct
 
 
-def test_what_is_taken_should_have_been_refused():
-    with pytest.raises(AssertionError, match="ours does not refuse it"):
-        refused("ours", ValueError, lambda: None)
-    with pytest.raises(AssertionError, match="without a word about mask"):
-        refused("ours", ValueError, lambda: int("x"), "mask")
+def test_an_accepted_wrong_call_is_an_error():
+    with pytest.raises(AssertionError, match="ours does not reject it"):
+        assert_rejected("ours", ValueError, lambda: None)
+    with pytest.raises(AssertionError, match="without mentioning mask"):
+        assert_rejected("ours", ValueError, lambda: int("x"), "mask")
 
 
 # --- the command ---
 
 
 def test_a_table_and_exit_code_0(capsys):
-    assert run.main([*XLA, "--only", "jax.nn", "--match", "both refuse: a mask of"]) == 0
+    assert run.main([*XLA, "--only", "jax.nn", "--match", "both reject: a mask of"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"jax.nn: both refuse: a mask of floats +│ refused +│ .* ok", printed)
-    assert "2 of 2 behaviours are right." in printed
+    assert re.search(r"jax.nn: both reject: a mask of floats +│ rejected +│ .* ok", printed)
+    assert "2 of 2 behaviors are right." in printed
 
 
 def test_exit_code_1_if_one_fails(monkeypatch, capsys):
     taken = pa.AttentionOutput(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 4, 3)))
     monkeypatch.setattr(jax_nn.pa, "attention", lambda *_, **__: taken)
-    assert run.main([*XLA, "--match", "both refuse: another dtype"]) == 1
+    assert run.main([*XLA, "--match", "both reject: another dtype"]) == 1
     printed = capsys.readouterr().out
     assert "WRONG: AssertionError" in printed
-    assert "0 of 1 behaviours are right." in printed
+    assert "0 of 1 behaviors are right." in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--implementation", "xla", "--interpret"], "--interpret: expected --implementation triton"),
-        (["--match", "no such thing"], "--match: no behaviour has 'no such thing' in its name"),
+        (["--match", "no such thing"], "--match: no behavior has 'no such thing' in its name"),
     ],
 )
 def test_wrong_calls(arguments, message, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""bench.serving: the same tokens in two ways, and what the figures mean."""
+"""bench.serving: the same tokens in two ways, and the meaning of the figures."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def test_requests_are_unequal_and_always_the_same(kind):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What the command writes of all cases at toy sizes."""
+    """The result file of all cases at toy sizes."""
     path = tmp_path_factory.mktemp("serving") / "serving.json"
     assert serving.main(["--toy", "--out", str(path)]) == 0
     return path
@@ -52,10 +52,10 @@ def test_every_case_has_the_same_tokens_and_two_times(written):
         steps = found[f"batching-{kind}"]["least_steps"]
         assert steps[serving.SEQUENTIAL] == sum(max(batch.new_tokens) for batch in requests.batches(2))
         assert steps[OURS] == max(-(-sum(requests.new_tokens) // 2), max(requests.new_tokens))
-    # The prompt is full of drafts, and all are right but those beyond the last token.
+    # The prompt is full of drafts, and all are accepted except those beyond the last token.
     assert found["speculation-copy"]["tokens_per_step"] == 8
     assert found["speculation-copy"]["acceptance"] == 7 / 8
-    # The answer to a question is one digit, which nothing before it foretells.
+    # The answer is one digit that the prompt does not predict.
     assert found["speculation-recall"]["tokens_per_step"] < 1.5
     assert np.isfinite(found["streaming"]["overhead_ms"])
 
@@ -82,18 +82,18 @@ def test_tokens_that_differ_are_wrong(monkeypatch, capsys):
 def test_the_overhead_is_that_of_more_returns_to_python(monkeypatch):
     entry = {"contenders": {OURS: {"ms": {"median": 30.0}}, serving.INTERVALS: {"ms": {"median": 20.0}}}}
     monkeypatch.setattr(serving, "_compared", lambda *_: dict(entry))
-    # 66 steps are told in 66 returns, or in two.
+    # 66 steps are streamed in 66 returns, or in two.
     scale = dataclasses.replace(serving.TOY, streamed=66)
     assert serving.streaming(scale)["overhead_ms"] == pytest.approx(10 / 64)
 
 
 def test_findings():
     assert "no draft, 1.00 tokens" in serving._finding({"acceptance": None, "tokens_per_step": 1.0})
-    assert "50% of drafted tokens right" in serving._finding({"acceptance": 0.5, "tokens_per_step": 3.0})
-    assert "aim: 1 ms, kept" in serving._finding({"overhead_ms": 1.0})
-    assert "aim: 1 ms, missed" in serving._finding({"overhead_ms": 1.1})
+    assert "50% of drafts accepted" in serving._finding({"acceptance": 0.5, "tokens_per_step": 3.0})
+    assert "goal: 1 ms, kept" in serving._finding({"overhead_ms": 1.0})
+    assert "goal: 1 ms, missed" in serving._finding({"overhead_ms": 1.1})
     steps = {OURS: 10, serving.SEQUENTIAL: 25}
-    assert "2.50 times as many steps" in serving._finding({"least_steps": steps})
+    assert "batches take 2.50 times the minimum" in serving._finding({"least_steps": steps})
 
 
 @pytest.mark.parametrize("arguments", [["--case", "chat"], ["--rounds", "2"]])

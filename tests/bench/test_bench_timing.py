@@ -1,4 +1,4 @@
-"""Turns, clocks, and the ratio that is reported."""
+"""Turns, clocks and the reported ratio."""
 
 import time
 
@@ -12,7 +12,7 @@ from bench.times.timing import Contender, median_ratio, prepare, summary, take_t
 
 
 def test_ratio_is_taken_round_by_round():
-    """A disturbance that slows a whole round must not show."""
+    """A disturbance that slows a whole round must not change the ratio."""
     assert median_ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0]) == 2.0
     with pytest.raises(ValueError, match="longer"):
         median_ratio([1.0], [1.0, 2.0])
@@ -35,7 +35,7 @@ def test_turns_alternate_and_the_budget_ends_them():
     assert len(take_turns(turns, rounds=10, budget=0)["a"]) == 3, "at least three rounds"
 
 
-def test_wall_clock_sees_how_long_a_call_is(monkeypatch):
+def test_wall_clock_measures_the_length_of_a_call(monkeypatch):
     monkeypatch.setattr(timing, "_TURN_SECONDS", 0.02)
     prepared = prepare(Contender(lambda: time.sleep(0.004), [()], "host"), by_device=False)
     assert 0.004 <= prepared.turn() < 0.02
@@ -50,7 +50,7 @@ def test_long_calls_are_not_repeated(monkeypatch):
     assert len(calls) == 1
 
 
-def test_no_call_of_a_row_is_left_out(monkeypatch):
+def test_no_call_of_a_series_is_left_out(monkeypatch):
     """The same arrays as several sets of inputs: XLA must not compute one call and use it for all."""
     monkeypatch.setattr(timing, "_TURN_SECONDS", 1e-4)
     calls = []
@@ -77,4 +77,4 @@ def test_a_state_is_carried_on(by_device, monkeypatch):
     prepared = prepare(contender, by_device=by_device)
     np.testing.assert_array_equal(prepared.returned, np.full(3, 11 if by_device else 1))
     assert prepared.turn() > 0
-    np.testing.assert_array_equal(state, np.zeros(3))  # the caller's own is not given away
+    np.testing.assert_array_equal(state, np.zeros(3))  # the caller's array is not donated

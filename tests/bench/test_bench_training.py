@@ -1,4 +1,4 @@
-"""The comparison of two trainings: what it measures, writes, prints and refuses."""
+"""The comparison of two training runs: measurements, files, output and wrong arguments."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from pallas_attn_models.training.tasks import Mix
 from tests import tolerances
 
 CONFIG = dataclasses.replace(train.CONFIG, num_layers=1, hidden_size=32, intermediate_size=32, head_dim=16)
-# Of one size: what is compiled for the first serves the second.
+# Both of one size, so that they share compiled programs.
 PHASES = (
     train.Phase(3, 1, 192, Mix(addition=1.0), first_pairs=4),
     train.Phase(2, 1, 192, Mix(reversal=1.0), first_pairs=4),
@@ -23,9 +23,9 @@ PHASES = (
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Where the command wrote its results for a tiny model."""
+    """The result file of a tiny model."""
     path = tmp_path_factory.mktemp("training") / "results.json"
-    # optax relies on JAX's own promotion rules.
+    # optax relies on JAX's standard promotion.
     promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with pytest.MonkeyPatch.context() as patch, promotion[0], promotion[1]:
         patch.setattr(train, "CONFIG", CONFIG)
@@ -35,7 +35,7 @@ def written(tmp_path_factory):
 
 
 def entry(ours=1.0, reference=1.0) -> dict:
-    """Of a step of 100 ms, 10 ms of which are attention in a layer, with half of the blocks visited."""
+    """The claim of a step of 100 ms with 10 ms of attention per layer and half of the blocks visited."""
     losses = {OURS: [0.5, ours], training.REFERENCE: [0.5, reference]}
     steps, attention = ({OURS: [t], training.REFERENCE: [2 * t]} for t in (0.05, 0.005))
     return training._entry(PHASES[0], losses, steps, attention, active=0.2, visited=0.5)
@@ -53,7 +53,7 @@ def test_both_learn_the_same(written):
 
 
 def test_fractions_are_those_of_packed_documents(written):
-    # Sums of at most 10 bytes in 3 x 6 blocks: those of the diagonal, and four where a sum lies across two of them.
+    # Sums of at most 10 bytes in 3 x 6 blocks: the diagonal, and four blocks where a sum spans two.
     sums = json.loads(written.read_text())["results"][0]
     assert 0 < sums["active_fraction"] < 0.05
     assert sums["visited_fraction"] == pytest.approx(10 / 18)
@@ -86,7 +86,7 @@ def test_losses_that_disagree_are_wrong(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--steps", "2"], "steps: expected at least one for each of 3 phases, got 2"),
-        (["--steps", "5"], "--steps: expected two or more for each phase, got 5"),
+        (["--steps", "5"], "--steps: expected at least two for each phase, got 5"),
         (["--out", "nowhere/x.json"], "nowhere/x.json: cannot be written"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pictures of result files: they show the file's figures, and what has none is said. All figures are invented."""
+"""Pictures of result files show the file's figures and report missing ones. All figures here are invented."""
 
 import json
 import re
@@ -164,7 +164,7 @@ def test_every_picture_of_every_file_is_drawn(write, run, tmp_path):
     assert {path: path.read_bytes() for path in before} == before, "the same file gives the same bytes"
 
 
-def test_svg_says_what_machine_it_was(write, run, tmp_path):
+def test_svg_names_the_machine(write, run, tmp_path):
     code, _, _ = run(write(content(FULL)), options=["--format", "svg"])
     assert code == 0
     for name in plot.PICTURES:
@@ -182,7 +182,7 @@ def test_svg_says_what_machine_it_was(write, run, tmp_path):
         ([result("a", {"pallas_attn": 1.0, "jax.nn": 2.0})], {"active-fraction", "capacity", "roofline"}),
     ],
 )
-def test_what_has_no_figures_is_left_out_and_said(results, left_out, write, run, tmp_path):
+def test_pictures_without_figures_are_left_out_with_a_message(results, left_out, write, run, tmp_path):
     code, out, err = run(write(content(results)))
     assert (code, err) == (0, "")
     assert set(re.findall(r"left out \S*cpu-([a-z-]+).png: needs", out)) == left_out
@@ -190,7 +190,7 @@ def test_what_has_no_figures_is_left_out_and_said(results, left_out, write, run,
     assert drawn == {f"cpu-{name}.png" for name in plot.PICTURES if name not in left_out}
 
 
-# --- what is drawn ---
+# --- pictures ---
 
 
 def test_active_fraction_shows_the_times_of_masks_over_one_shape(axes):
@@ -248,14 +248,14 @@ def test_peers_show_a_bar_for_each_ratio(axes):
     assert "0.5" in texts(panel)
 
 
-def test_a_contender_has_one_colour_in_all_pictures(axes):
+def test_a_contender_has_one_color_in_all_pictures(axes):
     (peers,) = axes("peers", FULL)
     (capacity,) = axes("capacity", FULL)
     forward, _ = axes("active-fraction", FULL)
-    suite_colours = [{line.get_label(): line.get_color() for line in x.lines} for x in (capacity, forward)]
-    assert suite_colours[0]["jax.nn"] == suite_colours[1]["jax.nn"]
-    assert suite_colours[0]["pallas_attn"] == suite_colours[1]["pallas_attn"] != suite_colours[0]["jax.nn"]
-    assert matplotlib.colors.to_hex(peers.patches[0].get_facecolor()) == suite_colours[0]["jax.nn"]
+    suite_colors = [{line.get_label(): line.get_color() for line in x.lines} for x in (capacity, forward)]
+    assert suite_colors[0]["jax.nn"] == suite_colors[1]["jax.nn"]
+    assert suite_colors[0]["pallas_attn"] == suite_colors[1]["pallas_attn"] != suite_colors[0]["jax.nn"]
+    assert matplotlib.colors.to_hex(peers.patches[0].get_facecolor()) == suite_colors[0]["jax.nn"]
 
 
 def test_roofline_shows_rates_against_intensity(axes):
@@ -286,7 +286,7 @@ def test_roofline_shows_rates_against_intensity(axes):
 def test_without_peaks_there_are_no_ceilings_and_a_note(axes, peaks):
     (panel,) = axes("roofline", masks(), **peaks)
     assert all(len(line.get_xdata()) == 1 for line in panel.lines)
-    assert "no ceilings: the file does not know the machine's peaks" in texts(panel)
+    assert "no ceilings: the file has no peaks of the machine" in texts(panel)
 
 
 MEASURED = {"dtype": "float32", "tflops": 0.2, "gbps": 25.0, "side": 2048, "nbytes": 2**28}
@@ -300,7 +300,7 @@ def test_ceilings_that_were_measured_are_drawn(axes):
     assert any("% of the ceiling" in text for text in texts(panel))
 
 
-def test_shares_are_of_the_published_ceilings_where_both_are_known(axes):
+def test_fractions_are_of_the_published_ceilings_if_both_are_known(axes):
     (panel,) = axes("roofline", masks(), measured=MEASURED, peak_tflops=2.0, peak_gbps=50.0)
     solid, dashed = [line for line in panel.lines if len(line.get_xdata()) == 3]
     assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
@@ -348,7 +348,7 @@ def test_a_wrong_contender_is_never_drawn(axes):
         axes("roofline", [ours])
 
 
-# --- what a user can set right ---
+# --- errors of a user ---
 
 
 def without(key: str) -> dict:
@@ -365,7 +365,7 @@ def without(key: str) -> dict:
         ("[]", "expected a result file of schema 1, got schema None"),
         ({"results": []}, "expected a result file of schema 1, got schema None"),
         (content(FULL) | {"schema": 2}, "expected a result file of schema 1, got schema 2"),
-        (content([]), "expected results that are right, got none"),
+        (content([]), "expected right results, got none"),
         (without("kind"), "expected a result file of schema 1, got one without 'kind'"),
         (without("contenders"), "expected a result file of schema 1, got one without 'contenders'"),
         ({"schema": 1, "machine": {}, "results": []}, "got one without 'versions'"),
@@ -401,7 +401,7 @@ def test_files_of_the_same_name(write, run, tmp_path):
     (tmp_path / "other").mkdir()
     code, _, err = run(write(content(FULL)), write(content(FULL), "other/cpu.json"))
     assert code == 2
-    assert "expected result files of different names" in err
+    assert "expected result files with different names" in err
 
 
 @pytest.mark.parametrize("argv", [[], ["cpu.json"], ["cpu.json", "--out", "out", "--format", "gif"]])

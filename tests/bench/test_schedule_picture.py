@@ -1,4 +1,4 @@
-"""The picture of a schedule shows what the schedule says."""
+"""The picture of a schedule shows its programs."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from bench import schedule_picture
 
 
-def test_both_ways_of_cutting_hold_all_blocks():
+def test_both_ways_of_splitting_cover_all_blocks():
     blocks = sum(-(-length // schedule_picture.KV_BLOCK) for length in schedule_picture.ROW_LENGTHS)
     for row, size in (
         schedule_picture.shares(schedule_picture.ROW_LENGTHS),

@@ -1,4 +1,4 @@
-"""The machine-code report: what it finds in a kernel, and that it fails when something is lost."""
+"""The machine-code report: its findings in kernels, and its failures when instructions are lost."""
 
 import dataclasses
 import importlib.util
@@ -77,7 +77,7 @@ def test_every_multiply_add_and_copy_of_a_block_is_found_in_both_loops(entry):
     for loop in entry["loops"].values():
         assert loop["multiply_adds"] == {"asked": 2 * 64 * 64 * 64, "done": 2 * 64 * 64 * 64}
         assert loop["copied_bytes"]["asked"] == 2 * 64 * 64 * 2 <= loop["copied_bytes"]["done"]
-        # One exponential per logit and thread, and one per row for what came before.
+        # One exponential per logit and thread, and one per row for the rescaling.
         assert loop["kinds"]["ex2"] == 64 * 64 // 128 + 2
 
 
@@ -85,11 +85,11 @@ def test_the_mask_is_in_the_loop_over_partial_blocks_alone(entry):
     # At least a compare and a select per logit and thread.
     assert entry["loops"]["partial"]["mask"] >= 2 * 64 * 64 // 128
     assert entry["loops"]["full"]["mask"] == 0
-    # What remains steers the loop, the ring of copies and the prefetch of the next index.
+    # The rest controls the loop, the ring of copies and the prefetch of the next index.
     assert sum(entry["loops"]["full"]["kinds"].get(kind, 0) for kind in issue_rates.COMPARES) <= 12
 
 
-def test_loops_are_told_apart_whatever_the_mask(entry):
+def test_loops_are_distinguished_under_any_mask(entry):
     everything = dataclasses.replace(FORWARD, lower=CASE["forward-composed"].lower)
     other = report.entry(everything, SETTING)
     assert other["loops"]["full"]["kinds"] == entry["loops"]["full"]["kinds"]
@@ -101,7 +101,7 @@ def test_both_loops_of_the_backward_kernels_are_found(name, products):
     found = report.entry(CASE[name], SETTING)
     assert report.problems(found) == []
     for loop in found["loops"].values():
-        # The logits, the derivative of the probabilities, and one product for each sum.
+        # The logits, the gradient of the probabilities, and one product per accumulator.
         assert loop["multiply_adds"] == {"asked": products * 64 * 64 * 64, "done": products * 64 * 64 * 64}
         assert loop["copied_bytes"]["asked"] == 2 * 64 * 64 * 2 <= loop["copied_bytes"]["done"]
         assert loop["kinds"]["ex2"] == 64 * 64 // 128
@@ -121,14 +121,14 @@ def decode_code(name: str):
 def test_plain_keys_and_values_are_copied_in_units_of_16_bytes(name):
     copies = set(re.findall(r"LDGSTS[\w.]*", decode_code(name).sass))
     wide = {x for x in copies if ".128" in x}
-    # In partial blocks positions are copied too, one for each thread.
+    # Partial blocks also copy positions, one per thread.
     assert wide
     assert copies - wide <= {"LDGSTS.E"}
 
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_key"),
-    # Of int8 the scales are no tiles; int4 has a float32 for 32 numbers.
+    # int8 scales are not tiles; int4 has a float32 for 32 numbers.
     [
         ("decode", 2 * 128),
         ("decode-paged", 2 * 128),
@@ -177,7 +177,7 @@ def test_a_mask_given_as_an_array_is_no_tile_of_numbers():
     assert partial["copied_bytes"]["asked"] == 2 * 64 * 64 * 2
 
 
-def test_what_scores_excuse_is_reported_without_them(entry):
+def test_problems_that_scores_excuse_are_reported_without_scores(entry):
     full = entry["loops"]["full"] | {"mask": 3, "copied_bytes": {"asked": 2, "done": 1}}
     changed = entry | {"loops": entry["loops"] | {"full": full}, "spill_stores": 1}
     assert len(report.problems(changed)) == 3
@@ -246,7 +246,7 @@ def test_one_matrix_instruction_less_is_reported(code):
     assert report.problems(report.describe(without, FORWARD, SETTING))
 
 
-def test_what_does_not_fit_is_reported(code):
+def test_a_kernel_that_does_not_fit_is_reported(code):
     large = dataclasses.replace(code, shared_bytes=228 * 1024)
     found = report.problems(report.describe(large, FORWARD, SETTING))
     assert found == ["does not fit on a multiprocessor: too much of shared memory"]
@@ -255,9 +255,9 @@ def test_what_does_not_fit_is_reported(code):
 def test_it_is_compiled_as_xla_does(code):
     rows = code.sass.splitlines()
     full, _ = sass.natural_loops(sass.parse(code.sass))
-    # Triton's first passes let the product with V accumulate in place: only the one with K starts from zero.
+    # After Triton's first passes the product with V accumulates in place; only the one with K starts from zero.
     assert sum("HGMMA" in row and "RZ, !UPT" in row for row in rows) == 2
-    # Denormals are kept, so that only an instruction asked for by name flushes them: no compare per exponential.
+    # Denormals are kept, so only an instruction requested by name flushes them: no compare per exponential.
     assert "ex2.approx.ftz.f32" in code.ptx
     assert not any(x.name == "FSETP" for x in full)
 
@@ -290,7 +290,7 @@ def test_loops_are_those_of_the_graph():
 
 
 def test_a_jump_back_without_dominance_is_no_loop():
-    # Entered at two places, so that neither dominates the other.
+    # The loop is entered at two places, so neither dominates the other.
     text = """
         /*0000*/   @P0 BRA `(.L_x_2) ;
 .L_x_1:
@@ -329,7 +329,7 @@ def test_an_unknown_matrix_shape_is_refused():
     [
         (90, 128, 0, 4, (4, 16, "registers")),
         (90, 129, 0, 4, (3, 12, "registers")),  # in eights: 136
-        (80, 32, 81 * 1024, 4, (2, 8, "shared memory")),  # and 1 KiB each for the system
+        (80, 32, 81 * 1024, 4, (2, 8, "shared memory")),  # plus 1 KiB each for the system
         (90, 32, 0, 8, (8, 64, "registers")),
         (90, 24, 0, 1, (32, 32, "blocks")),
         (90, 24, 0, 8, (8, 64, "warps")),
@@ -375,14 +375,14 @@ def test_the_sweep_tries_no_accumulators_larger_than_the_registers():
         tried = sweep.candidates(f"pallas_attn_{kernel}", 256, 2)
         assert pa.BlockSizes(128, 128, num_warps=4, num_stages=2) not in tried
         assert pa.BlockSizes(64, 64, num_warps=8, num_stages=2) in tried
-        assert (wide in tried) == holds_wide  # dK and dV are two sums, with a row per key
+        assert (wide in tried) == holds_wide  # dK and dV are two accumulators with a row per key
 
 
 def test_the_sweep_tries_decode_with_one_block_of_queries():
     assert {x.q for x in sweep.candidates("pallas_attn_decode", 128, 2)} == {16}
 
 
-def test_the_sweep_compiles_small_blocks_first_and_none_that_hold_those_that_spill_much():
+def test_the_sweep_compiles_small_blocks_first_and_none_larger_than_one_that_spills_much():
     def setting(q, kv, warps=4, stages=2):
         return Setting(90, 64, "bfloat16", pa.BlockSizes(q, kv, num_warps=warps, num_stages=stages))
 
@@ -421,7 +421,7 @@ def test_the_sweep_goes_down_its_list_until_enough_have_no_problem_in_any_case(m
     assert len(ranking["out"]) == 3
 
 
-def test_what_the_sweep_does_not_compile_is_out(monkeypatch):
+def test_candidates_that_the_sweep_does_not_compile_are_out(monkeypatch):
     def entry(case, setting):
         stack = 500 if setting.sizes.q == 32 else 0
         loops = {"full": {"cycles": 1}, "partial": {"cycles": 1}}
@@ -433,7 +433,7 @@ def test_what_the_sweep_does_not_compile_is_out(monkeypatch):
     key = FORWARD.kernel, 90, 64, 2
     in_table = settings[0].sizes
     ranking, order = static._ranked_entry(key, FORWARD, settings, in_table, run_here)
-    assert [x.setting.sizes.q for x in order] == [128, 16], "what is in the table is compiled in any case"
+    assert [x.setting.sizes.q for x in order] == [128, 16], "the entry of the table is always compiled"
     assert [x["reason"] for x in ranking["out"]] == [
         "forward: spills",
         "not compiled: 32 x 64, 4, 2 spills 500 bytes of stack",
@@ -463,7 +463,7 @@ def test_the_readme_has_the_tables_of_the_committed_report():
         assert table in readme, f"{title}: python -m bench.static_tables prints what it should be"
 
 
-def test_tables_of_no_report_are_refused(tmp_path, capsys):
+def test_a_file_that_is_not_a_report_is_rejected(tmp_path, capsys):
     path = tmp_path / "report.json"
     path.write_text("{}")
     with pytest.raises(SystemExit):
@@ -478,7 +478,7 @@ ONE = ["--kernel", "forward", "--capability", "90", "--head-dim", "64", "--dtype
 
 @pytest.fixture
 def one_case(monkeypatch):
-    """The command knows one kernel, at the block sizes that are compiled already."""
+    """The command with one kernel, at block sizes that are already compiled."""
 
     def use(**changes):
         case = dataclasses.replace(FORWARD, **{"default_sizes": lambda *_: SIZES, **changes})
@@ -534,7 +534,7 @@ def test_sweep(one_case, monkeypatch, tmp_path, capsys):
     assert pa.BlockSizes(**best["blocks"]) == SIZES
 
 
-def test_a_sweep_goes_on_where_it_was_stopped(one_case, monkeypatch, tmp_path, capsys):
+def test_a_sweep_resumes_where_it_stopped(one_case, monkeypatch, tmp_path, capsys):
     out = tmp_path / "sweep.json"
     command = [*ONE, "--sweep", "--resume", "--out", str(out)]
     compiled = []
@@ -560,7 +560,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(one_case, monkeypatch, tmp_path, c
     assert [x["head_dim"] for x in document["rankings"]] == [64, 128]
 
     out.write_text(json.dumps(document | {"revision": "another"}))
-    assert_refused(command, "its revision is another, and here it is", capsys)
+    assert_refused(command, "its revision is another, here it is", capsys)
     out.write_text("{")
     assert_refused(command, "cannot be read", capsys)
 
@@ -569,7 +569,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(one_case, monkeypatch, tmp_path, c
     ("arguments", "message"),
     [
         (["--kernel", "sideways"], "invalid choice: 'sideways'"),
-        (["--resume"], "argument --resume: expected --sweep and --out with it"),
+        (["--resume"], "argument --resume: expected --sweep and --out"),
         (["--capability", "75"], "invalid choice: 75"),
         (["--jobs", "0"], "argument --jobs: expected at least 1, got 0"),
         (["--check", "--sweep"], "not allowed with argument"),
@@ -589,7 +589,7 @@ def assert_refused(arguments, message, capsys):
     assert "Traceback" not in error
 
 
-def test_what_the_sweep_does_not_choose(capsys):
+def test_a_kernel_that_is_not_swept(capsys):
     assert_refused(["--kernel", "decode-merge", "--sweep"], "--sweep: decode-merge is not swept", capsys)
 
 
@@ -604,7 +604,7 @@ def test_unwritable_output(tmp_path, capsys):
         ('{"schema": 1, "suite": "cpu"}', "expected schema 1 of suite 'static', got 1 of 'cpu'"),
         ("[]", "got None of None"),
         ("{", "cannot be read"),
-        (None, "there is no such file"),
+        (None, "no such file"),
     ],
 )
 def test_wrong_baselines(text, message, tmp_path, capsys):
@@ -624,4 +624,4 @@ def test_without_a_tool_of_triton(one_case, monkeypatch, tmp_path, capsys):
     from triton.backends import nvidia
 
     monkeypatch.setattr(nvidia, "__file__", str(tmp_path / "__init__.py"))
-    assert_refused(ONE, "ptxas: the wheel of triton has it at", capsys)
+    assert_refused(ONE, "ptxas: expected it in the wheel of triton at", capsys)
