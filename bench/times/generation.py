@@ -8,6 +8,7 @@ tokens. The prompts are left-padded for transformers; ours needs no padding.
 # pyright: reportMissingImports=false
 
 import functools
+import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,16 @@ def transformers_contender(workload: Generation) -> Contender:
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
 
+    # Newer versions of transformers have renamed it.
+    cache_argument: Any = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
     @torch.inference_mode()
     def generate():
         cache = StaticCache(config=model.config, max_cache_len=size.kv_len)
         out = model.generate(
             tokens,
             attention_mask=real,
-            past_key_values=cache,
+            **{cache_argument: cache},
             max_new_tokens=size.new,
             do_sample=False,
             eos_token_id=None,
