@@ -12,8 +12,8 @@ from pallas_attn import caches
 from pallas_attn_models import Decoder, Generator, Sampling
 from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.generation.requests import Completion
-from pallas_attn_models.generation.rows import State
 from pallas_attn_models.generation.speculation import DraftModel, Feed, PromptLookup
+from pallas_attn_models.generation.state import State
 from tests.models import small_model
 from tests.models.small_model import EOS, Ask
 
@@ -174,7 +174,7 @@ def ran(name: str) -> Ran:
         handles.append(handle)
     generator_.run()
     spent = generator_.spent.since(before)
-    return Ran([handle.result() for handle in handles], drawn, (spent.turns, spent.drafted, spent.accepted))
+    return Ran([handle.result() for handle in handles], drawn, (spent.row_steps, spent.drafted, spent.accepted))
 
 
 def known_tokens(plain: str = "plain") -> np.ndarray:

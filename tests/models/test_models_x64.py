@@ -96,9 +96,9 @@ def make_generator(speculation: str = "none") -> Generator:
 def test_the_executables_of_a_generator_have_no_wide_number(speculation):
     engine = make_generator(speculation)._engine
     arguments = engine._weights(), engine._new_state()
-    assert wide_equations(engine._prefill, *arguments, engine.no_work()) == []
+    assert wide_equations(engine._prefill, *arguments, engine.empty_batch()) == []
     assert wide_equations(engine._decode, *arguments, np.int32(3), np.bool_(False)) == []
-    assert wide_equations(engine._score, *arguments, engine.no_work()) == []
+    assert wide_equations(engine._score, *arguments, engine.empty_batch()) == []
 
 
 @pytest.mark.parametrize(

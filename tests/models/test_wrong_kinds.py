@@ -414,7 +414,7 @@ def test_every_token_forbidden():
     with pytest.raises(ValueError, match="forbidden_tokens: expected fewer than vocab_size=50, got all"):
         GENERATOR.submit([1], Sampling(forbidden_tokens=everything))
     but_the_end = [token for token in everything if token not in (*CONFIG.eos_token_ids, 9)]
-    with pytest.raises(ValueError, match="min_new_tokens: expected 0 where every token is forbidden or ends"):
+    with pytest.raises(ValueError, match="min_new_tokens: expected 0 if every token is forbidden or ends"):
         GENERATOR.submit([1], Sampling(forbidden_tokens=but_the_end, min_new_tokens=1), stop=9)
     handle = GENERATOR.submit([1], Sampling(forbidden_tokens=but_the_end))
     handle.cancel()

@@ -17,8 +17,8 @@ from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.decoder.decoder import Decoder
 from pallas_attn_models.generation import steps
 from pallas_attn_models.generation.generator import Generator
-from pallas_attn_models.generation.rows import Count
 from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays, sample
+from pallas_attn_models.generation.state import Count
 
 EOS = 7
 BATCH, CAPACITY, CHUNK, KV_BLOCK = 3, 48, 16, 8
@@ -232,7 +232,7 @@ def test_caches_are_updated_in_place():
     engine = generator._engine
     weights, state = engine._weights(), engine.abstract_state()
     for lowered in (
-        engine._prefill.lower(weights, state, engine.no_work()),
+        engine._prefill.lower(weights, state, engine.empty_batch()),
         engine._decode.lower(weights, state, np.int32(1), np.bool_(False)),
     ):
         compiled = lowered.compile()

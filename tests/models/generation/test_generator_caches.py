@@ -140,7 +140,10 @@ def test_layers_with_a_window_hold_no_more_than_it_takes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"capacity": 16, "max_length": 17}, "max_length: expected at most capacity=16, as layer 0 keeps every token"),
+        (
+            {"capacity": 16, "max_length": 17},
+            "max_length: expected at most capacity=16, because layer 0 keeps every token",
+        ),
         (
             {"capacity": 16, "max_length": 99, "policy": caches.Window(12, 2)},
             "prefill_chunk: expected at most 3, for Window(size=12, sinks=2) of capacity=16 in layer 0, got 4",

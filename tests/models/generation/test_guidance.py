@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from pallas_attn_models import Generator, Limits, Sampling, load_hf
-from pallas_attn_models.generation.drawing import _guided
 from pallas_attn_models.generation.sampling import SamplingArrays, count_new, count_prompt, sample
+from pallas_attn_models.generation.token_step import _guided
 from tests import tolerances
 from tests.models.small_model import Ask, completions
 
@@ -164,7 +164,7 @@ def test_the_same_logits_as_the_processor_of_transformers(generator):
     transformers = pytest.importorskip("transformers", reason="compares with transformers' own processor")
     logits = np.random.default_rng(0).normal(0, 3, (4, 50)).astype(np.float32)
     request = dataclasses.replace(
-        generator._engine.no_work().request,
+        generator._engine.empty_batch().request,
         partner=np.array([3, 1, 1, 3], np.int32),
         guidance=np.array([1.5, 1, 0.25, 1], np.float32),
     )

@@ -404,7 +404,7 @@ def test_a_batch_that_is_all_greedy_takes_one_argmax():
         ([Sampling(repetition_penalty=1.1)], {"_penalize"}),
         ([Sampling(presence_penalty=0.1)], {"_penalize"}),
         ([Sampling(frequency_penalty=0.1)], {"_penalize"}),
-        ([Sampling(min_new_tokens=3)], {"_put_off_the_end"}),
+        ([Sampling(min_new_tokens=3)], {"_exclude_ends"}),
         ([Sampling(temperature=0.5), Sampling(top_k=3, top_p=0.5)], {"_warp", "_draw"}),
         ([Sampling(temperature=0.5)], {"_warp", "_draw"}),
         ([Sampling(temperature=0.5, min_p=0.1)], {"_warp", "_draw"}),
@@ -415,7 +415,7 @@ def test_a_batch_that_is_all_greedy_takes_one_argmax():
 )
 def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
     called = set()
-    for name in ("_add_bias", "_penalize", "_put_off_the_end", "_warp", "_draw", "_top_k_top_p"):
+    for name in ("_add_bias", "_penalize", "_exclude_ends", "_warp", "_draw", "_top_k_top_p"):
         function = getattr(sampling_module, name)
         monkeypatch.setattr(
             sampling_module,
@@ -443,7 +443,10 @@ def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
         ({"min_p": 1e-50}, r"min_p: expected a number in \[0, 1\], got 1e-50"),
         ({"presence_penalty": -1e39}, r"presence_penalty: expected a finite number, got -1e\+39"),
         ({"frequency_penalty": 10**5000}, r"frequency_penalty: expected a finite number, got int too large to show"),
-        ({"logit_bias": {3: 1e39}}, r"logit_bias\[3\]: expected a finite number \(forbidden.*\), got 1e\+39"),
+        (
+            {"logit_bias": {3: 1e39}},
+            r"logit_bias\[3\]: expected a finite number \(or use forbidden_tokens\), got 1e\+39",
+        ),
         ({"top_k": 10**5000}, r"top_k: expected an int in \[0, 2147483648\), got int too large to show"),
         ({"max_new_tokens": 2**40}, r"max_new_tokens: expected an int in \[1, 2147483648\), got 1099511627776"),
         ({"seed": 10**400}, r"seed: expected an int in \[0, 4294967296\), got 1000"),
@@ -463,12 +466,15 @@ def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
         ({"frequency_penalty": None}, r"frequency_penalty: expected a finite number, got None"),
         ({"logit_bias": [1, 2]}, r"logit_bias: expected a mapping from tokens to numbers, got \[1, 2\]"),
         ({"logit_bias": {-1: 0.5}}, r"logit_bias: expected an int in \[0, 2147483648\), got -1"),
-        ({"logit_bias": {3: -float("inf")}}, r"logit_bias\[3\]: expected a finite number \(forbidden.*\), got -inf"),
+        (
+            {"logit_bias": {3: -float("inf")}},
+            r"logit_bias\[3\]: expected a finite number \(or use forbidden_tokens\), got -inf",
+        ),
         ({"forbidden_tokens": 3}, r"forbidden_tokens: expected a sequence of tokens, got 3"),
         ({"forbidden_tokens": [1.0]}, r"forbidden_tokens: expected an int in .*, got 1\.0"),
         ({"min_new_tokens": -1}, r"min_new_tokens: expected an int in \[0, 2147483648\), got -1"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, r"min_new_tokens: expected at most max_new_tokens=4, got 5"),
-        ({"stop": "end"}, r"stop: expected a token, or a sequence of tokens and sequences of tokens, got 'end'"),
+        ({"stop": "end"}, r"stop: expected a token, or a sequence of tokens and token sequences, got 'end'"),
         ({"stop": -1}, r"stop\[0\]: expected an int in \[0, 2147483648\), got -1"),
         ({"stop": [3, ()]}, r"stop\[1\]: expected at least one token, got none"),
         ({"stop": [3, "end"]}, r"stop\[1\]: expected a sequence of tokens, got 'end'"),

@@ -18,7 +18,7 @@ from pallas_attn_models import Generator, QueueFull, Sampling
 from pallas_attn_models.generation import steps
 from pallas_attn_models.generation.generator import StreamEvent
 from pallas_attn_models.generation.requests import Completion, Handle
-from pallas_attn_models.generation.rows import RUNNING
+from pallas_attn_models.generation.state import RUNNING
 from tests.models.small_model import CONFIG, ONE_EACH, Ask, make_model, prompt_of, random_ask
 
 ROWS, CAPACITY, CHUNK, QUEUE = 4, 48, 8, 6
@@ -224,7 +224,7 @@ def test_nothing_is_lost_under_load(name, request):
     generator.run()
     assert refused > 50
     assert most >= 3
-    assert min(cancelled[what] for what in ("queued", "reading", "running")) >= 5
+    assert min(cancelled[what] for what in ("queued", "prefilling", "running")) >= 5
     for kind, handle in waiting:
         result = handle.result()
         if result.finish_reason == "cancelled":
@@ -232,21 +232,21 @@ def test_nothing_is_lost_under_load(name, request):
         else:
             assert result == expected[kind]
     assert sum(handle.finish_reason == "cancelled" for _, handle in waiting) == sum(
-        cancelled[what] for what in ("queued", "reading", "running")
+        cancelled[what] for what in ("queued", "prefilling", "running")
     )
 
 
 def doing(generator: Generator, handle: Handle) -> str:
     scheduler = generator._scheduler
-    if any(handle in job.handles for job in scheduler._queue):
+    if any(handle in group.handles for group in scheduler._queue):
         return "queued"
-    jobs = [job for job in scheduler._active if handle in job.handles]
-    return "done" if not jobs else "reading" if jobs[0].readings else "running"
+    groups = [group for group in scheduler._active if handle in group.handles]
+    return "done" if not groups else "prefilling" if groups[0].prefills else "running"
 
 
 def test_a_full_queue_refuses_and_keeps_what_it_has(generator):
     handles = [generator.submit(prompt_of(5, seed), Sampling(4)) for seed in range(QUEUE)]
-    with pytest.raises(QueueFull, match=f"max_queue: {QUEUE} requests wait already"):
+    with pytest.raises(QueueFull, match=f"max_queue: {QUEUE} requests are queued already"):
         generator.submit(prompt_of(5), Sampling(4))
     assert generator.generate([prompt_of(3, seed) for seed in range(10)], Sampling(2)).finish_reasons == ["length"] * 10
     assert [handle.result().tokens for handle in handles] == [
@@ -388,7 +388,7 @@ def test_a_hook_that_raises_when_it_is_traced(hooked):
     with pytest.raises(LookupError, match="no such direction"):
         generator.generate([prompt_of(3)])
     hook.at_trace = False
-    with pytest.raises(RuntimeError, match="broken off") as raised:
+    with pytest.raises(RuntimeError, match="interrupted") as raised:
         handle.result()
     assert isinstance(raised.value.__cause__, LookupError)
     assert waiting.result().tokens == generator.generate([prompt_of(9)], Sampling(3)).tokens[0]
@@ -406,10 +406,10 @@ def test_a_hook_that_raises_when_it_runs(hooked):
         with pytest.raises(Exception, match="no such direction"):
             generator.step()
         hook.at_run = False
-        with pytest.raises(RuntimeError, match="broken off") as raised:
+        with pytest.raises(RuntimeError, match="interrupted") as raised:
             lost.result()
         assert "no such direction" in str(raised.value.__cause__)
-        with pytest.raises(RuntimeError, match="broken off"):
+        with pytest.raises(RuntimeError, match="interrupted"):
             list(lost)
         assert waiting.result().tokens == expected[1]
         assert generator.generate([prompt_of(9)], Sampling(5)).tokens == expected[:1]

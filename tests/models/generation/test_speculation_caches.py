@@ -29,14 +29,14 @@ def _forgotten_generators():
 def snapshots(generator_: Generator, handles: list[Handle]) -> dict[tuple[int, int], Snapshot]:
     """By handle and how many tokens it has: of its row in every layer, positions, keys and values, and length."""
     found = {}
-    for job in generator_._scheduler._active:
-        row, index = job.rows[0], handles.index(job.handles[0])
-        if not job.readings:
+    for group in generator_._scheduler._active:
+        row, index = group.rows[0], handles.index(group.handles[0])
+        if not group.prefills:
             of_row = [(cache.positions[row, 0], cache.key[row], cache.value[row]) for cache in _caches(generator_)]
             positions, keys, values = ([np.asarray(x) for x in xs] for xs in zip(*of_row, strict=True))
             held = [np.stack(pair) for pair in zip(keys, values, strict=True)]
             lengths = [int(cache.lengths[row]) for cache in _caches(generator_)]
-            found[index, len(job.prompt) + len(job.handles[0].tokens)] = positions, held, lengths
+            found[index, len(group.prompt) + len(group.handles[0].tokens)] = positions, held, lengths
     return found
 
 

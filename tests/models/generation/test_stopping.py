@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays
-from pallas_attn_models.generation.stopping import StopStrings, held_back, matched
+from pallas_attn_models.generation.stopping import StopStrings, match_stop_sequences, num_withheld
 
 LIMITS = Limits(stop_sequences=3, stop_length=4)
 END = 2
 
-run = jax.jit(matched)
+run = jax.jit(match_stop_sequences)
 # Two or three tokens, so that there are matches and near matches.
 tokens = st.lists(st.integers(0, 2), max_size=12).map(tuple)
 sequences = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple), max_size=3).map(tuple)
@@ -74,7 +74,7 @@ def stream(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], least: int)
     for count in range(1, len(new) + 1):
         if length := longest_match(new[:count], stops, least):
             return steps, list(new[passed : count - length])
-        certain = count - held_back(new[least:count], stops)
+        certain = count - num_withheld(new[least:count], stops)
         steps.append(list(new[passed:certain]))
         passed = max(passed, certain)
     return steps, list(new[passed:])
@@ -90,7 +90,7 @@ def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, leas
     assert [token for step in [*steps, rest] for token in step] == list(expected)
     # Nothing is held without need: some tokens that could follow would make a stop sequence of all that is.
     for count in range(1, len(steps) + 1):
-        held = new[count - held_back(new[least:count], stops) : count]
+        held = new[count - num_withheld(new[least:count], stops) : count]
         assert not held or any(stop[: len(held)] == held and len(stop) > len(held) for stop in stops)
 
 
@@ -107,7 +107,7 @@ def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, leas
     ],
 )
 def test_how_much_is_held_back(new, stops, held):
-    assert held_back(new, stops) == held
+    assert num_withheld(new, stops) == held
 
 
 def first_stop(text: str, strings: list[str]) -> str | None:
@@ -141,5 +141,5 @@ def test_text_comes_as_soon_as_it_is_certain():
 
 @pytest.mark.parametrize("strings", ["abc", ["a", ""], [1]])
 def test_stop_strings_are_strings_with_something_in_them(strings):
-    with pytest.raises(ValueError, match="strings: expected a sequence of strings that are not empty, got"):
+    with pytest.raises(ValueError, match="strings: expected a sequence of non-empty strings, got"):
         StopStrings(strings)

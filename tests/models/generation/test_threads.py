@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_attn_models import Generator, QueueFull, Sampling
+from pallas_attn_models.generation.fair_lock import FairLock
 from pallas_attn_models.generation.requests import Completion
-from pallas_attn_models.generation.turns import Turns
 from tests.models.generation.test_serving import Broken, assert_broken_off, assert_nothing_is_held
 from tests.models.small_model import ONE_EACH, make_model, prompt_of, random_ask
 
@@ -146,10 +146,10 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
             except Exception as error:
                 if "no such direction" not in str(error.__cause__ or error):
                     raise
-                outcomes["broken off"] += 1
+                outcomes["interrupted"] += 1
 
     together(lambda number=number: work(number) for number in range(THREADS))
-    assert min(outcomes[one] for one in ("stop", "length", "cancelled", "left", "broken off")) > 3
+    assert min(outcomes[one] for one in ("stop", "length", "cancelled", "left", "interrupted")) > 3
     for ask, one in zip(asks, expected, strict=True):
         assert ask.generate(generator) == [one]
 
@@ -244,7 +244,7 @@ def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
                 generator.step()
 
     def ask():
-        with pytest.raises(RuntimeError, match="broken off") as raised:
+        with pytest.raises(RuntimeError, match="interrupted") as raised:
             generator.score([prompt_of(CAPACITY, seed) for seed in range(40)])
         assert isinstance(raised.value.__cause__, KeyboardInterrupt)
 
@@ -260,7 +260,7 @@ def test_an_iterator_that_another_thread_closes_gives_back_its_row(generator):
 def test_an_iterator_that_is_collected_in_the_middle_of_a_step(generator, monkeypatch):
     """The garbage collector may run its end in any thread, with a turn or without."""
     expected = generator.generate([prompt_of(5)], Sampling(4))
-    decode, take = generator._engine.decode, generator._scheduler._take
+    decode, take = generator._engine.decode, generator._scheduler._deliver
     abandoned = []
 
     def abandon() -> None:
@@ -278,14 +278,14 @@ def test_an_iterator_that_is_collected_in_the_middle_of_a_step(generator, monkey
 
     gc.disable()
     try:
-        for name, function in (("decode", decode), ("no_work", generator._engine.no_work)):
+        for name, function in (("decode", decode), ("empty_batch", generator._engine.empty_batch)):
             abandon()
             with monkeypatch.context() as patch:
                 patch.setattr(generator._engine, name, collecting(function))
                 assert generator.generate([prompt_of(5)], Sampling(4)).tokens == expected.tokens
         abandon()
         with monkeypatch.context() as patch:
-            patch.setattr(generator._scheduler, "_take", collecting(take))
+            patch.setattr(generator._scheduler, "_deliver", collecting(take))
             together([lambda: generator.generate([prompt_of(5)], Sampling(4))] * 3)
     finally:
         gc.enable()
@@ -308,7 +308,7 @@ def test_a_reader_asks_for_more(generator):
 
 
 def test_progress_may_ask(hook):
-    """It is called with the turn of the thread that compiles, which may nest others."""
+    """The callback runs in the thread that holds the lock, which may take it again."""
     one = Generator(make_model(), batch_size=1, capacity=16, prefill_chunk=8)
     handles = []
     one.warmup(lambda name: handles.append(one.submit([3, 4], Sampling(2))))
@@ -320,45 +320,45 @@ def test_a_request_that_an_interrupt_lost_is_not_waited_for(generator):
     for wait in (lambda handle: handle.result(), list):
         handle = generator.submit(prompt_of(3), Sampling(4))
         generator._scheduler._queue.clear()
-        with pytest.raises(RuntimeError, match="broken off") as raised:
+        with pytest.raises(RuntimeError, match="interrupted") as raised:
             wait(handle)
         assert "lost" in str(raised.value.__cause__)
 
 
-# --- turns ---
+# --- the fair lock ---
 
 
-def test_one_at_a_time_and_who_came_first_goes_first():
-    turns = Turns()
+def test_the_lock_is_exclusive_and_first_come_first_served():
+    lock = FairLock()
     inside: list[int] = []
     order: list[int] = []
 
     def enter(number: int):
-        with turns.take(), turns.take():
+        with lock.hold(), lock.hold():
             inside.append(number)
             assert inside == [number]
             time.sleep(0.001)
             order.append(inside.pop())
 
     threads = [threading.Thread(target=enter, args=(number,), daemon=True) for number in range(6)]
-    with turns.take():
+    with lock.hold():
         for number, thread in enumerate(threads):
             thread.start()
-            while len(turns._queue) < number + 2:
+            while len(lock._queue) < number + 2:
                 time.sleep(0.001)
     for thread in threads:
         thread.join(PATIENCE)
     assert order == [*range(6)]
-    assert not turns._queue
+    assert not lock._queue
 
 
-def test_a_thread_that_takes_turn_after_turn_lets_the_others_in():
-    turns, over = Turns(), threading.Event()
+def test_a_thread_that_retakes_the_lock_lets_the_others_in():
+    lock, over = FairLock(), threading.Event()
     counts = collections.Counter()
 
     def take(name: str):
         while not over.is_set():
-            with turns.take():
+            with lock.hold():
                 counts[name] += 1
                 if counts[name] > 300:
                     over.set()
@@ -368,39 +368,39 @@ def test_a_thread_that_takes_turn_after_turn_lets_the_others_in():
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_errors_end_a_turn(error, monkeypatch):
-    turns = Turns()
-    with pytest.raises(error), turns.take(), turns.take():
+def test_errors_release_the_lock(error, monkeypatch):
+    lock = FairLock()
+    with pytest.raises(error), lock.hold(), lock.hold():
         raise error
-    assert not turns._queue
+    assert not lock._queue
 
     def interrupted():
-        """In its wait for a turn."""
+        """While it waits for the lock."""
         with monkeypatch.context() as patch:
-            patch.setattr(turns._changed, "wait_for", lambda _: (_ for _ in ()).throw(error))
-            with pytest.raises(error), turns.take():
+            patch.setattr(lock._changed, "wait_for", lambda _: (_ for _ in ()).throw(error))
+            with pytest.raises(error), lock.hold():
                 pass
 
-    with turns.take():
+    with lock.hold():
         together([interrupted])
-        assert len(turns._queue) == 1
-    with turns.take():
+        assert len(lock._queue) == 1
+    with lock.hold():
         pass
 
 
-def test_a_turn_is_taken_only_if_it_is_free():
-    turns = Turns()
+def test_the_lock_is_taken_only_if_free():
+    lock = FairLock()
     took = []
 
     def look():
-        with turns.take_if_free() as took_it:
+        with lock.hold_if_free() as took_it:
             took.append(took_it)
 
     look()
-    with turns.take():
+    with lock.hold():
         look()
         together([look])
-    with turns.take_if_free():
+    with lock.hold_if_free():
         look()
     together([look])
     assert took == [True, False, False, False, True]

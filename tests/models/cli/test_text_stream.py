@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.completions import print_in_turn
+from pallas_attn_models.cli.text_stream import TextStream, read_streams
 from pallas_attn_models.generation.sampling import Sampling
 from tests.models.scripted import ScriptedGenerator, byte_tokenizer
 
@@ -19,12 +19,12 @@ def encode(text: str) -> list[int]:
 def answers(scripts: Sequence[Sequence[int]], stop: Sequence[str] = (), burst: int = 1, **settings: int):
     generator = ScriptedGenerator(scripts, burst=burst)
     sampling = Sampling(**settings)
-    return generator, [Answer(generator.submit([0], sampling), TOKENIZER, stop) for _ in scripts]
+    return generator, [TextStream(generator.submit([0], sampling), TOKENIZER, stop) for _ in scripts]
 
 
-def pieces(script: Sequence[int], stop: Sequence[str] = (), **settings: int) -> tuple[list[str], Answer]:
+def pieces(script: Sequence[int], stop: Sequence[str] = (), **settings: int) -> tuple[list[str], TextStream]:
     generator, (answer,) = answers([script], stop, **settings)
-    return [text for _, text in follow(generator, [answer])], answer
+    return [text for _, text in read_streams(generator, [answer])], answer
 
 
 @pytest.mark.parametrize("text", ["hello", "\u00e9\u4e2d\U0001f9e0"])
@@ -75,7 +75,7 @@ def test_the_first_tokens_cannot_be_stopped():
 
 def test_each_ends_by_itself():
     generator, both = answers([encode("a. no"), encode("much longer. no")], ["."])
-    for _ in follow(generator, both):
+    for _ in read_streams(generator, both):
         pass
     assert [one.text for one in both] == ["a", "much longer"]
     assert [len(one.handle.tokens) for one in both] == [2, 12]
@@ -84,21 +84,21 @@ def test_each_ends_by_itself():
 
 def test_what_a_step_brings_after_a_stop_string_is_no_part_of_the_answer():
     generator, both = answers([encode("a. no more"), encode("much longer. no")], ["."], burst=4)
-    for _ in follow(generator, both):
+    for _ in read_streams(generator, both):
         pass
     assert [one.tokens for one in both] == [encode("a."), encode("much longer.")]
 
 
 def test_an_interrupt_keeps_what_is_there():
     generator, (answer,) = answers([encode("on and on")])
-    for _ in follow(generator, [answer], interrupted=lambda: len(answer.tokens) == 2):
+    for _ in read_streams(generator, [answer], interrupted=lambda: len(answer.tokens) == 2):
         pass
     assert (answer.text, answer.finish_reason) == ("on ", "cancelled"), "what was drawn by then is kept"
 
 
 def test_who_stops_to_listen_cancels():
     generator, both = answers([encode("one"), encode("two")])
-    events = follow(generator, both)
+    events = read_streams(generator, both)
     next(events)
     events.close()
     assert all(one.handle.finish_reason == "cancelled" for one in both)
