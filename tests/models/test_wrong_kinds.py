@@ -334,7 +334,7 @@ def test_a_wrong_kind_of_object_is_named(name, argument):
     ids=["None", "a list", "a tuple", "a number", "bfloat16", "bool", "float64", "another shape", "another rank"],
 )
 def test_a_hook_returns_what_it_was_given(hook, error, got):
-    wanted = rf"layer_hook: expected float32 \[2, 3, 32\] from layer 0, as it was given, got .*{re.escape(got)}"
+    wanted = rf"layer_hook: expected float32 \[2, 3, 32\] for layer 0, like its input, got .*{re.escape(got)}"
     with pytest.raises(error, match=wanted):
         MODEL(TOKENS, layer_hook=hook)
     with pytest.raises(error, match=wanted):

@@ -1,7 +1,7 @@
 """Parses mask expressions such as ``causal & sliding_window(256) | sink(4)``, without evaluating them.
 
-Python's parser builds the tree and defines the precedence (``~`` before ``&`` before ``|``). Accepted are only the names
-below, calls of these with integers and lists of integers, and the three operators.
+Python's parser builds the tree and defines the precedence (``~`` before ``&`` before ``|``). The expression may contain
+only the names below, calls of these with integers and lists of integers, and the three operators.
 """
 
 import ast

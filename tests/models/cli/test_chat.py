@@ -102,7 +102,7 @@ def test_commands(talk):
         encode("<s><user>/etc/hosts is a file<end><assistant>"),
     ]
     assert out == "x\ny\n"
-    assert err.splitlines() == ["a new conversation", "/what: expected a message, /reset or /exit"]
+    assert err.splitlines() == ["new conversation", "/what: expected a message, /reset or /exit"]
 
 
 def test_a_reset_keeps_the_system_message(talk):
@@ -124,7 +124,7 @@ def test_control_characters_do_not_reach_the_terminal(talk):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_conversation_longer_than_the_cache(talk, terminal, capsys):
-    message = r"the conversation has 28 tokens and the cache holds 20: /reset begins a new one, and --capacity makes"
+    message = r"the conversation has 28 tokens and the cache holds 20: /reset starts a new one, and --capacity makes"
     lines, answers = ["short", "longer than it", "b"], ["x", "y"]
     if not terminal:
         with pytest.raises(ValueError, match=message):
@@ -239,7 +239,7 @@ def test_generation_config_and_the_end_of_a_turn(run, checkpoint, tmp_path, monk
 def test_a_long_answer_says_that_the_cache_is_full(run, checkpoint):
     code, _, err = run("Hi\n", "--model", checkpoint, "--capacity", 32, "--min-new-tokens", 100)
     assert code == 0
-    assert "cut, as the cache holds 32 tokens: /reset begins a new conversation" in err.splitlines()[-1]
+    assert "cut: the cache holds 32 tokens; /reset starts new conversation" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_directory_without_something(run, checkpoint, tmp_path, missing, messa
     ("argv", "message"),
     [
         ([], "the following arguments are required: --model (see pallas-attn chat --help)"),
-        (["--model", ".", "--stop", ""], "--stop: expected text, got ''"),
+        (["--model", ".", "--stop", ""], "--stop: expected a non-empty string, got ''"),
         (["--model", ".", "--top-p", "2"], "top_p: expected a number in (0, 1], got 2.0"),
     ],
     ids=" ".join,

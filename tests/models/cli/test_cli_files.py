@@ -16,7 +16,7 @@ from tokenizers import Regex, pre_tokenizers
 from pallas_attn_models import cli
 from pallas_attn_models.checkpoints.hf import load_hf, save_hf
 from pallas_attn_models.cli import chat, generate, loading
-from pallas_attn_models.cli.completions import Completion, to_json
+from pallas_attn_models.cli.completions import CompletionRow, to_json
 from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.decoder.decoder import Decoder
 from pallas_attn_models.generation.generator import GenerationResult
@@ -166,7 +166,7 @@ def test_the_same_in_a_process_of_its_own(damaged):
     assert (finished.returncode, finished.stdout) == (2, "")
     assert (
         finished.stderr.splitlines()[-1]
-        == f"error: {directory}/config.json: expected JSON, got objects or arrays that are nested too deeply"
+        == f"error: {directory}/config.json: expected JSON, got objects or arrays nested too deeply"
     )
     assert "Traceback" not in finished.stderr
 
@@ -326,7 +326,7 @@ def test_completions_that_ended_for_want_of_numbers(run, checkpoint, monkeypatch
     monkeypatch.setattr(generate.Generator, "warmup", lambda *_: 0.0)
     code, out, err = run("generate", "--prompt", "a", "--prompt", "b", "--model", checkpoint, *form, silent=False)
     assert code == 1
-    assert err.splitlines()[-1] == "1 of 2 completions ended where the model's logits were no numbers"
+    assert err.splitlines()[-1] == "1 of 2 completions ended because the model's logits were NaN or infinite"
     assert "invalid" in out
 
 
@@ -346,7 +346,7 @@ def test_an_answer_that_ended_for_want_of_numbers(checkpoint, monkeypatch, capfd
     assert one.run() == 1
     out, err = capfd.readouterr()
     assert out.splitlines()[-1] == "ok", "the conversation goes on"
-    assert err.splitlines() == ["cut, as the model's logits are no numbers"]
+    assert err.splitlines() == ["cut: the model's logits are NaN or infinite"]
     assert [message["content"] for message in one.messages] == ["b", "ok"], "without the question that had no answer"
 
 
@@ -362,7 +362,7 @@ def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, for
     argv = ["--prompt", "bx", "--prompt", "hi", "--max-new-tokens", 3, "--capacity", 64, form]
     code, out, err = run("generate", "--model", directory, *argv, silent=False)
     assert code == 1
-    assert err.count("1 of 2 completions ended where the model's logits were no numbers") == 1
+    assert err.count("1 of 2 completions ended because the model's logits were NaN or infinite") == 1
     if form == "--json":
         first, second = json.loads(out, parse_constant=pytest.fail)["completions"]
         assert (first["finish_reason"], first["tokens"]) == ("invalid", [])
@@ -370,7 +370,7 @@ def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, for
 
 
 def test_json_has_no_number_that_is_none(tmp_path):
-    completion = Completion("a", "b", None, "invalid", [1], [float("nan")], [[(0, float("-inf"))]])
+    completion = CompletionRow("a", "b", None, "invalid", [1], [float("nan")], [[(0, float("-inf"))]])
     text = to_json(tmp_path, [completion], STATS, with_top=True)
 
     def refuse(constant):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from pallas_attn_models import cli
 from pallas_attn_models.checkpoints.hf import save_hf
 from pallas_attn_models.cli import generate, loading
-from pallas_attn_models.cli.completions import Completion, figures, show_growing
+from pallas_attn_models.cli.completions import CompletionRow, figures, show_growing
 from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.decoder.decoder import Decoder
 from pallas_attn_models.generation.generator import GenerationResult
@@ -144,7 +144,7 @@ def test_an_option_wins_over_the_models_own_wish(run, asked, checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--logprobs 2", "--logprobs: expected --json with it, which shows them"),
+        ("--logprobs 2", "--logprobs: expected --json, the only output that shows them"),
         ("--guidance 2", "--guidance, --negative-prompt: expected both or neither, got one"),
         ("--negative-prompt a", "--guidance, --negative-prompt: expected both or neither, got one"),
         ("--num-samples 0", "--num-samples: expected at least 1, got 0"),
@@ -161,7 +161,9 @@ def test_errors_are_one_line(run, argv, message):
 
 
 def test_errors_of_empty_texts(run):
-    assert run("--prompt", "a", "--stop", "")[2].splitlines()[-1] == "error: --stop: expected text, got ''"
+    assert (
+        run("--prompt", "a", "--stop", "")[2].splitlines()[-1] == "error: --stop: expected a non-empty string, got ''"
+    )
     err = run("--prompt", "a", "--guidance", 2, "--negative-prompt", "")[2]
     assert err.splitlines()[-1] == "error: negative_prompts[0]: expected at least one token, got none"
 
@@ -211,11 +213,11 @@ def test_guesses_change_nothing(checkpoint, plain):
 
 
 def test_a_growing_table_ends_with_what_came(capsys):
-    shown = [Completion("ab", "", None, "", [], [])]
+    shown = [CompletionRow("ab", "", None, "", [], [])]
 
     def events():
         yield
-        shown[0] = Completion("ab", "cd", None, "stop", [], [])
+        shown[0] = CompletionRow("ab", "cd", None, "stop", [], [])
         yield
 
     show_growing(events(), lambda: shown)
@@ -226,7 +228,7 @@ def test_a_growing_table_ends_with_what_came(capsys):
 
 def test_figures_say_how_many_guesses_were_right():
     stats = GenerationStats(1, 2, 0.0, 2, 0.5, 0.5, 1, 2, 2, 16, 4)
-    assert figures(stats).endswith("drafted tokens accepted 4 of 16 (25.0%)")
+    assert figures(stats).endswith("draft tokens accepted 4 of 16 (25.0%)")
     assert "drafted" not in figures(STATS)
 
 

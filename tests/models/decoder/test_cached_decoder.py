@@ -61,7 +61,7 @@ def test_positions_must_be_the_next_ones(model):
     decoder = cached(model)
     decoder(TOKENS[:, :4], np.arange(4, dtype=np.int32)[None])
     again = np.array([[-1, 4, 5, 6], [4, 5, 7, 8]], np.int32)
-    message = "positions: expected row 1 to go on at 4, one by one, got [4, 5, 7, 8]"
+    message = "positions: expected consecutive positions from 4 in row 1, got [4, 5, 7, 8]"
     with pytest.raises(ValueError, match=re.escape(message)):
         decoder(TOKENS[:, 4:8], again)
     assert decoder.next_positions.tolist() == [4, 4], "what is refused changes nothing"

@@ -295,14 +295,14 @@ TREE = np.eye(4, dtype=bool)
         (lambda: _bad_call(rows=ROWS[:1]), "rows: expected int32 [2], as tokens, got int32 [1]"),
         (lambda: _bad_call(rows=ROWS > 0), "rows: expected int32 [2], as tokens, got bool [2]"),
         (lambda: decoder()(AT, rows=ROWS), "rows: expected None without caches, got int32 [2]"),
-        (lambda: decoder()(AT, AT, tree=TREE), "tree: expected caches that are Dense in every layer, got no caches"),
+        (lambda: decoder()(AT, AT, tree=TREE), "tree: expected Dense caches in every layer, got no caches"),
         (
             lambda: _bad_call(rows=ROWS, tree=TREE),
-            "tree: expected positions with it, of each node by its depth, got None",
+            "tree: expected also positions, which follow the depth of each node, got None",
         ),
         (
             lambda: _bad_call(rows=ROWS, tree=TREE, positions=AT, policy=[caches.Dense(), caches.H2O(4)]),
-            "tree: expected caches that are Dense in every layer, got Dense, H2O",
+            "tree: expected Dense caches in every layer, got Dense, H2O",
         ),
         (
             lambda: _bad_call(rows=ROWS, tree=TREE[:3], positions=AT),
