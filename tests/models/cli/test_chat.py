@@ -249,7 +249,7 @@ def test_a_long_answer_says_that_the_cache_is_full(run, checkpoint):
             "tokenizer_config.json",
             "expected a chat template (chat_template.jinja, or chat_template in tokenizer_co",
         ),
-        ("tokenizer.json", "expected the tokenizer of the model, found none"),
+        ("tokenizer.json", "expected the model's tokenizer, found none"),
         ("config.json", "expected a JSON file, found none"),
     ],
 )

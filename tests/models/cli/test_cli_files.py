@@ -187,7 +187,7 @@ def test_a_tokenizer_that_panics(run, damaged, argv):
     directory = damaged("tokenizer.json", tokenizer.to_str())
     code, out, err = run(*argv, "--model", directory, stdin="a" * 50 + "!\n")
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"error: {directory}/tokenizer.json: failed at a text, got: ")
+    assert err.splitlines()[-1].startswith(f"error: {directory}/tokenizer.json: expected to tokenize the text, got: ")
     assert "panicked" not in err
 
 

@@ -445,7 +445,7 @@ def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
         ({"frequency_penalty": 10**5000}, r"frequency_penalty: expected a finite number, got int too large to show"),
         (
             {"logit_bias": {3: 1e39}},
-            r"logit_bias\[3\]: expected a finite number \(or use forbidden_tokens\), got 1e\+39",
+            r"logit_bias\[3\]: expected a finite number .*, got 1e\+39",
         ),
         ({"top_k": 10**5000}, r"top_k: expected an int in \[0, 2147483648\), got int too large to show"),
         ({"max_new_tokens": 2**40}, r"max_new_tokens: expected an int in \[1, 2147483648\), got 1099511627776"),
@@ -468,7 +468,7 @@ def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
         ({"logit_bias": {-1: 0.5}}, r"logit_bias: expected an int in \[0, 2147483648\), got -1"),
         (
             {"logit_bias": {3: -float("inf")}},
-            r"logit_bias\[3\]: expected a finite number \(or use forbidden_tokens\), got -inf",
+            r"logit_bias\[3\]: expected a finite number .*, got -inf",
         ),
         ({"forbidden_tokens": 3}, r"forbidden_tokens: expected a sequence of tokens, got 3"),
         ({"forbidden_tokens": [1.0]}, r"forbidden_tokens: expected an int in .*, got 1\.0"),

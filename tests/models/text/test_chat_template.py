@@ -132,7 +132,11 @@ def test_a_file_of_its_own_comes_first(tmp_path):
         ("config", {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "t"}, "file"),
         ("config", {"additional_chat_templates/default.jinja": "more"}, "more"),
         ("config", {"chat_template.jinja": "f", "additional_chat_templates/default.jinja": "more"}, "more"),
-        ("config", {"additional_chat_templates/tool_use.jinja": "t"}, "expected one called 'default', got 'tool_use'"),
+        (
+            "config",
+            {"additional_chat_templates/tool_use.jinja": "t"},
+            "expected a template called 'default', got 'tool_use'",
+        ),
         ("config", {"chat_template.jinja": "a\r\nb\rc\n"}, "a\nb\nc"),
     ],
     ids=str,
@@ -187,8 +191,8 @@ def test_a_name_that_nobody_defines_is_an_error_with_its_line(tmp_path, template
 HOSTILE = {
     "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-    "macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
-    "loop without end": ("{% for a in [[1]] recursive %}{{ loop([a]) }}{% endfor %}", "calls itself without end"),
+    "macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses without end"),
+    "loop without end": ("{% for a in [[1]] recursive %}{{ loop([a]) }}{% endfor %}", "recurses without end"),
     "brackets": ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}", "nested too deeply"),
     "long product": ("{{ 'x' * 10**10 }}", "too much memory"),
     "long product of a message": ("{{ messages[0].content * 10**10 }}", "too much memory"),
@@ -240,7 +244,10 @@ def test_what_a_template_refuses_is_said_in_its_words(tmp_path):
     ("template", "message"),
     [
         (None, r"expected a chat template \(chat_template.jinja, or chat_template in tokenizer_config.json\), found"),
-        ([{"name": "a", "template": ""}, {"name": "b", "template": ""}], "expected one called 'default', got 'a', 'b'"),
+        (
+            [{"name": "a", "template": ""}, {"name": "b", "template": ""}],
+            "expected a template called 'default', got 'a', 'b'",
+        ),
         ({"a": 1}, "tokenizer_config.json: chat_template: expected a string or a list of named templates"),
         (7, "tokenizer_config.json: chat_template: expected a string or a list of named templates"),
         ("a\n{% if %}", "tokenizer_config.json: chat template, line 2: "),
