@@ -143,7 +143,7 @@ def as_token(path: Path, name: str, value: Any) -> AddedToken:
         flags |= {flag: value[flag] for flag in _FLAGS if value.get(flag) is not None}
         value = value.get("content")
     if not isinstance(value, str) or not all(isinstance(flag, bool) for flag in flags.values()):
-        raise ValueError(f"{path}: {name}: expected the text of a token, or an object with its content, got {value!r}")
+        raise ValueError(f"{path}: {name}: expected the text of a token or an object with its content, got {value!r}")
     return AddedToken(value, **flags)
 
 

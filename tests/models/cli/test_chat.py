@@ -239,7 +239,7 @@ def test_generation_config_and_the_end_of_a_turn(run, checkpoint, tmp_path, monk
 def test_a_long_answer_says_that_the_cache_is_full(run, checkpoint):
     code, _, err = run("Hi\n", "--model", checkpoint, "--capacity", 32, "--min-new-tokens", 100)
     assert code == 0
-    assert "cut: the cache holds 32 tokens; /reset starts new conversation" in err.splitlines()[-1]
+    assert "cut: the cache holds 32 tokens; /reset starts a new conversation" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
