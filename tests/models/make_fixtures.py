@@ -4,7 +4,7 @@
     /tmp/torch/bin/python tests/models/make_fixtures.py
 
 Each directory is a checkpoint, with ``expected.npz`` beside it: ``tokens_i`` int32 ``[T]`` and ``logits_i`` float32
-``[T, V]``, computed in float32 from the weights as stored. ``versions.json`` says what made them.
+``[T, V]``, computed in float32 from the weights as stored. ``versions.json`` has the library versions.
 """
 
 import json
@@ -93,7 +93,7 @@ def make(name: str, seed: int) -> None:
 
 
 def respell(path: Path) -> None:
-    """Says the same in the words of transformers 4, which published checkpoints use."""
+    """Converts to the field names of transformers 4, which published checkpoints use."""
     fields = json.loads(path.read_text())
     rope = fields.pop("rope_parameters")
     fields["rope_theta"] = rope.pop("rope_theta")

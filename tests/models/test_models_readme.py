@@ -1,4 +1,4 @@
-"""The code in the READMEs of the wings runs, and does what the text around it says."""
+"""The code in the READMEs of the wings runs, and does what the text says."""
 
 import contextlib
 import io
@@ -142,7 +142,7 @@ def test_the_classifier_learns_and_sees_no_padding():
 
 
 def test_another_process_finds_the_executables(tmp_path):
-    """The example in two processes. JAX leaves out of its cache what compiles in less than a second, unless told so."""
+    """The example in two processes. By default JAX does not cache executables that compile in less than a second."""
     assert "`JAX_COMPILATION_CACHE_DIR=DIR`" in README
     setup, *others = blocks("generation")
     (warmup,) = (block for block in others if "warmup" in block)

@@ -1,4 +1,4 @@
-"""With ``jax_enable_x64`` decoders and Generators compute in 32 bits as without: the same programs, dtypes and bits."""
+"""With ``jax_enable_x64``, decoders and Generators still compute in 32 bits: the same programs, dtypes and bits."""
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def test_the_executables_of_a_generator_have_no_wide_number(speculation):
     "speculation", [name if name == "lookup" else pytest.param(name, marks=pytest.mark.slow) for name in SPECULATIONS]
 )
 def test_a_generator_gives_the_same(speculation):
-    """Greedy and drawn tokens, log-probabilities, counts; and it has two executables under the flag as well."""
+    """Greedy and random tokens, log-probabilities, counters; and two executables under the flag, too."""
 
     def generate():
         generator = make_generator(speculation)
@@ -162,7 +162,7 @@ def test_modules_of_flax_give_the_same():
 
 
 def test_the_loss_of_training_has_no_float64():
-    """An index inside of optax has 64 bits."""
+    """An index in optax has 64 bits."""
     graph, weights = nnx.split(train.new_model(0))
 
     def gradients(weights, batch):

@@ -1,7 +1,7 @@
-"""What runs and asks a decoder: every function times every argument times every kind of object.
+"""Decoders and generation: every function x every argument x every kind of object.
 
-What does not fit is a TypeError or a ValueError that names the argument, what was expected and what came, before
-anything is compiled. It never is an error that JAX, NumPy or Python raised on its own.
+An invalid argument raises a TypeError or ValueError that names it, with the expected and the given value, before
+anything is compiled; never an error that JAX, NumPy or Python raised on its own.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from tests.models.small_model import CONFIG, make_model
 
 
 class Tensor:
-    """What a tensor of another library looks like."""
+    """Mimics a tensor of another library."""
 
     dtype, shape, ndim, size = "torch.int64", (1, 3), 2, 3
 
@@ -291,7 +291,7 @@ ARGUMENTS = [
 
 
 def complaint(function: Callable, arguments: dict, argument: str) -> str | None:
-    """What is wrong with the error of a call; None: nothing."""
+    """The fault of a call's error; None: correct."""
     try:
         function(**arguments)
     except (TypeError, ValueError) as error:
@@ -355,7 +355,7 @@ def test_a_hook_may_return_a_numpy_array():
 
 
 class Own:
-    """Drafts what it is told to."""
+    """Returns given drafts."""
 
     length, num_candidates, draft_model = 2, 1, None
 
@@ -393,7 +393,7 @@ def test_drafts_of_another_shape():
 
 
 def test_tokens_that_are_none_have_no_vector():
-    """So that they do not go unnoticed; integers beyond 32 bits are refused, not cut to other tokens."""
+    """NaN makes them visible; integers beyond 32 bits raise instead of wrapping to other tokens."""
     for token in (CONFIG.vocab_size, 2**31 - 1, -1):
         hidden = MODEL(np.array([[token]]), np.zeros((1, 1), np.int32)).hidden
         assert np.isnan(hidden).all()
@@ -409,7 +409,7 @@ def test_wide_segment_ids_are_compared_as_they_are():
 
 
 def test_every_token_forbidden():
-    """Known before anything is compiled, where no token could ever be drawn, or no first one."""
+    """Settings that exclude every token, or every first token, raise before anything is compiled."""
     everything = range(CONFIG.vocab_size)
     with pytest.raises(ValueError, match="forbidden_tokens: expected fewer than vocab_size=50, got all"):
         GENERATOR.submit([1], Sampling(forbidden_tokens=everything))

@@ -43,7 +43,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=run)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="has a config.json; default: the shipped model")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="directory with a config.json; default: the shipped model"
+    )
     parser.add_argument("--capacity", type=int32, required=True, metavar="N", help="slots per row")
     parser.add_argument("--batch-size", type=int32, default=1, metavar="N", help="rows; default %(default)s")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help="default %(default)s")

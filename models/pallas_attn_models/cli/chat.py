@@ -44,9 +44,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(command=run)
     options.add_model_options(parser, required=True)
     parser.add_argument("--system", metavar="TEXT", help="system message; default: none")
-    options.add_sampling_options(
-        parser, max_new_tokens=_MAX_NEW_TOKENS, seed="seed of the first answer; each answer adds 1; default 0"
-    )
+    seed = "seed of the first answer; each answer adds 1; default 0"
+    options.add_sampling_options(parser, max_new_tokens=_MAX_NEW_TOKENS, seed=seed)
     cache = parser.add_argument_group("speed and memory")
     help = f"tokens in the cache; default {_CAPACITY}, or the model's context length if smaller"
     cache.add_argument("--capacity", type=options.int32, metavar="N", help=help)

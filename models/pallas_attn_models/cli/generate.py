@@ -67,9 +67,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     given.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line; empty lines are skipped")
     help = "completions of each prompt; default %(default)s"
     prompts.add_argument("--num-samples", type=options.int32, default=1, metavar="N", help=help)
-    options.add_sampling_options(
-        parser, max_new_tokens=_MAX_NEW_TOKENS, seed="of the first completion; each completion adds 1; default 0"
-    )
+    seed = "seed of the first completion; each completion adds 1; default 0"
+    options.add_sampling_options(parser, max_new_tokens=_MAX_NEW_TOKENS, seed=seed)
     guidance = parser.add_argument_group("guidance", "Classifier-free guidance (arXiv:2306.17806).")
     help = "guidance scale, above 1 to steer away from the negative prompt; uses a second row per completion"
     guidance.add_argument("--guidance", type=float, metavar="X", help=help)

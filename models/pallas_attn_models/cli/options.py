@@ -35,9 +35,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> Non
     help = "checkpoint directory of a Llama or Mistral: config.json, safetensors, tokenizer.json"
     model.add_argument("--model", type=Path, metavar="DIR", required=required, help=help)
     model.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: bfloat16 on a GPU, else float32")
-    model.add_argument(
-        "--implementation", choices=[*pa.implementations()], help="of attention; default: the best available"
-    )
+    help = "attention implementation; default: the best available"
+    model.add_argument("--implementation", choices=[*pa.implementations()], help=help)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int, seed: str) -> None:

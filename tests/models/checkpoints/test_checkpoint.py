@@ -1,4 +1,4 @@
-"""load_hf and save_hf: bitwise round trips, and nothing missing, extra or broken goes unnoticed."""
+"""load_hf and save_hf: bitwise round trips; missing, extra or broken files and tensors raise."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ DTYPES = {"gqa": "float32", "mqa_tied": "bfloat16", "mha_llama3_sharded": "float
 
 @pytest.fixture
 def copy(tmp_path):
-    """Copies a fixture to where a test may break it."""
+    """Copies a fixture, so that a test may break it."""
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
@@ -402,7 +402,7 @@ def test_a_tensor_in_two_shards_is_refused(copy):
 
 
 class Fake:
-    """Something of the wrong kind, whatever is asked for."""
+    """Returns a value of the wrong kind for any attribute."""
 
 
 WRONG_PATHS = [None, 3, 1.5, b"bytes", ["a"], Fake(), Path, DecoderConfig]

@@ -1,4 +1,4 @@
-"""The checkpoint that ships with the package answers prompts that its training never saw."""
+"""The shipped checkpoint answers held-out prompts."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +33,7 @@ def test_its_tokens_are_bytes():
 
 
 def test_300_held_out_prompts_of_unequal_length(generator):
-    """100 of each task, mixed in every batch."""
+    """100 prompts per task, mixed in every batch."""
     examples = {task: tasks.held_out_prompts(task, 100, seed=2026) for task in tasks.TASKS}
     prompts = [(task, example) for task, drawn in examples.items() for example in drawn]
     assert all(tasks.is_held_out(example.prompt) for _, example in prompts)

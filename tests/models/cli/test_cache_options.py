@@ -1,4 +1,4 @@
-"""Policies and storages in words, and ``pallas-attn cache-size``."""
+"""Policies and storages as text, and ``pallas-attn cache-size``."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The conversation: what the model is given, what is kept, what a user can type."""
+"""Conversations: the model's input, the messages kept, and user commands."""
 
 import io
 import json
@@ -42,7 +42,7 @@ CONFIG = DecoderConfig(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A model with a chat template that has learnt nothing. Its tokenizer would begin every text with a BOS."""
+    """An untrained model with a chat template. Its tokenizer adds a BOS to every text."""
     directory = tmp_path_factory.mktemp("checkpoint")
     save_hf(Decoder(CONFIG, rngs=nnx.Rngs(0)), directory)
     tokenizer = byte_tokenizer(SPECIAL)
@@ -65,7 +65,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def talk(checkpoint, monkeypatch, capsys):
-    """Types lines at a conversation whose answers are known: ``(the generator, the chat, stdout, stderr)``."""
+    """Sends lines to a conversation with scripted answers: ``(generator, chat, stdout, stderr)``."""
 
     def talk(lines: list[str], answers: list[str], *, terminal: bool = False, max_length: int = 1000, **options):
         generator = ScriptedGenerator([encode(answer) for answer in answers], max_length)

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit code."""
+"""The command line: output, streams and exit codes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ CONFIG = DecoderConfig(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A decoder of one byte per token that has learnt nothing."""
+    """An untrained byte-level decoder."""
     directory = tmp_path_factory.mktemp("checkpoint")
     save_hf(Decoder(CONFIG, rngs=nnx.Rngs(0)), directory)
     tokenizer = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))

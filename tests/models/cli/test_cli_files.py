@@ -1,4 +1,4 @@
-"""Whatever the files of a checkpoint hold, a command ends with one line that names the file, and exit code 2."""
+"""For any broken file of a checkpoint, a command prints one line that names the file, and exits with 2."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def damaged(checkpoint, tmp_path):
 
 @pytest.fixture
 def run(capfd, monkeypatch):
-    """Runs a command that would generate nothing: ``(exit code, stdout, stderr)``."""
+    """Runs a command with a mocked Generator: ``(exit code, stdout, stderr)``."""
 
     class Silent(ScriptedGenerator):
         def __init__(self, model, **options):
@@ -296,7 +296,7 @@ def test_text_that_is_not_utf8(run, checkpoint):
 
 @pytest.mark.parametrize("closed", ["pipe", "disk"])
 def test_a_stdout_that_takes_nothing(closed):
-    """Nobody reads it any more, or it is full: no traceback, not even from Python's last flush."""
+    """A closed or full stdout: no traceback, not even from Python's last flush."""
     command = [sys.executable, "-m", "pallas_attn_models.cli", "show-mask", "causal", "--q", "1000", "--block-q", "4"]
     if closed == "disk":
         if not Path("/dev/full").exists():
@@ -352,7 +352,7 @@ def test_an_answer_that_ended_for_want_of_numbers(checkpoint, monkeypatch, capfd
 
 @pytest.mark.parametrize("form", ["--json", "--stream"])
 def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, form):
-    """Whoever meets the broken token is ended, and his neighbor goes on."""
+    """A row that meets the broken token ends; its neighbor continues."""
     directory = tmp_path / "copy"
     shutil.copytree(checkpoint, directory)
     model = load_hf(directory, "float32")

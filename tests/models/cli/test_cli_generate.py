@@ -1,4 +1,4 @@
-"""``pallas-attn generate``: what its options ask for, and text that is shown, or cut, while it comes."""
+"""``pallas-attn generate``: the effect of its options, streaming and stop strings."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ STATS = GenerationStats(1, 2, 0.0, 2, 0.5, 0.5, 1, 2, 2, 0, 0)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A decoder of small letters that has learnt nothing; z ends a text."""
+    """An untrained decoder of lower-case letters; z is the end token."""
     directory = tmp_path_factory.mktemp("checkpoint")
     save_hf(Decoder(CONFIG, rngs=nnx.Rngs(0)), directory)
     letters = {letter: index for index, letter in enumerate(string.ascii_lowercase)}
@@ -61,7 +61,7 @@ def run(checkpoint, capsys):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a Generator would have been made with and asked for; it does nothing."""
+    """Records the arguments of a Generator and of its requests, without serving them."""
     calls = {}
 
     class Recorder:
@@ -173,7 +173,7 @@ def test_errors_of_empty_texts(run):
 
 @pytest.fixture(scope="module")
 def plain(checkpoint):
-    """Two completions of two prompts each, all at once: one object."""
+    """Two completions of each of two prompts, as one JSON object."""
     return json.loads(_output(checkpoint, *PROMPTS, "--json", "--logprobs", 2))
 
 

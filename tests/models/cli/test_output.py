@@ -1,4 +1,4 @@
-"""Text from outside, as it may be printed; and errors, of which there is one line."""
+"""Escaping of untrusted text, and one-line errors."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Mask expressions, and the command that shows what they describe."""
+"""Mask expressions, and the command that shows them."""
 
 import re
 
@@ -21,7 +21,7 @@ TOKENS = LENGTH - 2
 
 
 def meaning(expression: str) -> np.ndarray:
-    """Who sees whom, ``[T, S]``."""
+    """The mask, bool ``[T, S]``."""
     mask = parse(expression, QUERIES, KEYS)
     return np.asarray(mask.dense_array(jnp.asarray(QUERIES)[None], jnp.asarray(KEYS)[None]))[0, 0]
 
@@ -34,7 +34,7 @@ def expected(mask: oracle.Mask) -> np.ndarray:
 
 
 def segments(lengths: list[int]) -> oracle.Mask:
-    """Documents one after the other from position 0 on, by counting."""
+    """Packed documents from position 0 on, by counting."""
     document = [number for number, length in enumerate(lengths) for _ in range(length)]
     document += [len(lengths)] * (TOKENS - len(document))
     q_ids, kv_ids = ([document[at] if at >= 0 else 99 for at in x] for x in (QUERIES, KEYS))
@@ -42,7 +42,7 @@ def segments(lengths: list[int]) -> oracle.Mask:
 
 
 def calls(name: str, primitive, *arguments) -> st.SearchStrategy:
-    """A primitive, written in one of the ways there are, with what it means."""
+    """A primitive in one of its spellings, with its meaning."""
 
     def build(drawn):
         values, style, keyword = drawn
@@ -69,13 +69,13 @@ LEAVES = st.one_of(
 
 
 def in_parentheses(part: tuple[str, oracle.Mask, int], least: int, more: bool) -> str:
-    """Around what binds less than ``least``; around anything if ``more``."""
+    """Adds parentheses if the operator binds less than ``least``, or always if ``more``."""
     text, _, strength = part
     return f"({text})" if strength < least or more else text
 
 
 def combined(parts: st.SearchStrategy) -> st.SearchStrategy:
-    """Operators with no more parentheses than Python needs, or with some more."""
+    """Operators with the parentheses that Python needs, or with extra ones."""
 
     def pair(symbol: str, strength: int, operator):
         def build(left, right, space, more):

@@ -1,4 +1,4 @@
-"""Stop strings in text that comes token by token, and who is stopped by them."""
+"""Stop strings in text that arrives token by token, and the requests that they cancel."""
 
 from collections.abc import Sequence
 

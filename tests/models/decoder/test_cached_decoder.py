@@ -1,4 +1,4 @@
-"""CachedDecoder: the caches as state of a module."""
+"""CachedDecoder: caches as module state."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""DecoderConfig: every field of a config.json is used, known to be irrelevant, or refused by name."""
+"""DecoderConfig: every field of a config.json is used, known to be irrelevant, or an error."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ LLAMA3_SCALING = {
 
 
 def id_of(value) -> str:
-    """Short, and there for an int of any length."""
+    """A short representation, even of an int of any length."""
     return shown(value, 12)
 
 

@@ -1,4 +1,4 @@
-"""Decoder: the logits of transformers, whatever the padding, packing, chunking or cache."""
+"""Decoder: the logits of transformers for any padding, packing, chunking or cache."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ SMALL = DecoderConfig(
 
 @pytest.fixture(autouse=True)
 def _exact_products():
-    """On a GPU, products of float32 matrices would otherwise have the ten bits of TensorFloat-32."""
+    """Otherwise float32 products on a GPU have the ten bits of TensorFloat-32."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -125,7 +125,7 @@ def test_logits_are_those_of_mistral_with_a_sliding_window(tmp_path):
 
 
 def widen(model: Decoder, seed: int) -> None:
-    """Replaces every weight by a wide random one, so that every part of the model shows in the logits."""
+    """Replaces every weight by a wide random one, so that every part of the model affects the logits."""
     generator = np.random.default_rng(seed)
     state = nnx.state(model)
     nnx.update(model, jax.tree.map(lambda x: jnp.asarray(generator.normal(x.ndim == 1, 0.3, x.shape), x.dtype), state))
@@ -176,7 +176,7 @@ def test_chunks_through_caches_equal_one_uncached_call(implementation):
 
 
 def test_rows_of_unequal_length_share_caches(model):
-    """Left-padded prompts, then one token for each row."""
+    """Left-padded prompts, then one token per row."""
     run = compiled(model)
     rows = [random_tokens(seed, length) for seed, length in enumerate((9, 2, 9))]
     tokens, positions = np.zeros((3, 8), np.int32), np.full((3, 8), -1, np.int32)
@@ -402,7 +402,7 @@ def test_weights_are_drawn_with_the_keys_of_the_stream():
 
 
 def test_a_decoder_is_described_in_time_linear_in_its_layers():
-    """By the calls of Python functions, of which a busy machine makes no more."""
+    """Counts Python function calls, which do not depend on the load of the machine."""
 
     def calls(num_layers: int) -> int:
         config, count = dataclasses.replace(SMALL, num_layers=num_layers), itertools.count()

@@ -1,4 +1,4 @@
-"""Decoders with every policy and storage: what the cache must not change, and what it does."""
+"""Decoders with every policy and storage: what the cache must preserve, and what it changes."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def decoder(seed: int = 0, dtype=jnp.float32, **fields) -> Decoder:
 
 
 def read(model: Decoder, tokens: np.ndarray, at_once: int, **options):
-    """Logits ``[B, T, V]`` of tokens read so many at a time, the last ones left-padded, and the caches."""
+    """Logits ``[B, T, V]`` of tokens fed in chunks, the last ones left-padded, and the caches."""
     run = compiled(model)
     layers = model.init_caches(batch_size=tokens.shape[0], **options)
     logits = []
@@ -245,7 +245,7 @@ DEPTHS = [0, 1, 1, 2, 2, 3]
 
 @pytest.mark.parametrize("storage", quick(["plain", "paged int8"], "paged int8"))
 def test_a_tree_is_verified_as_each_of_its_paths(storage, tokens):
-    """And what is kept of it is what the path alone would have left."""
+    """The caches then equal those after feeding the path alone."""
     model = decoder(sliding_windows=(8, None))
     run = compiled(model)
     graph, state = nnx.split(model)
@@ -355,7 +355,7 @@ def test_a_mask_is_built_once_for_layers_that_agree(tokens):
 
 
 def compiled_masks(model: Decoder, tokens: np.ndarray, layers: tuple[pa.caches.KVCache, ...]) -> list[int]:
-    """Which layers share a BlockMask, by the number of the first that has it."""
+    """For each layer, the number of the first layer with the same BlockMask object."""
     found: list[list[int]] = []
 
     @jax.jit

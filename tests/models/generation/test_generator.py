@@ -1,4 +1,4 @@
-"""Generator: two executables for life, rows that do not see each other, and the tokens of a plain loop."""
+"""Generator: exactly two executables, independent rows, and the tokens of a plain loop."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ ONE_EACH = {"prefill": 1, "decode": 1}
 
 
 def make_model() -> Decoder:
-    """Weights so wide that tokens attend unevenly and the likeliest token is well ahead."""
+    """Wide weights: uneven attention and a clear most likely token."""
     model = Decoder(CONFIG, rngs=nnx.Rngs(3), implementation="xla", block_sizes=pa.BlockSizes(CHUNK, KV_BLOCK))
     nnx.update(model, jax.tree.map(lambda x: x * 8.0 if x.ndim == 2 else x, nnx.state(model)))
     return model
@@ -44,7 +44,7 @@ def make_model() -> Decoder:
 
 @pytest.fixture(scope="module")
 def generator():
-    """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
+    """Shared by the tests of this file. Tracing one of its functions a second time is an error."""
     chex.clear_trace_counter()  # which counts by name, in other modules of tests too
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
@@ -62,7 +62,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def plain_loop(generator):
-    """Greedy continuation that recomputes the whole sequence for every token, without cache or Generator."""
+    """Greedy continuation that recomputes the whole sequence for every token, without caches or Generator."""
     graph, weights = nnx.split(generator.model)
 
     @jax.jit
@@ -129,7 +129,7 @@ def test_a_seed_decides_and_nothing_else(generator):
 
 
 def test_the_random_stream_counts_the_new_tokens(generator):
-    """So hot that the logits do not matter: what is left is the noise, by seed and index alone."""
+    """So hot that only the noise matters, which depends on seed and index alone."""
     hot = Sampling(16, temperature=1e30, seed=10)
     logits = jnp.zeros((16, CONFIG.vocab_size), jnp.float32)
     settings = SamplingArrays.stack([hot] * 16, limits=Limits(), vocab_size=CONFIG.vocab_size)
@@ -187,7 +187,7 @@ def test_no_call_compiles_again(generator, compilations):
 
 
 class Interrupted:
-    """Runs a jitted function, whose donated state is gone then, and is interrupted before it gives back the new one."""
+    """Runs a jitted function, which consumes the donated state, and is interrupted before returning the new one."""
 
     def __init__(self, jitted):
         self.jitted = jitted
@@ -220,7 +220,7 @@ def test_nor_does_a_run_that_comes_back_to_python_often(generator):
 
 
 def test_caches_are_updated_in_place():
-    """Also: a model whose weights are bound to a device, as after ``jax.device_put``, compiles as often."""
+    """A model with committed weights, as after ``jax.device_put``, compiles equally often."""
     capacity = 9984  # a number that no other array has
     model = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0), implementation="xla")
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))

@@ -1,4 +1,4 @@
-"""Generation with every kind of cache: two executables, rows longer than the cache, pools that are spent."""
+"""Generation with every kind of cache: two executables, rows longer than the cache, exhausted pools."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ def generator(model: Decoder, **options) -> Generator:
 
 
 def greedy_of_the_uncached(model: Decoder, prompt: list[int], count: int) -> list[int]:
-    """Everything anew for each token, in one padded row."""
+    """Recomputes the whole padded row for every token."""
     tokens = np.zeros((1, 40), np.int32)
     tokens[0, : len(prompt)] = prompt
     graph, weights = nnx.split(model)

@@ -1,4 +1,4 @@
-"""The greedy tokens of transformers' generate, with the options that both have."""
+"""The greedy tokens of transformers' generate, with the options common to both."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def theirs():
     model = transformers.LlamaForCausalLM.from_pretrained(FIXTURE, dtype=torch.float32).eval()
 
     def generate(prompt: list[int], ends: list[int], stops=(), **fields) -> list[int]:
-        """New tokens, with those that ended them."""
+        """New tokens, including the stop sequence."""
 
         def stopped(tokens, *_, **__):
             new = tokens[0, len(prompt) :].tolist()
@@ -68,7 +68,7 @@ def theirs():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(generator, theirs, name):
-    """To the budget, and to the first of some end tokens."""
+    """Up to the budget, and up to the first end token."""
     ours, fields = OPTIONS[name]
     ends = [*generator.model.config.eos_token_ids]
     for more in ([], ENDS):
@@ -81,7 +81,7 @@ def test_options(generator, theirs, name):
 
 
 def test_options_do_something(generator):
-    """Each option but the minimum changes the tokens, and that keeps rows from ending early."""
+    """Every option but the minimum changes the tokens; the minimum keeps rows from ending early."""
     results = {name: generator.generate(PROMPTS, Sampling(BUDGET, **ours)) for name, (ours, _) in OPTIONS.items()}
     for name, result in results.items():
         assert name in ("greedy", "minimum") or result.tokens != results["greedy"].tokens
@@ -91,7 +91,7 @@ def test_options_do_something(generator):
 
 
 def test_stop_sequences(generator, theirs):
-    """Of one to four tokens that the row does go on with, and some that it does not."""
+    """Stop sequences of one to four tokens, some of which occur in the row."""
     free = generator.generate(PROMPTS, Sampling(BUDGET)).tokens
     ends = [*generator.model.config.eos_token_ids]
     for size in (1, 2, 3, 4):

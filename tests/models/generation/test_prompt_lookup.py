@@ -1,4 +1,4 @@
-"""PromptLookup: its drafts are those of a search place by place."""
+"""PromptLookup: its drafts equal those of a sequential search."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Several continuations of one prompt: those of as many requests, and the prompt is read, and with pages held, once."""
+"""Several continuations of one prompt equal separate requests; the prompt is prefilled, and its pages stored, once."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def test_the_prompt_is_read_once(generator, monkeypatch, negative):
 
 
 def test_pages_of_the_prompt_are_shared(paged):
-    """40 tokens fill two pages and a half: four rows share the two, and each has a copy of the half of its own."""
+    """40 tokens fill two and a half pages: four rows share two, and each has its own copy of the half."""
     handles = paged.submit_samples(prompt_of(40), 3, Sampling(6, temperature=1.0))
     most = 0
     while not all(handle.done for handle in handles):
@@ -99,7 +99,7 @@ def test_pages_of_the_prompt_are_shared(paged):
 
 @pytest.mark.parametrize("rounds", range(5))
 def test_one_that_is_cancelled_leaves_the_others(generator, rounds):
-    """Queued; while the prompt is read, which takes three rounds; and running."""
+    """Queued; during prefill, which takes three rounds; and running."""
     ask = Ask(prompt_of(22), RANDOM, num_samples=3)
     expected = ask.generate(generator)
     for index in range(3):

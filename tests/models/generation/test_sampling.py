@@ -1,4 +1,4 @@
-"""Sampling: every setting does what the literature says, and a row's token is its own affair."""
+"""Sampling: every setting follows its definition in the literature, and rows are independent."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ def arrays(samplings: list[Sampling], vocab_size: int = len(LOGITS), eos_token_i
 
 
 def counted(vocab_size: int, prompts: list[list[int]], new: list[list[int]]) -> np.ndarray:
-    """int32 ``[B, V]``, of the definition."""
+    """int32 ``[B, V]``, from the definition."""
     counts = np.zeros((len(prompts), vocab_size), np.int32)
     for row, (prompt, tokens) in enumerate(zip(prompts, new, strict=True)):
         counts[row, prompt] = 1
@@ -48,12 +48,12 @@ def counted(vocab_size: int, prompts: list[list[int]], new: list[list[int]]) -> 
 
 
 def draw(logits: np.ndarray, samplings: list[Sampling], steps: list[int] | None = None) -> np.ndarray:
-    """One token for each sampling, from the same logits ``[V]``."""
+    """One token per sampling, from the same logits ``[V]``."""
     return draw_rows(logits, arrays(samplings), np.array(steps or [0] * len(samplings), np.int32))
 
 
 def draw_many(logits: np.ndarray, sampling: Sampling, *, varied: str = "seed") -> np.ndarray:
-    """Many tokens from the same logits ``[V]``, each with another seed or at another step."""
+    """Many tokens from the same logits ``[V]``, with different seeds or steps."""
     settings = jax.tree.map(lambda x: np.broadcast_to(x, (DRAWS, *x.shape[1:])), arrays([sampling]))
     numbers, zeros = np.arange(DRAWS), np.zeros(DRAWS, np.int32)
     if varied == "seed":
@@ -156,7 +156,7 @@ def test_temperature_zero_takes_the_first_of_the_largest():
     ids=str,
 )
 def test_the_narrowest_filter_is_greedy(sampling):
-    """Equal logits included: tokens 2 and 4 are, and the smaller id counts as more likely."""
+    """Including equal logits: of tokens 2 and 4, the smaller id counts as more likely."""
     assert set(draw_many(LOGITS, sampling).tolist()) == {2}
 
 
@@ -172,7 +172,7 @@ def test_a_token_without_probability_is_never_drawn():
 
 
 def test_a_filter_that_is_off_keeps_every_token_of_its_row():
-    """Also one after the running sum has rounded to 1: or a row's tokens would depend on its neighbour's top-p."""
+    """Including tokens after the running sum rounds to 1; otherwise a row would depend on its neighbor's top-p."""
     logits = np.tile(np.array([0.0, -18.0, -40.0, -80.0], np.float32), (2, 1))
     settings = arrays([Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)], vocab_size=4)
     assert _top_k_top_p(logits, settings).tolist() == [[True] * 4, [True, False, False, False]]
@@ -203,7 +203,7 @@ def random_batch(seed: int, batch_size: int, vocab_size: int) -> tuple[np.ndarra
 @pytest.mark.parametrize("compute", [run, run_process], ids=["sample", "process"])
 @pytest.mark.parametrize("others", ["none", "plain", "any"])
 def test_every_row_has_its_own_settings(compute, others):
-    """To the last bit what it is in another batch, whatever the other rows ask for."""
+    """The same bits in any batch, whatever the settings of the other rows."""
     logits, counts, steps = random_batch(0, len(ROWS), 37)
     together = compute(logits, arrays(ROWS, 37), counts, steps)
     for row, sampling in enumerate(ROWS):
@@ -257,7 +257,7 @@ def test_logprobs_are_the_models_own():
 
 
 def test_the_most_likely_tokens():
-    """As many as each row asks for, best first, under the model's own distribution; of equal ones the smaller."""
+    """The requested number per row, best first, under the model's own distribution; smaller ids first among equals."""
     logits, counts, steps = random_batch(1, 4, 20)
     logits[:, 4] = logits[:, 17] = 50
     samplings = [dataclasses.replace(EVERYTHING, top_logprobs=n, forbidden_tokens=(4,)) for n in range(4)]
@@ -273,7 +273,7 @@ def test_the_most_likely_tokens():
 
 @pytest.mark.parametrize(("limit", "vocab_size"), [(0, 8), (8, 2)])
 def test_the_number_of_most_likely_tokens_is_the_limit(limit, vocab_size):
-    """None at all, and more than there are tokens."""
+    """None, and more than the vocabulary."""
     sampling = Sampling(top_logprobs=min(limit, vocab_size))
     settings = SamplingArrays.stack([sampling], limits=Limits(top_logprobs=limit), vocab_size=vocab_size)
     logits = np.arange(vocab_size, dtype=np.float32)[None]
@@ -308,7 +308,7 @@ def test_what_becomes_of_the_logits(sampling):
 
 
 def test_end_tokens_wait_for_the_minimum():
-    """Those of the model too; a longer sequence can begin, as its tokens may mean something else."""
+    """Including the model's; longer sequences may begin."""
     settings = arrays([Sampling(min_new_tokens=3, stop=[2, (4, 5)])] * 2, eos_token_ids=(7,))
     logits = np.tile(LOGITS, (2, 1))
     processed = run_process(logits, settings, np.zeros(logits.shape, np.int32), np.array([2, 3], np.int32))
@@ -317,7 +317,7 @@ def test_end_tokens_wait_for_the_minimum():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_without_any_token_left_has_none_to_draw(temperature):
-    """The model excludes what settings leave; its neighbour draws as ever."""
+    """The model excludes the tokens that the settings leave; the neighbor row is unaffected."""
     narrow = Sampling(temperature=temperature, top_k=2, top_p=0.5, min_p=0.1, forbidden_tokens=(0, 1, 2))
     other = Sampling(temperature=temperature, seed=3)
     logits, counts, steps = random_batch(0, 2, 4)
@@ -374,7 +374,7 @@ def test_counts_are_updated_in_place():
 
 
 def primitives(jaxpr, *, branch: int | None) -> set[str]:
-    """The operations of a jaxpr and all within it; of a cond only this branch, or every one."""
+    """The operations of a jaxpr and its sub-jaxprs; of a cond, only the given branch, or all."""
     names = set()
     for equation in jaxpr.eqns:
         names.add(equation.primitive.name)
@@ -387,7 +387,7 @@ def primitives(jaxpr, *, branch: int | None) -> set[str]:
 
 
 def test_a_batch_that_is_all_greedy_takes_one_argmax():
-    """It neither sorts nor draws, and reads no counts."""
+    """The branch neither sorts nor samples, and reads no counts."""
     logits, counts, steps = random_batch(0, 2, 8)
     jaxpr = jax.make_jaxpr(sample)(logits, arrays([Sampling()] * 2), counts, steps).jaxpr
     costly = {"sort", "random_bits", "top_k", "scatter", "shift_right_arithmetic"}
@@ -527,7 +527,7 @@ def test_limits_out_of_range(limits, message):
 
 
 def test_everything_off_fits_limits_of_zero():
-    """No bias, no stop sequence, no report: arrays without elements."""
+    """No biases, stop sequences or top_logprobs: arrays without elements."""
     limits = Limits(logit_bias=0, stop_sequences=0, stop_length=1, top_logprobs=0)
     settings = SamplingArrays.stack([Sampling(min_new_tokens=2)], limits=limits, vocab_size=8)
     drawn = run(LOGITS[None], settings, np.zeros((1, 8), np.int32), np.zeros(1, np.int32))

@@ -1,4 +1,4 @@
-"""Sampling: the logits that transformers draws from, whatever the options, in its order."""
+"""Sampling: the processed logits of transformers, for any options, in its order."""
 
 import jax
 import numpy as np
@@ -107,7 +107,7 @@ def test_every_step_of_a_generation(model, name):
     ids=str,
 )
 def test_the_tokens_that_filters_keep(settings):
-    """Of many large vocabularies, flat and peaked."""
+    """Large vocabularies, flat and peaked."""
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(64, 1000)) * np.linspace(0.3, 6, 64)[:, None]).astype(np.float32)
     processors = transformers.LogitsProcessorList(
@@ -127,7 +127,7 @@ def test_the_tokens_that_filters_keep(settings):
 
 
 def assert_same_distribution(actual: np.ndarray, expected: np.ndarray) -> None:
-    """The same tokens possible, and the same log-probabilities of them."""
+    """The same possible tokens with the same log-probabilities."""
     np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
     actual, expected = (np.asarray(jax.nn.log_softmax(x)) for x in (actual, expected))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerances.PROCESSED_LOGITS)

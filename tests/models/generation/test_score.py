@@ -1,4 +1,4 @@
-"""Scores: the log-probabilities of the model without a cache, from an executable of their own, and in nobody's way."""
+"""Scores: the log-probabilities of the model without a cache, from their own executable, beside other requests."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ LENGTHS = (1, 2, 7, 8, 9, 16, 17, 40, 47, 48)
 
 @pytest.fixture(scope="module")
 def generator():
-    """Its first use is to score."""
+    """A Generator whose first use is to score."""
     model = load_hf(FIXTURE, dtype=jnp.float32)
     generator = Generator(model, batch_size=3, capacity=CAPACITY, prefill_chunk=CHUNK, prefill_rows=2)
     generator.score([prompt_of(3)])
@@ -32,7 +32,7 @@ def generator():
 
 @pytest.fixture(scope="module")
 def logits_of(generator):
-    """From tokens to the logits after each, of the model without a cache."""
+    """The model's logits after each token, without a cache."""
     graph, weights = nnx.split(generator.model)
 
     @jax.jit
@@ -78,7 +78,7 @@ def test_a_continuation_is_as_likely_as_it_was_when_it_was_drawn(generator):
 
 
 def test_those_who_run_go_on_undisturbed(generator, logits_of):
-    """Scores have a row while they are read, wait for one like all others, and give it back."""
+    """Scores occupy a row during prefill, queue for it like other requests, and free it."""
     samplings = [Sampling(20), Sampling(20, temperature=1.0, seed=3), Sampling(20, repetition_penalty=1.5)]
     prompts = [prompt_of(20, seed) for seed in range(3)]
     alone = [generator.generate([prompt], one) for prompt, one in zip(prompts, samplings, strict=True)]

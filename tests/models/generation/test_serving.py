@@ -1,4 +1,4 @@
-"""Requests that come, go and fail in any order: what each gets is what it gets alone, and nothing is lost."""
+"""Requests that start, end and fail in any order give the same results as alone, and nothing leaks."""
 
 import collections
 import contextlib
@@ -27,7 +27,7 @@ PAGE = 16
 
 @pytest.fixture(scope="module")
 def generator():
-    """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
+    """Shared by the tests of this file. Tracing one of its functions a second time is an error."""
     chex.clear_trace_counter()  # which counts by name, in other modules of tests too
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
@@ -42,13 +42,13 @@ def generator():
 
 @pytest.fixture(scope="module")
 def paged():
-    """Seven pages, where four full rows would take three each."""
+    """Seven pages; four full rows would need three each."""
     return paged_generator(7)
 
 
 @pytest.fixture(scope="module")
 def small_pool():
-    """Two pages, where one full row would take three."""
+    """Two pages; one full row would need three."""
     return paged_generator(2)
 
 
@@ -87,7 +87,7 @@ def assert_nothing_is_held(generator: Generator) -> None:
 
 
 def test_a_random_program_of_all_there_is(generator, compilations):
-    """Operations of every kind in random order: nothing compiles, and every request gets what it gets alone."""
+    """Random operations: nothing compiles, and every request has the same result as alone."""
     rng = np.random.default_rng(5)
     random_ask(rng, 10).generate(generator)
     compilations.clear()
@@ -155,7 +155,7 @@ def assert_told(expected: Completion, events: list[StreamEvent]) -> None:
 
 
 def assert_broken_off(result: Completion, expected: Completion) -> None:
-    """What it has so far, with a token of a stop sequence at the most, is where the other begins."""
+    """Its tokens are a prefix of the other's, except for the beginning of a stop sequence."""
     size = len(expected.tokens)
     assert len(result.tokens) <= size + 1
     assert result.tokens[:size] == expected.tokens[: len(result.tokens)]
@@ -163,7 +163,7 @@ def assert_broken_off(result: Completion, expected: Completion) -> None:
 
 
 def test_neighbours_and_order_make_no_difference(generator):
-    """The same requests in other orders, so that they have other rows and other neighbours."""
+    """The same requests in other orders, with other rows and neighbors."""
     rng = np.random.default_rng(8)
     asks = [random_ask(rng, CAPACITY) for _ in range(24)]
     expected = [ask.generate(generator)[0] for ask in asks]
@@ -179,7 +179,7 @@ def test_neighbours_and_order_make_no_difference(generator):
 
 
 def test_decode_copies_no_tokens_and_no_counts(small_pool):
-    """Beyond the state that it updates in place, it makes none of what is as large as all tokens, or all counts."""
+    """Besides the state, which is updated in place, it allocates nothing as large as all tokens or all counts."""
     engine = small_pool._engine
     state = engine.abstract_state()
     compiled = engine._decode.lower(engine._weights(), state, np.int32(1), np.bool_(False)).compile()
@@ -197,7 +197,7 @@ def test_decode_copies_no_tokens_and_no_counts(small_pool):
 
 @pytest.mark.parametrize("name", ["generator", "paged"])
 def test_nothing_is_lost_under_load(name, request):
-    """500 requests and more cancellations than rows, of queued, reading and running ones, and some that do not fit."""
+    """500 requests, some of them invalid, and cancellations of queued, prefilling and running ones."""
     generator = request.getfixturevalue(name)
     rng = np.random.default_rng(1)
     kinds = [random_ask(rng, CAPACITY, budget=12) for _ in range(25)]
@@ -258,7 +258,7 @@ def test_a_full_queue_refuses_and_keeps_what_it_has(generator):
 
 
 def test_who_fits_into_the_pool_is_let_in_and_no_more(paged):
-    """Seven pages, and requests of three each: two at a time, though there are four rows."""
+    """Seven pages and three per request: two requests at a time, despite four rows."""
     handles = [paged.submit(prompt_of(30, seed), Sampling(15)) for seed in range(5)]
     used = []
     while not all(handle.done for handle in handles):
@@ -282,7 +282,7 @@ def test_a_prompt_that_the_pool_cannot_hold_leaves_no_pages_behind(small_pool):
 
 
 def test_samples_wait_for_the_pages_that_their_copies_take(paged):
-    """Three rows of two pages each, the first of them shared; while the second is copied, there are five."""
+    """Three rows of two pages each, the first one shared; while the second is copied, five pages are in use."""
     long = paged.submit(prompt_of(33), Sampling(12))
     paged.step(1)
     handles = paged.submit_samples(prompt_of(20), 3, Sampling(4, temperature=1.0))
@@ -294,7 +294,7 @@ def test_samples_wait_for_the_pages_that_their_copies_take(paged):
 
 
 def test_nobody_starves(generator):
-    """Among short requests without end, a long prompt and one that needs all rows are served after some rounds."""
+    """Amid endless short requests, a long prompt and a request that needs all rows are served within some rounds."""
     rounds = 0
     short: list[Handle] = []
 
@@ -345,7 +345,7 @@ def test_rows_that_run_go_on_while_a_long_prompt_is_read(generator):
 
 
 class Broken:
-    """A layer hook that changes nothing, and may raise when it is traced or when it is run."""
+    """An identity layer hook that can raise during tracing or execution."""
 
     def __init__(self):
         self.at_trace = self.at_run = False
@@ -363,13 +363,13 @@ class Broken:
 
 @pytest.fixture(scope="module")
 def hooked():
-    """A Generator of one row, and its layer hook. Nothing is compiled yet."""
+    """A Generator with one row, not compiled yet, and its layer hook."""
     hook = Broken()
     return Generator(make_model(), batch_size=1, capacity=CAPACITY, prefill_chunk=CHUNK, layer_hook=hook), hook
 
 
 def test_a_hook_that_raises_when_it_is_traced(hooked):
-    """Before anything is compiled, and when only prefill is, in the middle of a prompt."""
+    """Before anything is compiled, and after prefill only, in the middle of a prompt."""
     generator, hook = hooked
     handle = generator.submit(prompt_of(30), Sampling(3))
     hook.at_trace = True
@@ -418,7 +418,7 @@ def test_a_hook_that_raises_when_it_runs(hooked):
 
 
 def test_an_interrupt_anywhere(paged):
-    """Control-C at any line of the modules that run on the host: who had rows may be lost, and says so."""
+    """Control-C at any line of the host modules: requests with rows may be lost, and report it."""
     asks = [Ask(prompt_of(20, seed), Sampling(4, seed=seed)) for seed in range(6)]
     asks[1] = Ask(prompt_of(20), Sampling(4), prompt_of(9), 1.5)
     expected = [ask.generate(paged)[0] for ask in asks]
@@ -449,7 +449,7 @@ def test_an_interrupt_anywhere(paged):
 
 @contextlib.contextmanager
 def interrupt(after: int):
-    """Raises KeyboardInterrupt at the ``after``-th line of the Generator's own modules."""
+    """Raises KeyboardInterrupt at the ``after``-th line executed in the Generator's modules."""
     modules = ("generator.py", "scheduler.py", "engine.py", "requests.py")
     left = after
 

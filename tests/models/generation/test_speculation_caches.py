@@ -1,4 +1,4 @@
-"""Speculation: the caches hold what was accepted, and are updated in place."""
+"""Speculation: the caches hold the accepted tokens, and are updated in place."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ def _forgotten_generators():
 
 
 def snapshots(generator_: Generator, handles: list[Handle]) -> dict[tuple[int, int], Snapshot]:
-    """By handle and how many tokens it has: of its row in every layer, positions, keys and values, and length."""
+    """By handle and number of its tokens: positions, keys and values, and lengths of its row in every layer."""
     found = {}
     for group in generator_._scheduler._active:
         row, index = group.rows[0], handles.index(group.handles[0])
@@ -45,7 +45,7 @@ def _caches(generator_: Generator) -> tuple[caches.KVCache, ...]:
 
 
 def run_in_steps(name: str) -> dict[tuple[int, int], Snapshot]:
-    """Snapshots after every step of three requests that do not end before they are cancelled."""
+    """Snapshots after every step of three requests, until they are cancelled."""
     generator_, found = generator(name), {}
     requests = [(21, 0.0), (2, 0.5), (33, 1.0)]
     handles = [

@@ -1,4 +1,4 @@
-"""Speculation: what is refused, before anything is compiled."""
+"""Speculation: errors before anything is compiled."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Speculation: whatever is drafted, the output is that of plain decoding; and what is counted is that of a replay."""
+"""Speculation: for any drafts, the output equals plain decoding, and the counters equal those of a replay."""
 
 from collections.abc import Callable
 
@@ -94,12 +94,12 @@ def test_random_programs_compile_once_and_change_nothing(name):
 
 
 def fed(plain: Ran, nodes: int, drafts_of: Callable[[Ask, list[int], int], list[list[int]] | None]) -> tuple:
-    """Turns, drafted and accepted, when every request is replayed alone.
+    """Row steps, drafted and accepted tokens when every request is replayed alone.
 
     Args:
-      plain: what was drawn.
+      plain: the results of plain decoding.
       nodes: of a step.
-      drafts_of: what is drafted, given the request, all of its tokens, and how many of them are new.
+      drafts_of: the drafts, given the request, all of its tokens, and the number of new ones.
     """
     turns = drafted = accepted = 0
     for request, drawn in zip(REQUESTS, plain.drawn, strict=True):

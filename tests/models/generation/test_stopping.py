@@ -1,4 +1,4 @@
-"""Stop sequences: found as soon as they are complete, and nothing of one is ever let through."""
+"""Stop sequences: matched as soon as they are complete, and never delivered in part."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def arrays(samplings: list[Sampling]) -> SamplingArrays:
 
 
 def tail(history: tuple[int, ...]) -> list[int]:
-    """The last tokens of a row; before its first, what could be mistaken for a token."""
+    """The last tokens of a row; before its first, values that resemble tokens."""
     return [*[0] * LIMITS.stop_length, *history][-LIMITS.stop_length :]
 
 
@@ -69,7 +69,7 @@ def test_without_stop_sequences_nothing_matches():
 
 
 def stream(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], least: int) -> tuple[list[list[int]], list[int]]:
-    """What is let through after each token, and what is left when the row has ended."""
+    """The tokens delivered after each step, and the rest at the end of the row."""
     passed, steps = 0, []
     for count in range(1, len(new) + 1):
         if length := longest_match(new[:count], stops, least):

@@ -1,4 +1,4 @@
-"""Streams: the tokens of generate, each as soon as it is certain, whoever else keeps the Generator going."""
+"""Streams: the tokens of generate, each as soon as it is final, even if other calls drive the Generator."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def generator():
 
 @pytest.fixture
 def greedy(generator) -> list[int]:
-    """The continuation of a prompt, in which no token is the beginning of what others are."""
+    """A continuation without repeated tokens."""
     tokens = generator.generate([prompt_of(9)], Sampling(12)).tokens[0]
     assert len(tokens) == 12
     return tokens
@@ -67,7 +67,7 @@ def test_a_token_is_told_when_it_is_drawn(generator, greedy):
 
 
 def test_what_may_become_a_stop_sequence_is_held_back_until_it_is_not(generator, greedy):
-    """The third and fourth tokens begin a stop sequence that does not come; the last two are one that does."""
+    """The third and fourth tokens begin a stop sequence that is not completed; the last two complete one."""
     other = next(token for token in range(10, CONFIG.vocab_size) if token not in greedy)
     stop = [(greedy[2], greedy[3], other), (greedy[10], greedy[11])]
     before = generator.spent.row_steps
@@ -107,7 +107,7 @@ def test_a_reader_that_raises_gives_back_the_rows(generator, greedy, error):
 
 
 def test_others_keep_it_going_while_it_waits(generator):
-    """Between two of its events, a stream may be brought forward, or to its end, by who waits for something else."""
+    """Between two of its events, other calls may advance or finish a stream."""
     rng = np.random.default_rng(2)
     asks = [random_ask(rng, CAPACITY) for _ in range(4)]
     expected = [ask.generate(generator)[0] for ask in asks]

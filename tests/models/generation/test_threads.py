@@ -1,4 +1,4 @@
-"""A Generator that several threads share: what each request gets is what it gets alone, and nobody waits for ever."""
+"""A Generator shared by threads: every request has the same result as alone, and no call waits forever."""
 
 import collections
 import gc
@@ -20,7 +20,7 @@ PATIENCE = 120  # seconds after which a thread counts as hung, on a busy machine
 
 
 def together(functions: Iterable[Callable[[], object]]) -> None:
-    """Runs each in a thread of its own; raises what the first of them raised, and for those that do not end."""
+    """Runs each function in its own thread; raises the first error, or if one does not end."""
     errors: list[BaseException] = []
 
     def caught(function: Callable[[], object]) -> None:
@@ -68,7 +68,7 @@ def _all_is_given_back(request):
 
 
 def test_many_threads_and_every_way_to_ask(generator, hook):
-    """200 requests of 4 threads: some cancelled, some streams left, some refused, and a step breaks now and then."""
+    """200 requests of 4 threads: cancelled, abandoned and invalid ones, and occasional errors in a step."""
     rng = np.random.default_rng(0)
     asks = [random_ask(rng, CAPACITY - 12, budget=10) for _ in range(25)]
     expected = [ask.generate(generator)[0] for ask in asks]
@@ -155,7 +155,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
 
 
 def test_one_thread_works_on_and_on_and_the_others_get_in(generator):
-    """Between two rounds of a thread, here of a step each, others submit, cancel and work; they wait a round or two."""
+    """Between two rounds of a thread, others submit, cancel and run rounds; they wait for a round or two."""
     rounds, waited = 0, []
     busy = threading.Event()
 
@@ -186,7 +186,7 @@ def test_one_thread_works_on_and_on_and_the_others_get_in(generator):
 
 
 def test_who_is_done_does_not_wait_for_the_one_that_works(generator):
-    """A short request that another thread's rounds bring to its end is told of at once."""
+    """A short request that another thread finishes returns at once."""
     ends = []
 
     def ask(budget: int):
@@ -221,7 +221,7 @@ def test_what_breaks_in_one_thread_is_told_to_all(generator, hook):
 
 
 def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
-    """They are not returned in part."""
+    """Partial scores are not returned."""
     generator.score([[3, 4]])
     started = threading.Event()
     score = generator._engine.score
@@ -258,7 +258,7 @@ def test_an_iterator_that_another_thread_closes_gives_back_its_row(generator):
 
 
 def test_an_iterator_that_is_collected_in_the_middle_of_a_step(generator, monkeypatch):
-    """The garbage collector may run its end in any thread, with a turn or without."""
+    """The garbage collector may finalize it in any thread, with or without the lock."""
     expected = generator.generate([prompt_of(5)], Sampling(4))
     decode, take = generator._engine.decode, generator._scheduler._deliver
     abandoned = []
@@ -293,7 +293,7 @@ def test_an_iterator_that_is_collected_in_the_middle_of_a_step(generator, monkey
 
 
 def test_a_reader_asks_for_more(generator):
-    """In the middle of an iteration, in every thread."""
+    """Calls in the middle of an iteration, in every thread."""
 
     def read():
         asked = []

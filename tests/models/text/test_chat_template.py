@@ -1,4 +1,4 @@
-"""Chat templates: where they are found, and that they write what transformers writes."""
+"""Chat templates: their locations, and the output of transformers."""
 
 import json
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_it_writes_what_transformers_writes(tmp_path, name, add_generation_promp
 
 
 def test_in_words(tmp_path):
-    """The same claim where transformers is not installed."""
+    """The same test without transformers installed."""
     save(tmp_path, TEMPLATES["headers, special tokens, trimmed content"])
     assert ChatTemplate.read(tmp_path).render(MESSAGES[2:]) == (
         "<s><|start|>assistant<|end|>\n\nYes.</s><|start|>user<|end|>\n\n'Why' \"so\"?</s><|start|>assistant<|end|>\n\n"
@@ -180,7 +180,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
     ],
 )
 def test_a_name_that_nobody_defines_is_an_error_with_its_line(tmp_path, template):
-    """On purpose: transformers writes nothing there, and a prompt without its BOS looks like any other."""
+    """Intended: transformers writes nothing, and a prompt without its BOS looks valid."""
     save(tmp_path, template)
     with pytest.raises(ValueError, match=r"tokenizer_config.json: chat template, line 2: 'nobody' is undefined"):
         ChatTemplate.read(tmp_path).render(MESSAGES)

@@ -1,4 +1,4 @@
-"""``generation_config.json``: which settings it gives, and which it does not."""
+"""``generation_config.json``: settings that are used, and fields that are not."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, with all that the files beside them change: they do what transformers' do."""
+"""Tokenizers of every kind and the files beside them: the behavior of transformers."""
 
 import inspect
 import json
@@ -193,7 +193,7 @@ def save(directory: Path, tokenizer: Tokenizer, files: dict[str, dict], model_ty
 
 
 def compare(directory: Path, *, pieces_fit: bool = True) -> None:
-    """Tokens, text, names and vocabulary are those of transformers."""
+    """Tokens, text, names and vocabulary equal those of transformers."""
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     theirs = transformers.AutoTokenizer.from_pretrained(directory)

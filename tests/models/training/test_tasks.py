@@ -1,4 +1,4 @@
-"""The tasks: prompts have the answers that are right, the split leaks nothing, and packing keeps documents apart."""
+"""The tasks: prompts have the right answers, the split leaks nothing, and packing separates documents."""
 
 import re
 import string

@@ -1,4 +1,4 @@
-"""Training: the curriculum is well formed, kernels serve it, a seed fixes every bit, what is written can be read."""
+"""Training: a valid curriculum, served by the kernels; a seed determines every bit; the output loads."""
 
 import importlib
 import io
