@@ -333,7 +333,7 @@ def test_a_wrong_kind_of_object_is_named(name, argument):
     ],
     ids=["None", "a list", "a tuple", "a number", "bfloat16", "bool", "float64", "another shape", "another rank"],
 )
-def test_a_hook_returns_what_it_was_given(hook, error, got):
+def test_a_hook_preserves_shape_and_dtype(hook, error, got):
     wanted = rf"layer_hook: expected float32 \[2, 3, 32\] for layer 0, like its input, got .*{re.escape(got)}"
     with pytest.raises(error, match=wanted):
         MODEL(TOKENS, layer_hook=hook)
@@ -392,7 +392,7 @@ def test_drafts_of_another_shape():
 # --- numbers ---
 
 
-def test_tokens_that_are_none_have_no_vector():
+def test_invalid_tokens_have_no_vector():
     """NaN makes them visible; integers beyond 32 bits raise instead of wrapping to other tokens."""
     for token in (CONFIG.vocab_size, 2**31 - 1, -1):
         hidden = MODEL(np.array([[token]]), np.zeros((1, 1), np.int32)).hidden

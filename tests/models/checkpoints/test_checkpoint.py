@@ -57,7 +57,7 @@ def assert_same_bits(a: nnx.Module, b: nnx.Module) -> None:
 
 @pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 30_000, 1])
 @pytest.mark.parametrize(("name", "dtype"), DTYPES.items())
-def test_what_is_saved_is_loaded_bitwise(name, dtype, max_shard_bytes, tmp_path):
+def test_save_and_load_are_bitwise(name, dtype, max_shard_bytes, tmp_path):
     model = load_hf(FIXTURES / name, dtype=dtype)
     save_hf(model, tmp_path / "saved", max_shard_bytes=max_shard_bytes)
     loaded = load_hf(tmp_path / "saved", dtype=dtype)
@@ -113,7 +113,7 @@ def test_saving_again_leaves_no_file_of_the_earlier_save(tmp_path):
     assert_same_bits(load_hf(tmp_path, dtype=jnp.float32), first)
 
 
-def test_weights_can_be_read_by_whoever_can_read_the_config(tmp_path):
+def test_weights_are_as_readable_as_the_config(tmp_path):
     save_hf(load_hf(FIXTURES / "gqa"), tmp_path)
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
@@ -134,7 +134,7 @@ def test_a_save_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [0, -1, 1.5, True, None, "5GB", [1]])
-def test_a_shard_size_that_is_none(max_shard_bytes, tmp_path):
+def test_an_invalid_shard_size(max_shard_bytes, tmp_path):
     with pytest.raises(ValueError, match="max_shard_bytes: expected an int of at least 1"):
         save_hf(load_hf(FIXTURES / "gqa"), tmp_path, max_shard_bytes=max_shard_bytes)
 
@@ -216,7 +216,7 @@ def test_the_layout_is_that_of_the_decoder(name):
         "",
     ],
 )
-def test_names_that_are_nearly_those_of_tensors(copy, name):
+def test_names_similar_to_those_of_tensors(copy, name):
     path = copy("gqa")
     edit_tensors(path / "model.safetensors", lambda tensors: tensors.update({name: np.zeros(1, np.float32)}))
     with pytest.raises(ValueError, match="expected only tensors of the model, got also"):
@@ -402,7 +402,7 @@ def test_a_tensor_in_two_shards_is_refused(copy):
 
 
 class Fake:
-    """Returns a value of the wrong kind for any attribute."""
+    """An object of the wrong kind for any argument."""
 
 
 WRONG_PATHS = [None, 3, 1.5, b"bytes", ["a"], Fake(), Path, DecoderConfig]
@@ -418,14 +418,14 @@ def test_a_directory_of_the_wrong_kind(directory):
 
 
 @pytest.mark.parametrize("directory", ["", "a\0b"])
-def test_a_path_that_is_none(directory):
+def test_a_path_that_is_not_one(directory):
     with pytest.raises(ValueError, match="directory: expected a path, got "):
         load_hf(directory)
     with pytest.raises(ValueError, match="directory: expected a path, got "):
         save_hf(load_hf(FIXTURES / "gqa"), directory)
 
 
-def test_a_directory_that_is_none(tmp_path):
+def test_a_directory_that_is_not_one(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"directory: expected a directory with a checkpoint, got .*/none"):
         load_hf(tmp_path / "none")
     file = tmp_path / "file"
@@ -510,7 +510,7 @@ def no_values(model: Decoder) -> None:
         ),
     ],
 )
-def test_parameters_that_no_file_of_its_config_can_hold(change, message, tmp_path):
+def test_parameters_that_do_not_match_the_config(change, message, tmp_path):
     model = load_hf(FIXTURES / "gqa", jnp.float32)
     change(model)
     with pytest.raises((ValueError, TypeError), match=f"model: {message}" if "values" in message else message):

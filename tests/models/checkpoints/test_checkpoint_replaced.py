@@ -259,7 +259,7 @@ def test_a_shard_of_another_save_is_refused(tmp_path):
         load_hf(tmp_path / "new")
 
 
-def test_where_there_are_no_locks(monkeypatch, stopped, older_old_new, tmp_path):
+def test_without_file_locks(monkeypatch, stopped, older_old_new, tmp_path):
     """As on Windows: a save cannot recover others, and uses its own names."""
     monkeypatch.setattr(checkpoint_files, "fcntl", None)
     old, new = older_old_new[1:]

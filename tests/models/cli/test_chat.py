@@ -79,7 +79,7 @@ def talk(checkpoint, monkeypatch, capsys):
     return talk
 
 
-def test_the_model_is_given_all_that_was_said(talk):
+def test_the_model_sees_the_whole_conversation(talk):
     generator, one, out, err = talk(["Hello", "", "  And you? "], ["Hi.\nWell?", "Me too"], system="Be brief")
     first = "<s><system>Be brief<end><user>Hello<end><assistant>"
     second = first + "Hi.\nWell?<end><user>And you?<end><assistant>"
@@ -110,7 +110,7 @@ def test_a_reset_keeps_the_system_message(talk):
     assert one.messages == [{"role": "system", "content": "Be brief"}]
 
 
-def test_a_stop_string_is_no_part_of_the_conversation(talk):
+def test_a_stop_string_is_not_part_of_the_conversation(talk):
     _, one, out, _ = talk(["a"], ["One. Two."], stop=["."])
     assert out == "One\n"
     assert one.messages[-1]["content"] == "One"
@@ -136,7 +136,7 @@ def test_a_conversation_longer_than_the_cache(talk, terminal, capsys):
     assert generator.asked[1][0] == encode("<s><user>short<end><assistant>x<end><user>b<end><assistant>")
 
 
-def test_what_the_template_refuses_is_not_kept(talk):
+def test_a_rejected_message_is_not_kept(talk):
     _, one, _, err = talk(["refuse", "a"], ["x"], terminal=True)
     assert "/tokenizer_config.json: chat template: this is refused" in err
     assert [message["content"] for message in one.messages] == ["a", "x"]
@@ -203,7 +203,7 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_the_answer_is_what_the_model_makes_of_the_rendered_template(run, checkpoint, monkeypatch):
+def test_the_answer_continues_the_rendered_template(run, checkpoint, monkeypatch):
     asked, submit = [], Generator.submit
     monkeypatch.setattr(Generator, "submit", lambda self, *request: asked.append(request[0]) or submit(self, *request))
     code, out, err = run("Hi\n", "--model", checkpoint, "--max-new-tokens", 12, "--temperature", 1.5, "--seed", 5)

@@ -85,7 +85,7 @@ def test_json_is_all_that_is_printed_and_batches_share_two_executables(run, chec
     assert 0 < stats["kv_blocks_visited"] <= stats["kv_blocks_total"]
 
 
-def test_without_a_model_the_shipped_one_answers_its_own_tasks(run, checkpoint, monkeypatch):
+def test_the_shipped_model_answers_its_own_tasks(run, checkpoint, monkeypatch):
     monkeypatch.setattr(loading.weights, "DIRECTORY", checkpoint)
     code, out, err = run("generate", "--max-new-tokens", 1)
     assert code == 0

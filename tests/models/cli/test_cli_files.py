@@ -209,7 +209,7 @@ def test_a_tokenizer_that_panics(run, damaged, argv):
     ],
     ids=str,
 )
-def test_a_generation_config_as_transformers_takes_it(run, damaged, monkeypatch, fields, expected):
+def test_generation_config_like_transformers(run, damaged, monkeypatch, fields, expected):
     asked = []
     make = loading.make_generator
     directory = damaged("generation_config.json", json.dumps(fields))
@@ -279,7 +279,7 @@ def test_stdin_with_a_byte_order_mark(run, checkpoint, monkeypatch):
     ],
     ids=lambda x: " ".join(x)[:50] if isinstance(x, list) else "",
 )
-def test_arguments_that_cannot_be(capsys, argv, message):
+def test_invalid_arguments(capsys, argv, message):
     code = cli.main(argv)
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
@@ -295,7 +295,7 @@ def test_text_that_is_not_utf8(run, checkpoint):
 
 
 @pytest.mark.parametrize("closed", ["pipe", "disk"])
-def test_a_stdout_that_takes_nothing(closed):
+def test_a_closed_or_full_stdout(closed):
     """A closed or full stdout: no traceback, not even from Python's last flush."""
     command = [sys.executable, "-m", "pallas_attn_models.cli", "show-mask", "causal", "--q", "1000", "--block-q", "4"]
     if closed == "disk":
@@ -320,7 +320,7 @@ def test_a_stdout_that_takes_nothing(closed):
 
 
 @pytest.mark.parametrize("form", [["--json", "--logprobs", 1], []])
-def test_completions_that_ended_for_want_of_numbers(run, checkpoint, monkeypatch, form):
+def test_completions_that_end_with_nan_logits(run, checkpoint, monkeypatch, form):
     result = GenerationResult([[1], []], [[-1.0], []], ["invalid", "length"], [[[(0, float("-inf"))]], []], STATS)
     monkeypatch.setattr(generate.Generator, "generate", lambda *_, **__: result)
     monkeypatch.setattr(generate.Generator, "warmup", lambda *_: 0.0)
@@ -330,7 +330,7 @@ def test_completions_that_ended_for_want_of_numbers(run, checkpoint, monkeypatch
     assert "invalid" in out
 
 
-def test_an_answer_that_ended_for_want_of_numbers(checkpoint, monkeypatch, capfd):
+def test_an_answer_that_ends_with_nan_logits(checkpoint, monkeypatch, capfd):
     class Broken(ScriptedGenerator):
         def step(self, interval: int = 64) -> None:
             first = self._running[0][0]
@@ -351,7 +351,7 @@ def test_an_answer_that_ended_for_want_of_numbers(checkpoint, monkeypatch, capfd
 
 
 @pytest.mark.parametrize("form", ["--json", "--stream"])
-def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, form):
+def test_a_model_with_nan_weights(run, checkpoint, tmp_path, form):
     """A row that meets the broken token ends; its neighbor continues."""
     directory = tmp_path / "copy"
     shutil.copytree(checkpoint, directory)
@@ -369,7 +369,7 @@ def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, for
         assert second["finish_reason"] == "length"
 
 
-def test_json_has_no_number_that_is_none(tmp_path):
+def test_json_has_null_for_nan_and_infinity(tmp_path):
     completion = CompletionRow("a", "b", None, "invalid", [1], [float("nan")], [[(0, float("-inf"))]])
     text = to_json(tmp_path, [completion], STATS, with_top=True)
 

@@ -108,7 +108,7 @@ def test_every_sampling_option(run, asked):
     assert json.loads(out)["completions"][0]["top_logprobs"] == [[[0, -1.0]]]
 
 
-def test_nothing_asked_for_is_greedy(run, asked):
+def test_the_default_is_greedy(run, asked):
     code, out, _ = run("--prompt", "abc", "--json")
     assert code == 0
     assert asked["samplings"] == [Sampling()]
@@ -129,7 +129,7 @@ def test_guidance_samples_and_speculation(run, asked):
     assert out.count("length") == 10
 
 
-def test_an_option_wins_over_the_models_own_wish(run, asked, checkpoint, tmp_path):
+def test_an_option_overrides_the_generation_config(run, asked, checkpoint, tmp_path):
     for file in checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
     fields = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [25, 4], "num_beams": 2}
@@ -206,13 +206,13 @@ def test_a_stop_string_cuts_the_text_and_ends_the_work(checkpoint, plain):
     assert found["stats"]["prompt_tokens"] == plain["stats"]["prompt_tokens"]
 
 
-def test_guesses_change_nothing(checkpoint, plain):
+def test_speculation_changes_nothing(checkpoint, plain):
     found = json.loads(_output(checkpoint, *PROMPTS, "--json", "--speculate"))
     assert [one["tokens"] for one in found["completions"]] == [one["tokens"] for one in plain["completions"]]
     assert found["stats"]["drafted"] > 0
 
 
-def test_a_growing_table_ends_with_what_came(capsys):
+def test_a_growing_table_ends_with_the_completions(capsys):
     shown = [CompletionRow("ab", "", None, "", [], [])]
 
     def events():
@@ -226,7 +226,7 @@ def test_a_growing_table_ends_with_what_came(capsys):
     assert "stop" in out
 
 
-def test_figures_say_how_many_guesses_were_right():
+def test_figures_report_the_acceptance_rate():
     stats = GenerationStats(1, 2, 0.0, 2, 0.5, 0.5, 1, 2, 2, 16, 4)
     assert figures(stats).endswith("draft tokens accepted 4 of 16 (25.0%)")
     assert "drafted" not in figures(STATS)

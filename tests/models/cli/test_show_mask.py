@@ -185,7 +185,7 @@ def test_errors_say_what_was_expected_and_point_at_the_place(text, message, plac
         assert shown[carets.index("^") :].startswith(place)
 
 
-def test_what_may_be_nested_may_be_nested():
+def test_nesting_within_the_limit():
     np.testing.assert_array_equal(meaning("~" * 98 + "causal"), meaning("causal"))
     np.testing.assert_array_equal(meaning(" & ".join(["causal"] * 99)), meaning("causal"))
 

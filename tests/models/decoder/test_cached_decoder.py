@@ -45,7 +45,7 @@ def test_it_goes_on_where_it_stopped(model):
     assert not decoder.overflowed.any()
 
 
-def test_padding_takes_no_place(model):
+def test_padding_is_not_stored(model):
     decoder = cached(model)
     real = np.array([[False, True, True, True], [True, True, False, False]])
     first = step(decoder, TOKENS[:, :4], real)
@@ -96,7 +96,7 @@ def test_real_is_a_bool_for_every_token_and_stands_alone(model):
         decoder(TOKENS[:, :2], np.arange(2, dtype=np.int32)[None], real=np.ones((B, 2), bool))
 
 
-def test_rows_are_emptied_taken_back_and_forked(model):
+def test_reset_truncate_and_fork(model):
     decoder = cached(model, storage=caches.Paged(16, 4))
     step(decoder, TOKENS[:, :8])
     decoder.truncate([8, 5])

@@ -151,7 +151,7 @@ def test_padding_changes_nothing_at_real_tokens(implementation):
         assert_close(out.hidden[row, positions[row] >= 0], alone.hidden[0], tolerances.PADDED_LOGITS)
 
 
-def test_a_token_outside_the_vocabulary_does_not_go_unnoticed(model):
+def test_a_token_outside_the_vocabulary_gives_nan(model):
     run = compiled(model)
     for token in (-1, model.config.vocab_size):
         assert np.isnan(run(jnp.full((1, 1), token, jnp.int32)).logits).all()
@@ -380,7 +380,7 @@ def test_wrong_kinds_of_objects_are_refused_at_once(option, value, kind, message
         Decoder(**arguments)
 
 
-def test_weights_are_drawn_with_the_keys_of_the_stream():
+def test_weights_use_the_keys_of_the_stream():
     rngs, other = nnx.Rngs(7, params=3), nnx.Rngs(7, params=3)
     models = [Decoder(SMALL, rngs=rngs) for _ in range(2)]
     for model in models:

@@ -67,7 +67,7 @@ def tokens() -> np.ndarray:
 
 
 @pytest.mark.parametrize("policy", quick(POLICIES, "window", "q-hitter"))
-def test_with_room_for_all_every_policy_equals_the_uncached_forward(policy, tokens):
+def test_with_enough_room_every_policy_equals_the_uncached_forward(policy, tokens):
     model = decoder()
     uncached = compiled(model)(tokens).logits
     for chunk in CHUNKS.values():
@@ -99,7 +99,7 @@ QUICK = {("window", "paged"), ("q-hitter", "int4")}
         for storage in ("int8", "int4", "float8", "paged", "paged int8")
     ],
 )
-def test_what_a_storage_holds_does_not_depend_on_policy_or_chunks(policy, storage, tokens):
+def test_stored_values_do_not_depend_on_policy_or_chunks(policy, storage, tokens):
     model = decoder()
     dense, _ = read(model, tokens, CHUNKS["at once"], capacity=CAPACITY, storage=STORAGES[storage])
     for chunk in (CHUNKS["in chunks"], CHUNKS["token by token"]):
@@ -196,7 +196,7 @@ ROWS_OF = {
 
 
 @pytest.mark.parametrize("name", quick(ROWS_OF, "window, int8", "h2o, paged"))
-def test_some_rows_of_the_caches_get_what_they_get_in_the_whole_batch(name):
+def test_some_rows_of_the_caches_equal_the_whole_batch(name):
     policy, storage = ROWS_OF[name]
     rows_in_all, length = 5, 7
     model = decoder(sliding_windows=(8, None))
@@ -341,7 +341,7 @@ def test_one_policy_for_each_layer(tokens):
         ({"capacity": 40, "storage": caches.Paged(16, 4)}, "capacity: expected a multiple of page_size=16, got 40"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, message):
+def test_invalid_requests_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         decoder().init_caches(batch_size=1, **options)
 

@@ -147,7 +147,7 @@ STORAGES = {"int8": caches.Int8(), "float8": caches.Float8(), "paged int4": cach
 
 
 @pytest.mark.parametrize("name", quick(STORAGES, "int8"))
-def test_weights_below_a_quantised_cache_have_no_gradient_and_those_above_do(name):
+def test_only_weights_above_a_quantized_cache_have_gradients(name):
     graph, weights = split()
     options = {"capacity": T, "storage": STORAGES[name], "policy": caches.H2O(recent=4)}
     loss = functools.partial(in_chunks, graph, **options)

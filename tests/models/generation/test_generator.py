@@ -140,7 +140,7 @@ def test_the_random_stream_counts_the_new_tokens(generator):
         assert generator.generate([prompt_of(1), prompt_of(length)], [Sampling(2), hot]).tokens[1] == expected.tolist()
 
 
-def test_weights_are_those_of_the_moment(generator):
+def test_weights_are_read_when_a_run_starts(generator):
     sampling = Sampling(10)
     before = generator.generate([prompt_of(6)], sampling)
     table = generator.model.embedding.table
@@ -199,7 +199,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("name", ["_prefill", "_decode"])
-def test_nor_does_one_after_an_interrupt(generator, monkeypatch, name):
+def test_an_interrupt_compiles_nothing(generator, monkeypatch, name):
     expected = generator.generate([prompt_of(9)], Sampling(10)).tokens
     with monkeypatch.context() as patch:
         patch.setattr(generator._engine, name, Interrupted(getattr(generator._engine, name)))
@@ -209,7 +209,7 @@ def test_nor_does_one_after_an_interrupt(generator, monkeypatch, name):
     assert generator.compile_counts == ONE_EACH
 
 
-def test_nor_does_a_run_that_comes_back_to_python_often(generator):
+def test_returning_to_python_often_compiles_nothing(generator):
     prompts, samplings = [prompt_of(3), prompt_of(20)], [Sampling(17), Sampling(9, temperature=1.0, seed=2)]
     expected = generator.generate(prompts, samplings)
     handles = [generator.submit(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
@@ -294,7 +294,7 @@ def test_the_longest_prompt_has_room_for_one_token(generator):
     assert (len(result.tokens[0]), result.finish_reasons) == (1, ["capacity"])
 
 
-def test_the_cache_of_a_row_does_not_grow_when_it_is_done(generator):
+def test_the_cache_of_a_finished_row_does_not_grow(generator):
     generator.submit(prompt_of(3), Sampling(1))
     running = generator.submit(prompt_of(4), Sampling(12))
     generator.step(6)

@@ -57,7 +57,7 @@ ROOM_FOR_ALL = {
 
 
 @pytest.mark.parametrize("name", quick(ROOM_FOR_ALL, "one for each layer, paged"))
-def test_with_room_for_all_tokens_are_those_of_dense(name):
+def test_with_enough_room_tokens_equal_dense(name):
     model, options = decoder(), ROOM_FOR_ALL[name]
     dense = generator(model, capacity=80).generate(PROMPTS, SAMPLING)
     result = generator(model, capacity=80, **options).generate(PROMPTS, SAMPLING)
@@ -90,7 +90,7 @@ def test_rows_may_be_longer_than_a_bounded_cache(name):
     assert generate.compile_counts == {"prefill": 1, "decode": 1}
 
 
-def test_a_row_does_not_depend_on_who_shares_the_batch():
+def test_a_row_does_not_depend_on_other_rows():
     generate = generator(decoder(), capacity=16, policy=caches.H2O(recent=4), max_length=100)
     together = generate.generate(PROMPTS, SAMPLING)
     for row, prompt in enumerate(PROMPTS):
@@ -116,7 +116,7 @@ def test_requests_wait_for_pages():
     assert result.tokens == plain.tokens
 
 
-def test_a_pool_that_is_too_small_ends_a_row_and_says_so():
+def test_an_exhausted_pool_ends_the_row_with_capacity():
     generate = generator(decoder(), capacity=64, storage=caches.Paged(16, 2))
     result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
     assert result.finish_reasons == ["capacity", "length", "length"]
@@ -125,7 +125,7 @@ def test_a_pool_that_is_too_small_ends_a_row_and_says_so():
     assert result.tokens == [plain.tokens[0][: 2 * 16 + 1 - len(PROMPTS[0])], *plain.tokens[1:]]
 
 
-def test_layers_with_a_window_hold_no_more_than_it_takes():
+def test_window_layers_hold_only_the_window():
     model = decoder(sliding_windows=(8, None))
     generate = generator(model, capacity=64)
     all_dense = [caches.Dense()] * 2
@@ -157,6 +157,6 @@ def test_layers_with_a_window_hold_no_more_than_it_takes():
         ({"capacity": [16, -1]}, "capacity: expected an int of at least 1, got -1"),
     ],
 )
-def test_what_cannot_work_is_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         generator(decoder(), **options)

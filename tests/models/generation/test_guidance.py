@@ -209,7 +209,7 @@ def test_a_scale_of_one_is_no_guidance_and_zero_is_the_negative_prompt(generator
             np.testing.assert_allclose(result.logprobs, plain.logprobs, rtol=0, atol=tolerances.PROCESSED_LOGITS)
 
 
-def test_neighbours_do_not_see_it(generator):
+def test_neighbors_are_unaffected(generator):
     """Guided and other requests in one batch give the same bits as alone."""
     mixed = [*asks(Sampling(10)), *(Ask(prompt_of(length, 2), Sampling(10, seed=length)) for length in (3, 20, 5, 30))]
     mixed[::2] = [Ask(ask.prompt, Sampling(10, 1.0), ask.negative, ask.scale) for ask in mixed[::2]]
@@ -219,7 +219,7 @@ def test_neighbours_do_not_see_it(generator):
         assert [handle.result() for handle in handles] == [alone[index] for index in order]
 
 
-def test_both_rows_are_given_back(generator):
+def test_both_rows_are_freed(generator):
     """Requests end, fill the row of their negative prompt, or are cancelled while queued, prefilling or running."""
     long = prompt_of(CAPACITY - 3, 1)
     (result,) = Ask(prompt_of(5), Sampling(20), long, 1.5).generate(generator)

@@ -109,7 +109,7 @@ def good_asks() -> list[Ask]:
 
 
 @pytest.mark.parametrize("name", quick(GENERATORS, "plain", "paged int8", "h2o", "drafts that read NaN"))
-def test_a_row_that_is_not_a_number_ends_and_leaves_nothing_behind(name):
+def test_a_nan_row_ends_and_leaves_nothing_behind(name):
     """Valid requests before, beside and after invalid ones, several times the number of rows."""
     one = generator(name)
     asks = good_asks()
@@ -179,7 +179,7 @@ def test_a_stream_ends_with_the_reason():
     assert events == [(0, BAD, "invalid")]
 
 
-def test_scores_say_where_they_are_no_numbers():
+def test_scores_are_nan_where_the_logits_are():
     """NaN from the bad token on, and where attention multiplies masked values by 0, but never in another prompt."""
     one = generator("plain")
     sound, bad, after = one.score([[3, 4, 5], [3, 4, BAD, 5, 6], [3, 4, 5]], logits=True)
@@ -192,7 +192,7 @@ def test_scores_say_where_they_are_no_numbers():
     assert len(bad.logprobs) == 4
 
 
-def test_infinities_in_the_weights_are_no_numbers_either():
+def test_infinite_weights():
     one = generator("plain")
     for value in (math.inf, -math.inf, math.nan):
         poisoned(one.model, value)
@@ -240,7 +240,7 @@ def sound_logits() -> np.ndarray:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("places", [*([n] for n in range(VOCAB)), [1, 4], range(VOCAB)], ids=str)
-def test_no_token_is_drawn_from_what_is_no_number(name, value, places):
+def test_no_token_is_sampled_from_nan(name, value, places):
     """Anywhere: at a forbidden token, at a withheld end token, at one that top-k excludes."""
     logits = np.stack([sound_logits()] * 3)
     logits[1, list(places)] = value
@@ -253,7 +253,7 @@ def test_no_token_is_drawn_from_what_is_no_number(name, value, places):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("left", "forbidden"), [((), ()), ((1, 2), (1, 2)), ((0, 3), (0, 1, 3)), ((5,), ())])
-def test_no_token_is_drawn_where_none_is_left(temperature, left, forbidden):
+def test_no_token_is_sampled_if_all_are_excluded(temperature, left, forbidden):
     """The model's own -inf excludes a token, and settings exclude others."""
     logits = np.full((2, VOCAB), -np.inf, np.float32)
     logits[0], logits[1, list(left)] = sound_logits(), 1.0

@@ -35,7 +35,7 @@ def generator(request):
         assert cache.pages is None or not cache.pages.users.any()
 
 
-def test_each_is_what_its_seed_gives_alone(generator):
+def test_each_sample_equals_a_request_with_its_seed(generator):
     rng = np.random.default_rng(3)
     for _ in range(12):
         ask = random_ask(rng, 30, budget=8)
@@ -49,7 +49,7 @@ def test_seeds_go_on_from_the_last_to_the_first(generator):
     assert last.generate(generator)[1] == first.generate(generator)[0]
 
 
-def test_results_are_prompt_after_prompt(generator):
+def test_results_are_grouped_by_prompt(generator):
     prompts = [prompt_of(length) for length in (3, 20, 9)]
     samplings = [dataclasses.replace(RANDOM, seed=seed) for seed in (1, 5, 9)]
     result = generator.generate(prompts, samplings, num_samples=3)
@@ -65,7 +65,7 @@ def test_results_are_prompt_after_prompt(generator):
 
 
 @pytest.mark.parametrize("negative", [None, prompt_of(12, 1)], ids=["plain", "guided"])
-def test_the_prompt_is_read_once(generator, monkeypatch, negative):
+def test_the_prompt_is_prefilled_once(generator, monkeypatch, negative):
     generator.warmup()
     read = []
     prefill = generator._engine.prefill
@@ -115,7 +115,7 @@ def test_one_that_is_cancelled_leaves_the_others(generator, rounds):
 
 
 @pytest.mark.parametrize("rounds", range(5))
-def test_all_that_are_cancelled_leave_nothing(generator, rounds):
+def test_cancelled_samples_leave_nothing(generator, rounds):
     handles = generator.submit_samples(prompt_of(22), 4, RANDOM)
     for _ in range(rounds):
         generator.step(1)

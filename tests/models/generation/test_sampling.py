@@ -132,7 +132,7 @@ EVERYTHING = Sampling(
     ids=str,
 )
 @pytest.mark.parametrize("varied", ["seed", "step"])
-def test_draws_follow_the_distribution(sampling, varied):
+def test_samples_follow_the_distribution(sampling, varied):
     counts = np.bincount(draw_many(LOGITS, sampling, varied=varied), minlength=len(LOGITS))
     expected = expected_distribution(LOGITS, sampling) * DRAWS
     possible = expected > 0
@@ -166,7 +166,7 @@ def test_the_smallest_temperatures_are_greedy(temperature):
     assert set(draw_many(logits, Sampling(temperature=temperature)).tolist()) == {1}
 
 
-def test_a_token_without_probability_is_never_drawn():
+def test_a_token_without_probability_is_never_sampled():
     logits = np.where(np.isin(np.arange(8), [0, 5]), LOGITS, -np.inf).astype(np.float32)
     assert set(draw_many(logits, Sampling(temperature=1e30)).tolist()) == {0, 5}
 
@@ -297,7 +297,7 @@ def test_the_number_of_most_likely_tokens_is_the_limit(limit, vocab_size):
     ],
     ids=str,
 )
-def test_what_becomes_of_the_logits(sampling):
+def test_processed_logits(sampling):
     rng = np.random.default_rng(0)
     logits = rng.normal(scale=2, size=(6, 8)).astype(np.float32)
     prompts = [rng.integers(0, 8, 4).tolist() for _ in range(6)]
@@ -316,7 +316,7 @@ def test_end_tokens_wait_for_the_minimum():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_without_any_token_left_has_none_to_draw(temperature):
+def test_a_row_without_possible_tokens_is_invalid(temperature):
     """The model excludes the tokens that the settings leave; the neighbor row is unaffected."""
     narrow = Sampling(temperature=temperature, top_k=2, top_p=0.5, min_p=0.1, forbidden_tokens=(0, 1, 2))
     other = Sampling(temperature=temperature, seed=3)
@@ -329,7 +329,7 @@ def test_a_row_without_any_token_left_has_none_to_draw(temperature):
     assert drawn.tokens[1] == expected.tokens[1]
 
 
-def test_counts_say_what_a_row_has_had():
+def test_counts_of_a_rows_tokens():
     rng = np.random.default_rng(0)
     prompts: list[list[int]] = [[] for _ in range(3)]
     new: list[list[int]] = [[] for _ in range(3)]
@@ -413,7 +413,7 @@ def test_a_batch_that_is_all_greedy_takes_one_argmax():
     ],
     ids=lambda value: "-".join(sorted(map(str, value))),
 )
-def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
+def test_only_settings_in_use_are_computed(samplings, parts, monkeypatch):
     called = set()
     for name in ("_add_bias", "_penalize", "_exclude_ends", "_warp", "_draw", "_top_k_top_p"):
         function = getattr(sampling_module, name)

@@ -69,7 +69,7 @@ def test_the_model_without_a_cache(generator, logits_of, logits):
             np.testing.assert_allclose(score.logits, expected, rtol=0, atol=tolerances.CACHED_LOGITS)
 
 
-def test_a_continuation_is_as_likely_as_it_was_when_it_was_drawn(generator):
+def test_scores_equal_the_logprobs_of_generation(generator):
     prompt = prompt_of(12)
     result = generator.generate([prompt], Sampling(20, temperature=1.0, seed=4))
     (score,) = generator.score([prompt + result.tokens[0]])
@@ -77,7 +77,7 @@ def test_a_continuation_is_as_likely_as_it_was_when_it_was_drawn(generator):
     np.testing.assert_allclose(score.logprobs[11:], result.logprobs[0], rtol=0, atol=tolerances.CACHED_LOGITS)
 
 
-def test_those_who_run_go_on_undisturbed(generator, logits_of):
+def test_running_rows_are_undisturbed(generator, logits_of):
     """Scores occupy a row during prefill, queue for it like other requests, and free it."""
     samplings = [Sampling(20), Sampling(20, temperature=1.0, seed=3), Sampling(20, repetition_penalty=1.5)]
     prompts = [prompt_of(20, seed) for seed in range(3)]
@@ -99,7 +99,7 @@ def test_those_who_run_go_on_undisturbed(generator, logits_of):
     assert sorted(generator._scheduler._free_rows) == [0, 1, 2]
 
 
-def test_what_is_asked_changes_no_executable(generator, compilations):
+def test_requests_change_no_executable(generator, compilations):
     generator.score([prompt_of(9)])
     compilations.clear()
     for length in LENGTHS:
@@ -108,7 +108,7 @@ def test_what_is_asked_changes_no_executable(generator, compilations):
     assert generator.compile_counts["score"] == 1
 
 
-def test_an_interrupt_gives_back_the_rows(generator, monkeypatch):
+def test_an_interrupt_frees_the_rows(generator, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 

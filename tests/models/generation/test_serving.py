@@ -86,7 +86,7 @@ def assert_nothing_is_held(generator: Generator) -> None:
 # --- two executables, and every request as if it were alone ---
 
 
-def test_a_random_program_of_all_there_is(generator, compilations):
+def test_random_programs(generator, compilations):
     """Random operations: nothing compiles, and every request has the same result as alone."""
     rng = np.random.default_rng(5)
     random_ask(rng, 10).generate(generator)
@@ -119,7 +119,7 @@ def test_a_random_program_of_all_there_is(generator, compilations):
         for _, events, seen in streams:
             seen += itertools.islice(events, int(rng.integers(6)))
 
-    def break_off():
+    def interrupt():
         streams.pop(int(rng.integers(len(streams))))  # a stream that nobody holds any more is closed
 
     def generate():
@@ -128,7 +128,7 @@ def test_a_random_program_of_all_there_is(generator, compilations):
 
     for begin in (submit, stream, stream):
         begin()
-    operations = [submit] * 8 + [step] * 4 + [cancel] * 2 + [stream] * 2 + [read_on] * 2 + [break_off, generate]
+    operations = [submit] * 8 + [step] * 4 + [cancel] * 2 + [stream] * 2 + [read_on] * 2 + [interrupt, generate]
     for _ in range(200):
         operations[rng.integers(len(operations))]()
     generator.run()
@@ -140,7 +140,7 @@ def test_a_random_program_of_all_there_is(generator, compilations):
     for ask, result in done:
         (expected,) = ask.generate(generator)
         if result.finish_reason == "cancelled":
-            assert_broken_off(result, expected)
+            assert_interrupted(result, expected)
         else:
             assert result == expected
     assert {result.finish_reason for _, result in done} == {"stop", "length", "capacity", "cancelled"}
@@ -154,7 +154,7 @@ def assert_told(expected: Completion, events: list[StreamEvent]) -> None:
     assert [event.finish_reason for event in events] == [*[None] * (len(events) - 1), expected.finish_reason]
 
 
-def assert_broken_off(result: Completion, expected: Completion) -> None:
+def assert_interrupted(result: Completion, expected: Completion) -> None:
     """Its tokens are a prefix of the other's, except for the beginning of a stop sequence."""
     size = len(expected.tokens)
     assert len(result.tokens) <= size + 1
@@ -162,7 +162,7 @@ def assert_broken_off(result: Completion, expected: Completion) -> None:
     assert result.logprobs[:size] == expected.logprobs[: len(result.logprobs)]
 
 
-def test_neighbours_and_order_make_no_difference(generator):
+def test_neighbors_and_order_make_no_difference(generator):
     """The same requests in other orders, with other rows and neighbors."""
     rng = np.random.default_rng(8)
     asks = [random_ask(rng, CAPACITY) for _ in range(24)]
@@ -228,7 +228,7 @@ def test_nothing_is_lost_under_load(name, request):
     for kind, handle in waiting:
         result = handle.result()
         if result.finish_reason == "cancelled":
-            assert_broken_off(result, expected[kind])
+            assert_interrupted(result, expected[kind])
         else:
             assert result == expected[kind]
     assert sum(handle.finish_reason == "cancelled" for _, handle in waiting) == sum(
@@ -257,7 +257,7 @@ def test_a_full_queue_refuses_and_keeps_what_it_has(generator):
 # --- pages ---
 
 
-def test_who_fits_into_the_pool_is_let_in_and_no_more(paged):
+def test_admission_respects_the_pool(paged):
     """Seven pages and three per request: two requests at a time, despite four rows."""
     handles = [paged.submit(prompt_of(30, seed), Sampling(15)) for seed in range(5)]
     used = []
@@ -281,7 +281,7 @@ def test_a_prompt_that_the_pool_cannot_hold_leaves_no_pages_behind(small_pool):
     assert many.tokens[0] == many.tokens[2] == expected.tokens[0]
 
 
-def test_samples_wait_for_the_pages_that_their_copies_take(paged):
+def test_samples_wait_for_the_pages_of_their_copies(paged):
     """Three rows of two pages each, the first one shared; while the second is copied, five pages are in use."""
     long = paged.submit(prompt_of(33), Sampling(12))
     paged.step(1)
@@ -293,7 +293,7 @@ def test_samples_wait_for_the_pages_that_their_copies_take(paged):
 # --- fair ---
 
 
-def test_nobody_starves(generator):
+def test_no_request_starves(generator):
     """Amid endless short requests, a long prompt and a request that needs all rows are served within some rounds."""
     rounds = 0
     short: list[Handle] = []
@@ -326,7 +326,7 @@ def test_nobody_starves(generator):
     assert {handle.finish_reason for handle in short} <= {"length", "stop"}
 
 
-def test_rows_that_run_go_on_while_a_long_prompt_is_read(generator):
+def test_running_rows_continue_during_a_long_prefill(generator):
     running = [generator.submit(prompt_of(4, seed), Sampling(30)) for seed in range(2)]
     generator.step(3)
     assert [len(handle.tokens) for handle in running] == [3, 3]

@@ -64,7 +64,7 @@ def run_in_steps(name: str) -> dict[tuple[int, int], Snapshot]:
 @pytest.mark.parametrize(
     "name", quick(["chain", "tree", "hints", "same model", "other model", "hints, window"], "tree", "hints, window")
 )
-def test_caches_hold_what_was_accepted(name):
+def test_caches_hold_the_accepted_tokens(name):
     plain, actual = run_in_steps(VARIANTS[name][0]), run_in_steps(name)
     assert len(actual) > 10
     if name not in ("chain", "tree"):

@@ -48,7 +48,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_draws_with_common_random_numbers_agree_more_often_than_independent_ones(name):
+def test_common_random_numbers_agree_more_often_than_independent_ones(name):
     number = 40_000
     p, q = (np.array(x) for x in PAIRS[name])
     limits = Limits(logit_bias=0, stop_sequences=0, top_logprobs=0)

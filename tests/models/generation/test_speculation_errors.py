@@ -63,7 +63,7 @@ def test_a_draft_model_of_another_kind():
     ],
     ids=["H2O", "one layer H2O", "no slack", "a tree in a window", "another vocabulary"],
 )
-def test_what_cannot_be_taken_back_is_refused(options, message):
+def test_caches_that_cannot_truncate_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Generator(model_of("plain"), **({"batch_size": 2, "capacity": 48} | options))
 

@@ -82,7 +82,7 @@ def stream(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], least: int)
 
 @settings(max_examples=300)
 @given(tokens, sequences, st.integers(0, 6))
-def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, least):
+def test_delivered_tokens_are_final_and_withheld_ones_are_not(new, stops, least):
     steps, rest = stream(new, stops, least)
     ends = [count for count in range(1, len(new) + 1) if longest_match(new[:count], stops, least)]
     expected = new[: ends[0] - longest_match(new[: ends[0]], stops, least)] if ends else new
@@ -106,7 +106,7 @@ def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, leas
         ("un ", [" bon"], 1),
     ],
 )
-def test_how_much_is_held_back(new, stops, held):
+def test_num_withheld(new, stops, held):
     assert num_withheld(new, stops) == held
 
 
@@ -130,7 +130,7 @@ def test_text_stops_at_the_same_place_wherever_it_is_cut(pieces, strings):
     assert passed == ("".join(pieces) if expected is None else expected)
 
 
-def test_text_comes_as_soon_as_it_is_certain():
+def test_text_is_returned_as_soon_as_it_is_final():
     stops = StopStrings(["</end>", "STOP"])
     assert [stops.feed(piece) for piece in ("one <", "/en", "</end", "ing S", "TO", "P two", "x")] == [
         *("one ", "", "</en", "</ending ", "", "", ""),
@@ -140,6 +140,6 @@ def test_text_comes_as_soon_as_it_is_certain():
 
 
 @pytest.mark.parametrize("strings", ["abc", ["a", ""], [1]])
-def test_stop_strings_are_strings_with_something_in_them(strings):
+def test_stop_strings_are_non_empty_strings(strings):
     with pytest.raises(ValueError, match="strings: expected a sequence of non-empty strings, got"):
         StopStrings(strings)

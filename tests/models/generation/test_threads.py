@@ -12,7 +12,7 @@ import pytest
 from pallas_attn_models import Generator, QueueFull, Sampling
 from pallas_attn_models.generation.fair_lock import FairLock
 from pallas_attn_models.generation.requests import Completion
-from tests.models.generation.test_serving import Broken, assert_broken_off, assert_nothing_is_held
+from tests.models.generation.test_serving import Broken, assert_interrupted, assert_nothing_is_held
 from tests.models.small_model import ONE_EACH, make_model, prompt_of, random_ask
 
 ROWS, CAPACITY, CHUNK, QUEUE, THREADS = 3, 48, 8, 6, 4
@@ -67,7 +67,7 @@ def _all_is_given_back(request):
         assert_nothing_is_held(request.getfixturevalue("generator"))
 
 
-def test_many_threads_and_every_way_to_ask(generator, hook):
+def test_many_threads_and_every_method(generator, hook):
     """200 requests of 4 threads: cancelled, abandoned and invalid ones, and occasional errors in a step."""
     rng = np.random.default_rng(0)
     asks = [random_ask(rng, CAPACITY - 12, budget=10) for _ in range(25)]
@@ -78,7 +78,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
     def check(kind: int, result: Completion) -> None:
         outcomes[result.finish_reason] += 1
         if result.finish_reason == "cancelled":
-            assert_broken_off(result, expected[kind])
+            assert_interrupted(result, expected[kind])
         else:
             assert result == expected[kind]
 
@@ -126,7 +126,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
         with pytest.raises(ValueError, match="prompt"):
             generator.submit([])
 
-    def break_off(kind: int, rng) -> None:
+    def interrupt(kind: int, rng) -> None:
         with broken:
             handle = submit(kind)
             hook.at_run = True
@@ -135,7 +135,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
             finally:
                 hook.at_run = False
 
-    ways = [wait] * 6 + [iterate] * 3 + [cancel] * 3 + [generate] * 3 + [stream] * 3 + [score, refuse, break_off]
+    ways = [wait] * 6 + [iterate] * 3 + [cancel] * 3 + [generate] * 3 + [stream] * 3 + [score, refuse, interrupt]
 
     def work(number: int) -> None:
         rng = np.random.default_rng([1, number])
@@ -154,7 +154,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
         assert ask.generate(generator) == [one]
 
 
-def test_one_thread_works_on_and_on_and_the_others_get_in(generator):
+def test_a_busy_thread_lets_the_others_in(generator):
     """Between two rounds of a thread, others submit, cancel and run rounds; they wait for a round or two."""
     rounds, waited = 0, []
     busy = threading.Event()
@@ -185,7 +185,7 @@ def test_one_thread_works_on_and_on_and_the_others_get_in(generator):
     assert max(waited) <= 4, waited
 
 
-def test_who_is_done_does_not_wait_for_the_one_that_works(generator):
+def test_a_finished_request_does_not_wait_for_another_thread(generator):
     """A short request that another thread finishes returns at once."""
     ends = []
 
@@ -200,7 +200,7 @@ def test_who_is_done_does_not_wait_for_the_one_that_works(generator):
     assert ends == [1, 40]
 
 
-def test_what_breaks_in_one_thread_is_told_to_all(generator, hook):
+def test_an_error_in_one_thread_reaches_all(generator, hook):
     handles = [generator.submit(prompt_of(4, seed), Sampling(8)) for seed in range(5)]
     told: list[str] = []
 
@@ -220,7 +220,7 @@ def test_what_breaks_in_one_thread_is_told_to_all(generator, hook):
     assert generator.generate([prompt_of(4, 4)], Sampling(8)).tokens == expected
 
 
-def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
+def test_scores_interrupted_by_another_thread_raise(generator, monkeypatch):
     """Partial scores are not returned."""
     generator.score([[3, 4]])
     started = threading.Event()
@@ -238,7 +238,7 @@ def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
 
     def interrupt():
         started.wait(PATIENCE)
-        with generator._turns.take(), monkeypatch.context() as patch:
+        with generator._lock.hold(), monkeypatch.context() as patch:
             patch.setattr(generator._scheduler, "_admit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 generator.step()
@@ -251,7 +251,7 @@ def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
     together([ask, interrupt])
 
 
-def test_an_iterator_that_another_thread_closes_gives_back_its_row(generator):
+def test_an_iterator_closed_by_another_thread_frees_its_row(generator):
     events = generator.stream([prompt_of(3), prompt_of(20)], Sampling(20))
     next(events)
     together([events.close, lambda: generator.generate([prompt_of(5)], Sampling(4))])
@@ -292,7 +292,7 @@ def test_an_iterator_that_is_collected_in_the_middle_of_a_step(generator, monkey
     assert len(abandoned) == 3
 
 
-def test_a_reader_asks_for_more(generator):
+def test_requests_in_the_middle_of_an_iteration(generator):
     """Calls in the middle of an iteration, in every thread."""
 
     def read():
@@ -307,7 +307,7 @@ def test_a_reader_asks_for_more(generator):
         together([read] * 3)
 
 
-def test_progress_may_ask(hook):
+def test_the_progress_callback_may_submit(hook):
     """The callback runs in the thread that holds the lock, which may take it again."""
     one = Generator(make_model(), batch_size=1, capacity=16, prefill_chunk=8)
     handles = []
@@ -316,7 +316,7 @@ def test_progress_may_ask(hook):
     assert one.compile_counts == ONE_EACH
 
 
-def test_a_request_that_an_interrupt_lost_is_not_waited_for(generator):
+def test_waiting_for_a_lost_request_raises(generator):
     for wait in (lambda handle: handle.result(), list):
         handle = generator.submit(prompt_of(3), Sampling(4))
         generator._scheduler._queue.clear()

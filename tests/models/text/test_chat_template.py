@@ -101,7 +101,7 @@ def save(directory: Path, template: object = None, **config: object) -> Path:
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_it_writes_what_transformers_writes(tmp_path, name, add_generation_prompt):
+def test_it_renders_like_transformers(tmp_path, name, add_generation_prompt):
     transformers = pytest.importorskip("transformers")
     save(tmp_path, TEMPLATES[name])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -141,7 +141,7 @@ def test_a_file_of_its_own_comes_first(tmp_path):
     ],
     ids=str,
 )
-def test_of_several_the_one_that_transformers_takes(tmp_path, configured, files, expected):
+def test_several_templates_have_the_precedence_of_transformers(tmp_path, configured, files, expected):
     save(tmp_path, configured)
     (tmp_path / "additional_chat_templates").mkdir()
     for name, text in files.items():
@@ -179,7 +179,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
         "a\n{% set x = nobody %}{{ x }}",
     ],
 )
-def test_a_name_that_nobody_defines_is_an_error_with_its_line(tmp_path, template):
+def test_an_undefined_name_is_an_error_with_its_line(tmp_path, template):
     """Intended: transformers writes nothing, and a prompt without its BOS looks valid."""
     save(tmp_path, template)
     with pytest.raises(ValueError, match=r"tokenizer_config.json: chat template, line 2: 'nobody' is undefined"):
@@ -234,7 +234,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path):
         ChatTemplate.read(tmp_path).render(MESSAGES)
 
 
-def test_what_a_template_refuses_is_said_in_its_words(tmp_path):
+def test_a_template_rejects_in_its_own_words(tmp_path):
     save(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match=r"/tokenizer_config\.json: chat template: roles must alternate$"):
         ChatTemplate.read(tmp_path).render(MESSAGES)
@@ -254,7 +254,7 @@ def test_what_a_template_refuses_is_said_in_its_words(tmp_path):
     ],
     ids=str,
 )
-def test_a_template_that_is_none(tmp_path, template, message):
+def test_an_invalid_template(tmp_path, template, message):
     save(tmp_path, template)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ChatTemplate.read(tmp_path)

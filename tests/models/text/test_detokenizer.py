@@ -60,7 +60,7 @@ def test_a_character_comes_whole():
     assert pieces(tokenizer, tokens) == ["", "", "\u4e2d", "b", ""]
 
 
-def test_what_is_no_text_comes_at_the_end():
+def test_invalid_utf8_is_returned_at_the_end():
     tokenizer = TOKENIZERS["byte fallback"]
     assert pieces(tokenizer, [tokenizer.token_to_id("b"), 0xE4, 0xB8]) == ["b", "", "", "\ufffd\ufffd"]
 

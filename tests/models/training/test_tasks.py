@@ -69,7 +69,7 @@ def test_one_in_ten_is_held_out():
     assert 0.08 < share < 0.12
 
 
-def test_prompts_of_one_problem_share_a_fate():
+def test_prompts_of_one_problem_are_on_the_same_side():
     for a in range(0, 100, 7):
         for b in range(0, 100, 5):
             assert tasks.is_held_out(f"{a}+{b}=") == tasks.is_held_out(f"{b}+{a}=")
