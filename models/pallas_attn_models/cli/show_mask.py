@@ -44,7 +44,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--kv", type=int32, metavar="N", help="number of keys; the queries are the last tokens; default --q"
     )
     parser.add_argument(
-        "--left-pad", type=int32, default=0, metavar="N", help="padding tokens before the first key; default 0"
+        "--left-pad", type=int32, default=0, metavar="N", help="number of leading keys that are padding; default 0"
     )
     parser.add_argument("--block-q", type=int32, metavar="N", help="queries per block; default: as in the kernels")
     parser.add_argument("--block-kv", type=int32, metavar="N", help="keys per block; default: as in the kernels")

@@ -21,7 +21,7 @@ from pallas_attn_models.generation.stats import UsageStats
 
 
 class Engine:
-    """Runs prefill, decode and score on the device; the request queue is the scheduler's.
+    """Runs prefill, decode and score on the device. The scheduler owns the request queue.
 
     Args:
       model: the decoder; :meth:`refresh_weights` reads its weights.

@@ -90,8 +90,9 @@ def prefill(specs: Sequence[ModelSpec], weights: Sequence[Any], state: State, ba
 def score(
     specs: Sequence[ModelSpec], weights: Sequence[Any], state: State, batch: PrefillBatch
 ) -> tuple[State, Array, Array]:
-    """Like prefill, but also returns the logits after each token ``[R, C, V]`` and, from these, the log-probability of
-    the next prompt token ``[R, C]``, both float32. The log-probability after the last token is meaningless.
+    """Like prefill; also returns logits after each token ``[R, C, V]`` and log-probabilities of the next ``[R, C]``.
+
+    Both are float32. The log-probability after the last token of a prompt is meaningless.
     """
     model = specs[0].with_weights(weights[0])
     state, hidden = _prefill_chunk(model, _admit(state, batch), batch)
