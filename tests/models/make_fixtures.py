@@ -72,7 +72,7 @@ def make(name: str, seed: int) -> None:
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Wide enough that attention is far from uniform, and norms that do something.
+            # Wide weights for uneven attention, and norms other than 1.
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
 
     directory = FIXTURES / name

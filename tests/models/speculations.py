@@ -114,7 +114,7 @@ SLIDING = dataclasses.replace(CONFIG, sliding_windows=(8, None))
 SMALLER = dataclasses.replace(CONFIG, hidden_size=8, num_layers=1)
 SMALLER_SLIDING = dataclasses.replace(SMALLER, sliding_windows=(8,))
 CHAIN, TREE = PromptLookup(length=5), PromptLookup(length=4, ngram=2, num_candidates=3)
-# By name: the plain Generator that it has to equal, and its own options.
+# By name: the plain Generator to compare with, and the options.
 VARIANTS: dict[str, tuple[str, Callable[[], dict]]] = {
     "chain": ("plain", lambda: {"speculation": CHAIN}),
     "tree": ("plain", lambda: {"speculation": TREE}),

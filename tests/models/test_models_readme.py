@@ -80,7 +80,7 @@ def test_requests_one_by_one(names, generator):
     assert [handle.finish_reason for handle in handles] == result.finish_reasons
     assert names["first"].tokens == result.tokens[0]
     assert names["second"] == result.tokens[1]
-    with pytest.raises(QueueFull):  # which the ten of them must have met, too
+    with pytest.raises(QueueFull):  # as the ten requests above must have met
         [generator.submit([8]) for _ in range(10)]
     generator.run()
 

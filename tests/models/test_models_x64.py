@@ -194,5 +194,5 @@ def test_training_runs():
 
 
 def test_the_self_check_of_the_command_line_is_the_same():
-    # A program of its own each time: its arguments do not say that the flag is another one.
+    # A separate jit per run, because the arguments do not depend on the flag.
     assert_same_with_the_flag(lambda: jax.jit(lambda: doctor._small_attention("xla"))())

@@ -134,13 +134,13 @@ KINDS = {
 INTS = {"int", "numpy int"}
 SIZES = {"int"}
 NUMBERS = {*INTS, "0", "2**31", "2**70", "float", "1.5", "numpy float"}
-NOT_TOO_LARGE = {"2**31", "2**70", "10**400", "10**5000"}  # more than there is of something, so it asks for all
+NOT_TOO_LARGE = {"2**31", "2**70", "10**400", "10**5000"}  # above any useful value, which means all
 LISTED = {"list of ints", "range"}
 STOPS = {*INTS, "0", *LISTED, "list of lists", "ragged list", "empty list", "empty array", "ints", "matrix"}
 PROMPT = {*LISTED, "ints"}
 PROMPTS = {"list of lists", "ragged list", "matrix", "jax matrix"}
 POLICY, STORAGE = {"policy", "policies"}, {"storage"}
-HOOKS = {"function", "class", "PromptLookup itself", "model", "cached decoder"}  # what can be called
+HOOKS = {"function", "class", "PromptLookup itself", "model", "cached decoder"}  # callable
 BOOLS = {"bool", "numpy bool"}
 MATRIX = {"list of lists", "matrix", "jax matrix"}
 SETTINGS = {
@@ -351,7 +351,7 @@ def test_a_hook_may_return_a_numpy_array():
     np.testing.assert_array_equal(zeros, MODEL(TOKENS, layer_hook=lambda layer, hidden: hidden * 0.0).hidden)
 
 
-# --- speculation of one's own ---
+# --- custom speculation ---
 
 
 class Own:

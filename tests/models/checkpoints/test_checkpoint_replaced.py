@@ -148,7 +148,7 @@ def test_stopped_at_every_file_operation(error, over, max_shard_bytes, stopped, 
         is_new.append(loaded == new)
         if error is not Killed and not is_new[-1]:
             assert files(directory) == files(before), at
-        # The next save, of whatever size, needs no help, and takes away what is left of the one that was stopped.
+        # The next save, of any size, succeeds and removes what the stopped one left.
         save_hf(OLDER, directory, max_shard_bytes=(ONE_FILE, SHARDS)[at % 2])
         assert clean(directory), (at, files(directory))
         assert contents(directory) == older
@@ -308,7 +308,7 @@ models = [load_hf(directory, "float32") for directory in sys.argv[2:]]
 for turn in itertools.count():
     save_hf(models[turn % 2], sys.argv[1], max_shard_bytes=SHARDS)
     print(turn, flush=True)
-    time.sleep(0.001)  # an unfair lock would keep the other process out
+    time.sleep(0.001)  # an unfair lock could starve the other process
 """
 
 

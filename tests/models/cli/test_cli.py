@@ -156,7 +156,7 @@ def test_doctor_reports_what_is_wrong(run, monkeypatch, wrong):
     assert {"numbers": "1.0e-01 (WRONG)", "nan": "nan (WRONG)", "failure": "FAILED: no such"}[wrong] in out
 
 
-# --- what a user can set right ---
+# --- user errors ---
 
 
 @pytest.mark.parametrize(

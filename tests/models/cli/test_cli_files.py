@@ -191,7 +191,7 @@ def test_a_tokenizer_that_panics(run, damaged, argv):
     assert "panicked" not in err
 
 
-# --- files that are as they should be ---
+# --- valid files ---
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_stdin_with_a_byte_order_mark(run, checkpoint, monkeypatch):
     assert asked == ["Hi", "\ufeffyou"]
 
 
-# --- what else a user can get wrong ---
+# --- other user errors ---
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_closed_or_full_stdout(closed):
     assert b"Exception ignored" not in finished.stderr
 
 
-# --- logits that are no numbers ---
+# --- NaN and infinite logits ---
 
 
 @pytest.mark.parametrize("form", [["--json", "--logprobs", 1], []])

@@ -80,7 +80,7 @@ def asked(monkeypatch):
     return calls
 
 
-# --- what is asked for ---
+# --- options ---
 
 
 def test_every_sampling_option(run, asked):
@@ -168,7 +168,7 @@ def test_errors_of_empty_texts(run):
     assert err.splitlines()[-1] == "error: negative_prompts[0]: expected at least one token, got none"
 
 
-# --- text that comes ---
+# --- streaming ---
 
 
 @pytest.fixture(scope="module")

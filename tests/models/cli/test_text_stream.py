@@ -104,7 +104,7 @@ def test_leaving_a_stream_cancels():
     assert all(one.handle.finish_reason == "cancelled" for one in both)
 
 
-# --- one after the other ---
+# --- several streams ---
 
 
 def test_completions_are_printed_in_turn_each_as_it_comes(capsys):

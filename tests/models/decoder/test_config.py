@@ -289,7 +289,7 @@ def test_extreme_numbers_within_range_are_accepted():
     assert np.isfinite(np.float32(inverse_frequencies(config.head_dim, config.rope))).all()
 
 
-# In config.json, every number can be anything that JSON can say; what Python's json reads of 1e999 is infinite.
+# Numbers in config.json can be anything in JSON; Python's json reads 1e999 as infinity.
 FROM_JSON = [
     "1e-300",
     "1e308",
@@ -320,7 +320,7 @@ NUMBERS = {
 }
 
 
-# A token of 0 and a list of tokens are right.
+# Token 0 and a list of tokens are valid.
 RIGHT = {("eos_token_id", "0"), ("eos_token_id", "[]")}
 WRONG = [case for case in itertools.product(NUMBERS, FROM_JSON) if case not in RIGHT]
 

@@ -136,7 +136,7 @@ def test_padding_changes_nothing_at_real_tokens(implementation):
     model = load_hf(FIXTURES / "gqa_llama3_tied", dtype=jnp.float32, implementation=implementation)
     lengths, width = (3, 11, 1, 3), 11
     rows = [random_tokens(seed, length) for seed, length in enumerate(lengths)]
-    tokens = np.full((len(rows), width), 2**31 - 1, np.int32)  # no token at all, nor any memory of one
+    tokens = np.full((len(rows), width), 2**31 - 1, np.int32)  # outside any vocabulary and any memory
     positions = np.full_like(tokens, -1)
     for row, real in enumerate(rows):
         where = slice(0, len(real)) if row == 3 else slice(width - len(real), width)  # one row is padded on the right
@@ -167,7 +167,7 @@ def test_chunks_through_caches_equal_one_uncached_call(implementation):
         caches = model.init_caches(batch_size=2, capacity=16)
         logits = []
         for chunk in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
-            out = run(chunk, caches=caches)  # positions go on after what the caches hold
+            out = run(chunk, caches=caches)  # positions continue after the cached tokens
             caches = out.caches
             logits.append(out.logits)
         assert len(caches) == model.config.num_layers
@@ -225,7 +225,7 @@ def test_the_block_mask_says_what_was_visited(model):
     np.testing.assert_array_equal(out.block_masks[0].num_active, [[[1, 2, 3]]])
     assert_close(out.logits, compiled(model)(tokens).logits, tolerances.PADDED_LOGITS)
     cached = run(tokens, caches=small.init_caches(batch_size=1, capacity=400))
-    assert cached.block_masks[0].num_active.sum() == 6  # of 300: what is empty in the cache is not read
+    assert cached.block_masks[0].num_active.sum() == 6  # of 300: empty slots are not read
 
 
 def test_layer_hooks_come_before_each_layer(model):

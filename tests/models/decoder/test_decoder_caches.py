@@ -87,7 +87,7 @@ def test_in_bfloat16_the_cache_adds_no_error(tokens):
         assert np.abs(logits - expected).max() <= 2 * plain
 
 
-# What the default suite runs of all pairs; -m slow runs the others.
+# The pairs that the default suite runs; -m slow runs the others.
 QUICK = {("window", "paged"), ("q-hitter", "int4")}
 
 
@@ -144,7 +144,7 @@ def test_a_prompt_much_longer_than_the_cache(policy):
         assert (cache.positions >= 0).all()
         assert (cache.positions.max(-1) == 299).all()
     if isinstance(policy, caches.Window):
-        # Of one layer it is known what its queries see; so a model of one layer equals masked attention on all tokens.
+        # The mask of a single layer is known, so a model of one layer equals masked attention over all tokens.
         shallow = decoder(num_layers=1)
         chunked, _ = read(shallow, tokens, 5, capacity=16, policy=policy)
         whole, _ = read(shallow, tokens, 300, capacity=300, policy=policy)
@@ -215,7 +215,7 @@ def test_some_rows_of_the_caches_equal_the_whole_batch(name):
         all_tokens, all_positions = (np.full((rows_in_all, length), fill, np.int32) for fill in (0, -1))
         all_tokens[rows], all_positions[rows] = tokens[:2], positions[:2]
         expected = run(all_tokens, all_positions, whole)
-        # The third entry is unused, and what stands there does not matter.
+        # The third entry is unused, and its content is irrelevant.
         entries = np.append(rows, rng.choice([-1, rows_in_all, 99])).astype(np.int32)
         out = run_rows(tokens, positions, some, rows=entries)
         np.testing.assert_allclose(out.logits[:2], expected.logits[rows], rtol=0, atol=tolerances.CACHED_LOGITS)

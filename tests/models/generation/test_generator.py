@@ -45,7 +45,7 @@ def make_model() -> Decoder:
 @pytest.fixture(scope="module")
 def generator():
     """Shared by the tests of this file. Tracing one of its functions a second time is an error."""
-    chex.clear_trace_counter()  # which counts by name, in other modules of tests too
+    chex.clear_trace_counter()  # counts by name, across test modules
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
             patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))
@@ -221,7 +221,7 @@ def test_returning_to_python_often_compiles_nothing(generator):
 
 def test_caches_are_updated_in_place():
     """A model with committed weights, as after ``jax.device_put``, compiles equally often."""
-    capacity = 9984  # a number that no other array has
+    capacity = 9984  # a size that no other array has
     model = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0), implementation="xla")
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
     generator = Generator(model, batch_size=4, capacity=capacity, prefill_chunk=CHUNK)
@@ -243,7 +243,7 @@ def test_caches_are_updated_in_place():
         assert not re.search(rf"= \w+\[4,{capacity},2,8\]\S* copy\(", text)
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= sum(cache.nbytes for cache in state.caches)
-        # Prefill copies rows where samples share a prompt, one at a time.
+        # Prefill copies rows for samples that share a prompt, one at a time.
         assert memory.temp_size_in_bytes < math.prod(state.caches[0].key.shape) * 4
 
 
@@ -299,7 +299,7 @@ def test_the_cache_of_a_finished_row_does_not_grow(generator):
     running = generator.submit(prompt_of(4), Sampling(12))
     generator.step(6)
     for cache in generator._engine._state.caches:
-        # The first row is done and empty. The newest token is not in the cache, and nobody is in the third row.
+        # The first row is finished and empty, the third one free. The cache lacks the newest token.
         assert cache.lengths.tolist() == [0, 4 + 5, 0]
         assert (cache.positions[0] == -1).all()
         assert not cache.overflowed.any()
@@ -308,7 +308,7 @@ def test_the_cache_of_a_finished_row_does_not_grow(generator):
         assert cache.lengths.tolist() == [0, 0, 0]
 
 
-# --- figures ---
+# --- statistics ---
 
 
 def test_visited_blocks_are_counted(generator):
@@ -339,7 +339,7 @@ def test_figures_of_a_run(generator):
     assert stats.tokens_per_second == 8 / (stats.prefill_seconds + stats.decode_seconds)
 
 
-# --- what is refused, before anything runs ---
+# --- errors before anything runs ---
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_an_exhausted_pool_ends_the_row_with_capacity():
     generate = generator(decoder(), capacity=64, storage=caches.Paged(16, 2))
     result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
     assert result.finish_reasons == ["capacity", "length", "length"]
-    # What was handed out before is what the row would have had with room.
+    # The tokens before that equal those with enough room.
     plain = generator(decoder(), capacity=64).generate(PROMPTS, Sampling(max_new_tokens=10))
     assert result.tokens == [plain.tokens[0][: 2 * 16 + 1 - len(PROMPTS[0])], *plain.tokens[1:]]
 

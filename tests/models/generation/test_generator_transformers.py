@@ -16,7 +16,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "gqa"
 VOCAB_SIZE, BUDGET = 96, 20
 LENGTHS = (1, 2, 8, 9, 17, 40)
 PROMPTS = [np.random.default_rng(length).integers(3, VOCAB_SIZE, length).tolist() for length in LENGTHS]
-# Tokens that these prompts go on with.
+# Tokens in the continuations of these prompts.
 COMMON = (3, 23, 32, 43, 65, 70, 81)
 ENDS = [30, 36, 45, 76, 92]
 

@@ -19,7 +19,7 @@ from tests.models.generation.test_serving import assert_nothing_is_held
 from tests.models.small_model import ONE_EACH, Ask, make_model, prompt_of, random_ask
 
 BATCH, CAPACITY, CHUNK = 3, 48, 8
-BAD = 49  # the token whose vector is NaN
+BAD = 49  # the token with a NaN embedding
 ENDLESS = {"logit_bias": {7: -50.0}}
 
 
@@ -115,7 +115,7 @@ def test_a_nan_row_ends_and_leaves_nothing_behind(name):
     asks = good_asks()
     expected = [ask.generate(one)[0] for ask in asks]
     assert all(result.finish_reason != "invalid" for result in expected)
-    for _ in range(2):  # so that good ones have rows that bad ones had
+    for _ in range(2):  # so that valid requests get rows of invalid ones
         good, bad = [], []
         for index, ask in enumerate(asks):
             good.append(ask.submit(one))
@@ -174,7 +174,7 @@ def test_a_stream_ends_with_the_reason():
     events = list(one.stream([[4]], Sampling(3, logit_bias={BAD: 1e6})))
     assert events == [(0, BAD, None), (0, None, "invalid")]
     assert list(one.submit([4], Sampling(3, logit_bias={BAD: 1e6}))) == [BAD]
-    # What could have become a stop sequence is told when it is certain that it does not.
+    # Withheld tokens are delivered once they cannot become a stop sequence.
     events = list(one.stream([[4]], Sampling(3, logit_bias={BAD: 1e6}, stop=[[BAD, 3]])))
     assert events == [(0, BAD, "invalid")]
 
@@ -201,7 +201,7 @@ def test_infinite_weights():
         assert result.tokens[0] == []
 
 
-# --- one draw ---
+# --- one sampling step ---
 
 LIMITS = Limits(logit_bias=4, stop_sequences=2, stop_length=2, top_logprobs=2)
 VOCAB = 8

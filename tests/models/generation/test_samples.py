@@ -77,7 +77,7 @@ def test_the_prompt_is_prefilled_once(generator, monkeypatch, negative):
     monkeypatch.setattr(generator._engine, "prefill", count)
     Ask(prompt_of(30), RANDOM, negative, 1.0 if negative is None else 1.5, num_samples=2).generate(generator)
     tokens, copies = np.sum(read, axis=0)
-    # All but the last, which the first step of decode feeds.
+    # All but the last, which the first decode step feeds.
     assert tokens == 29 + (0 if negative is None else 11)
     assert copies == (1 if negative is None else 2)
 
@@ -92,7 +92,7 @@ def test_pages_of_the_prompt_are_shared(paged):
         most = max(most, int((cache.pages.users > 0).sum()))
         running = [row for row in range(ROWS) if cache.lengths[row] > 40]
         assert all((cache.pages.table[row, :2] == cache.pages.table[running[0], :2]).all() for row in running)
-    # Two that are shared, three copies, and for a moment the page that was copied.
+    # Two shared pages, three copies, and temporarily the copied page.
     assert most <= 2 + 3 + 1
     assert all(handle.finish_reason in ("length", "stop") for handle in handles)
 

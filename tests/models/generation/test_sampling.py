@@ -26,7 +26,7 @@ from tests import tolerances
 
 DRAWS = 20_000
 LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 2.0, -3.0, 0.9, 1.6], np.float32)
-# Of token 6 the row has had two, of which one is in the prompt.
+# Token 6 occurs twice, once in the prompt.
 PROMPT, NEW = [1, 6, 1], [6, 0, 0]
 LIMITS = Limits(logit_bias=4, stop_sequences=3, stop_length=4, top_logprobs=3)
 
@@ -336,7 +336,7 @@ def test_counts_of_a_rows_tokens():
     counts = jnp.zeros((3, 11), jnp.int32)
     for _ in range(6):
         tokens, real = rng.integers(-2, 13, (3, 5), dtype=np.int32), rng.random((3, 5)) < 0.5
-        tokens = np.where(real, tokens.clip(0, 10), tokens)  # padding may be any number
+        tokens = np.where(real, tokens.clip(0, 10), tokens)  # padding may have any value
         counts = count_prompt(counts, tokens, real)
         for row in range(3):
             prompts[row] += tokens[row][real[row]].tolist()
@@ -422,7 +422,7 @@ def test_only_settings_in_use_are_computed(samplings, parts, monkeypatch):
             name,
             lambda *args, name=name, function=function: called.add(name) or function(*args),
         )
-    with jax.disable_jit():  # or both branches of every cond are traced
+    with jax.disable_jit():  # otherwise both branches of every cond are traced
         logits, counts, _ = random_batch(0, 3, 8)
         settings = arrays([Sampling(), *samplings, Sampling()][:3])
         sample(jnp.asarray(logits), settings, jnp.asarray(counts), jnp.full(3, 2, jnp.int32))

@@ -94,7 +94,7 @@ def test_every_step_of_a_generation(model, name):
         actual = run_process(before[step], settings, counts, np.full(batch_size, step, np.int32))
         assert_same_distribution(np.asarray(actual)[running], after[step][running])
         if name.startswith(("repetition", "encouraged", "forbidden", "minimum")):
-            # Greedy, so nothing follows: to the last bit.
+            # Greedy, so no later setting applies: equal bits.
             np.testing.assert_array_equal(np.asarray(actual)[running], after[step][running])
         counts = count_new(counts, new[:, step], running)
         running &= ~np.isin(new[:, step], EOS)

@@ -14,7 +14,7 @@ from tests import tolerances
 CAPACITY, CHUNK, VOCAB_SIZE = 48, 8, 96
 ALL = {"prefill": 1, "decode": 1, "score": 1}
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "gqa"
-# One token; a chunk, two, and what is beside them; all that a row can hold.
+# One token; one and two chunks, and lengths beside them; a full row.
 LENGTHS = (1, 2, 7, 8, 9, 16, 17, 40, 47, 48)
 
 
@@ -83,7 +83,7 @@ def test_running_rows_are_undisturbed(generator, logits_of):
     prompts = [prompt_of(20, seed) for seed in range(3)]
     alone = [generator.generate([prompt], one) for prompt, one in zip(prompts, samplings, strict=True)]
     expected = generator.score([prompt_of(30)])
-    for rounds in range(6):  # reading, running, all rows taken or not
+    for rounds in range(6):  # prefilling, running, with and without free rows
         for busy in (1, 2, 3):
             handles = [
                 generator.submit(prompt, one) for prompt, one in zip(prompts[:busy], samplings[:busy], strict=True)

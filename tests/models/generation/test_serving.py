@@ -28,7 +28,7 @@ PAGE = 16
 @pytest.fixture(scope="module")
 def generator():
     """Shared by the tests of this file. Tracing one of its functions a second time is an error."""
-    chex.clear_trace_counter()  # which counts by name, in other modules of tests too
+    chex.clear_trace_counter()  # counts by name, across test modules
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
             patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))
@@ -83,7 +83,7 @@ def assert_nothing_is_held(generator: Generator) -> None:
             assert (cache.pages.table == -1).all()
 
 
-# --- two executables, and every request as if it were alone ---
+# --- two executables, independent requests ---
 
 
 def test_random_programs(generator, compilations):
@@ -120,7 +120,7 @@ def test_random_programs(generator, compilations):
             seen += itertools.islice(events, int(rng.integers(6)))
 
     def interrupt():
-        streams.pop(int(rng.integers(len(streams))))  # a stream that nobody holds any more is closed
+        streams.pop(int(rng.integers(len(streams))))  # dropping the last reference closes a stream
 
     def generate():
         ask = several()
@@ -275,7 +275,7 @@ def test_a_prompt_that_the_pool_cannot_hold_leaves_no_pages_behind(small_pool):
     assert result.tokens == [[]]
     expected = small_pool.generate([prompt_of(20)], Sampling(4))
     assert expected.finish_reasons == ["length"]
-    # Now with neighbours, to whom it is all the same.
+    # Now with neighbors, which are unaffected.
     many = small_pool.generate([prompt_of(20), prompt_of(40), prompt_of(20)], Sampling(4))
     assert many.finish_reasons == ["length", "capacity", "length"]
     assert many.tokens[0] == many.tokens[2] == expected.tokens[0]
@@ -290,7 +290,7 @@ def test_samples_wait_for_the_pages_of_their_copies(paged):
     assert {handle.finish_reason for handle in (long, *handles)} <= {"length", "stop"}
 
 
-# --- fair ---
+# --- fairness ---
 
 
 def test_no_request_starves(generator):
@@ -341,7 +341,7 @@ def test_running_rows_continue_during_a_long_prefill(generator):
     assert [len(handle.tokens) for handle in running] == [3 + chunks] * 2
 
 
-# --- what breaks ---
+# --- errors and interrupts ---
 
 
 class Broken:
@@ -380,7 +380,7 @@ def test_a_hook_that_raises_when_it_is_traced(hooked):
             generator.generate([prompt_of(3)])
     assert not handle.done
     hook.at_trace = False
-    # Prefill only, as a run with no time to wait for the compiler may leave it.
+    # Prefill only, as after an interrupt of the compilation of decode.
     generator._scheduler.step()
     assert generator.compile_counts == {"prefill": 1, "decode": 0}
     waiting = generator.submit(prompt_of(9), Sampling(3))
@@ -398,7 +398,7 @@ def test_a_hook_that_raises_when_it_is_traced(hooked):
 def test_a_hook_that_raises_when_it_runs(hooked):
     generator, hook = hooked
     expected = [generator.generate([prompt_of(9, seed)], Sampling(5)).tokens[0] for seed in range(2)]
-    for rounds in (0, 1, 2):  # of the first, which takes two to be read
+    for rounds in (0, 1, 2):  # of the first request, whose prefill takes two
         lost, waiting = (generator.submit(prompt_of(9, seed), Sampling(5)) for seed in range(2))
         for _ in range(rounds):
             generator.step(1)

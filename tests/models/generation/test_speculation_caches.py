@@ -70,7 +70,7 @@ def test_caches_hold_the_accepted_tokens(name):
     if name not in ("chain", "tree"):
         assert len({length for _, length in actual}) < len({length for _, length in plain})
     for at, (positions, held, lengths) in actual.items():
-        length = at[1] - 1  # the newest token is in no cache
+        length = at[1] - 1  # no cache holds the newest token
         expected_positions, expected, _ = plain[at]
         layers = CONFIG.num_layers
         assert lengths[:layers] == [length] * layers
@@ -79,13 +79,13 @@ def test_caches_hold_the_accepted_tokens(name):
             real = position >= 0
             if layer < layers and name != "hints, window":
                 np.testing.assert_array_equal(position, expected_positions[layer])
-            elif layer < layers:  # what lies before the window may be gone for tokens that were taken back
+            elif layer < layers:  # drafts that were rejected may have evicted tokens before the window
                 kept = expected_positions[layer]
                 np.testing.assert_array_equal(real, real & (position == kept))
                 needed = (kept >= 0) & ((kept >= length - 20) | (kept < 2))
                 assert (real >= needed).all()
             else:
-                newest = np.sort(position[real])[-7:]  # what a query in a window of 8 sees
+                newest = np.sort(position[real])[-7:]  # the keys of a query with a window of 8
                 np.testing.assert_array_equal(newest, np.arange(lengths[layer])[-len(newest) :])
                 assert len(newest) == min(7, lengths[layer])
             if layer < layers or name == "same model":
@@ -95,7 +95,7 @@ def test_caches_hold_the_accepted_tokens(name):
 
 @pytest.mark.parametrize("speculation", ["tree", "draft model"])
 def test_caches_are_updated_in_place(speculation):
-    capacity = 9984  # a number that no other array has
+    capacity = 9984  # a size that no other array has
     model = make_model(config=dataclasses.replace(SMALLER, head_dim=32))
     drafts = TREE if speculation == "tree" else DraftModel(model, 2)
     generator_ = Generator(model, batch_size=3, capacity=capacity, prefill_chunk=CHUNK, speculation=drafts)

@@ -27,7 +27,7 @@ def distance(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.abs(p - q).sum() / 2)
 
 
-@example(1138, 3, 2.5)  # hardly an overlap
+@example(1138, 3, 2.5)  # almost disjoint
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0.1, 5))
 def test_the_bounds_of_the_agreement(seed, size, spread):
     rng = np.random.default_rng(seed)

@@ -90,7 +90,7 @@ def test_random_programs_compile_once_and_change_nothing(name):
     assert generator(name).compile_counts == ONE_EACH
 
 
-# --- what is counted ---
+# --- counters ---
 
 
 def fed(plain: Ran, nodes: int, drafts_of: Callable[[Ask, list[int], int], list[list[int]] | None]) -> tuple:
@@ -156,7 +156,7 @@ def test_another_draft_model_is_often_rejected():
 def test_repetitive_text_yields_many_tokens_per_step():
     prompt = [9, 13, 10] * 4
     result = generator("chain").generate([prompt], Sampling(100, logit_bias={9: 50.0}))
-    assert result.tokens[0] == [9] * 100  # more than one report holds
+    assert result.tokens[0] == [9] * 100  # more than one DecodeOutput holds
     assert result.stats.turns + result.stats.accepted == 100
     assert 100 / result.stats.turns > 5
 

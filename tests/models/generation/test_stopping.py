@@ -86,9 +86,9 @@ def test_delivered_tokens_are_final_and_withheld_ones_are_not(new, stops, least)
     steps, rest = stream(new, stops, least)
     ends = [count for count in range(1, len(new) + 1) if longest_match(new[:count], stops, least)]
     expected = new[: ends[0] - longest_match(new[: ends[0]], stops, least)] if ends else new
-    # Nothing is lost, given twice, or part of the match.
+    # Nothing is lost, duplicated, or part of the match.
     assert [token for step in [*steps, rest] for token in step] == list(expected)
-    # Nothing is held without need: some tokens that could follow would make a stop sequence of all that is.
+    # Nothing is withheld needlessly: some continuation completes a stop sequence from it.
     for count in range(1, len(steps) + 1):
         held = new[count - num_withheld(new[least:count], stops) : count]
         assert not held or any(stop[: len(held)] == held and len(stop) > len(held) for stop in stops)
@@ -100,7 +100,7 @@ def test_delivered_tokens_are_final_and_withheld_ones_are_not(new, stops, least)
         ((5, 1), [(1, 2)], 1),
         ((1, 1), [(1, 1, 2)], 2),
         ((1, 1, 1), [(1, 1, 2)], 2),
-        ((1,), [(1,), (2, 1)], 0),  # a stop sequence already: there is nothing to wait for
+        ((1,), [(1,), (2, 1)], 0),  # already a stop sequence: no reason to wait
         ((), [(1, 2)], 0),
         ((1,), [], 0),
         ("un ", [" bon"], 1),

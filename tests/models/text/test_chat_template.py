@@ -16,7 +16,7 @@ MESSAGES = [
     {"role": "user", "content": "'Why' \"so\"?"},
 ]
 
-# Written for these tests, each with what published templates of a family do.
+# Written for these tests, each with the features of a family of published templates.
 TEMPLATES = {
     "headers, special tokens, trimmed content": """\
 {{- bos_token }}
@@ -162,7 +162,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
     assert ChatTemplate.read(tmp_path).render(MESSAGES) == "<s>\u00e9"
 
 
-# --- names that nobody defines ---
+# --- undefined names ---
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_an_undefined_name_is_an_error_with_its_line(tmp_path, template):
         ChatTemplate.read(tmp_path).render(MESSAGES)
 
 
-# --- hostile ones ---
+# --- hostile templates ---
 
 HOSTILE = {
     "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),

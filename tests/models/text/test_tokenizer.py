@@ -217,7 +217,7 @@ def compare(directory: Path, *, pieces_fit: bool = True) -> None:
 @pytest.mark.parametrize("files", FILES)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_loads_like_transformers(tmp_path, name, files):
-    # Cleaning up takes spaces away that were given when the next word was not known.
+    # Clean-up removes spaces that were returned before the next word was known.
     compare(save(tmp_path, TOKENIZERS[name](), FILES[files]), pieces_fit=files != "cleaned up")
 
 
@@ -246,7 +246,7 @@ def test_the_tokens_of_a_class(name):
     assert known == CLASS_TOKENS[name]
 
 
-# --- where transformers is not asked ---
+# --- independent of transformers ---
 
 
 def test_settings_left_by_training_are_off(tmp_path):
@@ -288,7 +288,7 @@ def test_the_names_of_a_template_come_from_all_files(tmp_path):
     assert ChatTemplate.read(tmp_path).render([{"role": "user", "content": "x"}]) == "<s></end><i><unk>"
 
 
-# --- files that are not what they should be ---
+# --- invalid files ---
 
 
 @pytest.mark.parametrize(

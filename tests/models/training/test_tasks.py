@@ -133,7 +133,7 @@ def test_training_batch():
     assert all(np.array_equal(a, b) for a, b in zip(batch, again, strict=True))
     assert np.mean(batch.positions < 0) < 0.3, "rows are mostly full"
     assert not batch.is_answer[batch.positions < 0].any()
-    # Where a position does not follow the one before, a new document begins.
+    # A position that does not continue the previous one starts a new document.
     new = np.diff(batch.positions) != 1
     real = batch.positions[:, 1:] >= 0
     assert np.array_equal((np.diff(batch.segment_ids) != 0) & real, new & real)
