@@ -1,4 +1,4 @@
-"""Flax decoders that attend with ``pallas_attn``, and what generates text with them."""
+"""Flax decoders that attend with ``pallas_attn``, and text generation with them."""
 
 from pallas_attn_models.checkpoints import load_hf as load_hf
 from pallas_attn_models.checkpoints import save_hf as save_hf

@@ -1,4 +1,4 @@
-"""Checks of numbers that any wing may ask for, and how a message shows a value."""
+"""Argument checks shared by all wings, and formatting of values in messages."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,12 +10,12 @@ MAX_INT32 = 2**31 - 1
 
 
 def is_int(value: Any) -> bool:
-    """An int, and no bool."""
+    """Whether the value is an int but not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """``repr(value)`` for a message: cut where it is long, and there for what has none, as an int of 5000 digits."""
+    """``repr(value)`` for a message: truncated if long, with a substitute if it fails, as for an int of 5000 digits."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):
@@ -24,27 +24,27 @@ def shown(value: Any, length: int = 80) -> str:
 
 
 def listed(names: Iterable[str], total: int | None = None, most: int = 5) -> str:
-    """The first few names in their order, and how many more there are; ``total``: of which ``names`` are the first."""
+    """The first few names in order, and the number of the others; ``total`` counts names beyond those given, too."""
     names = sorted(names)
     more = (len(names) if total is None else total) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def require_positive_int(name: str, value: Any) -> None:
-    """Raises a ValueError that names the argument."""
+    """Raises ValueError unless the value is an int of at least 1."""
     if not is_int(value) or value < 1:
         raise ValueError(f"{name}: expected an int of at least 1, got {shown(value)}")
 
 
 def require_size(name: str, value: Any, most: int = MAX_INT32) -> None:
-    """Raises a ValueError, too, where 32 bits do not hold it."""
+    """Like :func:`require_positive_int`, with an upper bound."""
     require_positive_int(name, value)
     if value > most:
         raise ValueError(f"{name}: expected an int of at most {most}, got {shown(value)}")
 
 
 def require_positive_float(name: str, value: Any) -> None:
-    """Raises a ValueError, too, where float32 would make it 0 (subnormals count as 0 on most devices) or infinite."""
+    """Raises ValueError unless the value is positive, and a normal number in float32 (devices may flush subnormals)."""
     if not (is_int(value) or isinstance(value, float)) or not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a positive number, got {shown(value)}")
     if not MIN_FLOAT32 <= value <= MAX_FLOAT32:

@@ -1,4 +1,4 @@
-"""The text and JSON files of a checkpoint. They may hold anything; an error names the file."""
+"""Reads a checkpoint's text and JSON files. The content is untrusted; every error names the file."""
 
 import codecs
 import json
@@ -9,13 +9,13 @@ _MAX_BYTES = 10**8
 
 
 def read_text(path: Path) -> str:
-    """The text of a file: UTF-8, or UTF-16 if it begins with a byte order mark, which is no part of the text.
+    """Reads a UTF-8 file, or UTF-16 if it starts with that byte order mark; the mark is removed.
 
-    Line ends become ``"\\n"``, as in every text file that Python opens.
+    Line endings become ``"\\n"``, as in Python's text mode.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: bytes that are no text, or too many.
+      FileNotFoundError: the file does not exist.
+      ValueError: not valid text, or too large.
       OSError: the file cannot be read.
     """
     if not path.is_file():
@@ -32,15 +32,15 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(path: Path, text: str) -> dict[str, Any]:
-    """The object in ``text``, which is that of ``path``.
+    """Parses ``text``, read from ``path``, as a JSON object.
 
     Raises:
-      ValueError: it is no JSON object, or one that Python cannot hold.
+      ValueError: not a JSON object, or one that Python cannot represent.
     """
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError(f"{path}: expected JSON, got objects or arrays that are nested too deeply") from None
+        raise ValueError(f"{path}: expected JSON, got objects or arrays nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got: {error}") from error
     if not isinstance(value, dict):
@@ -49,11 +49,11 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file.
+    """Reads a JSON object from a file.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it holds no JSON object.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file does not hold a JSON object.
       OSError: the file cannot be read.
     """
     if not path.is_file():

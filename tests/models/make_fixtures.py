@@ -4,7 +4,7 @@
     /tmp/torch/bin/python tests/models/make_fixtures.py
 
 Each directory is a checkpoint, with ``expected.npz`` beside it: ``tokens_i`` int32 ``[T]`` and ``logits_i`` float32
-``[T, V]``, computed in float32 from the weights as stored. ``versions.json`` says what made them.
+``[T, V]``, computed in float32 from the weights as stored. ``versions.json`` has the library versions.
 """
 
 import json
@@ -72,7 +72,7 @@ def make(name: str, seed: int) -> None:
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Wide enough that attention is far from uniform, and norms that do something.
+            # Wide weights for uneven attention, and norms other than 1.
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
 
     directory = FIXTURES / name
@@ -93,7 +93,7 @@ def make(name: str, seed: int) -> None:
 
 
 def respell(path: Path) -> None:
-    """Says the same in the words of transformers 4, which published checkpoints use."""
+    """Converts to the field names of transformers 4, which published checkpoints use."""
     fields = json.loads(path.read_text())
     rope = fields.pop("rope_parameters")
     fields["rope_theta"] = rope.pop("rope_theta")

@@ -1,4 +1,4 @@
-"""A generator that says what it was told to say, for tests of what is around one."""
+"""A generator with scripted answers, for tests of its callers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from pallas_attn_models.generation.sampling import Sampling
 
 
 def byte_tokenizer(special: Sequence[str] = ()) -> Tokenizer:
-    """A token for each byte, as in the vocabularies of GPT-2 and Llama 3, then ``special`` ones."""
+    """One token per byte, as in the vocabularies of GPT-2 and Llama 3, then the ``special`` ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -20,11 +20,11 @@ def byte_tokenizer(special: Sequence[str] = ()) -> Tokenizer:
 
 
 class ScriptedGenerator:
-    """Answers each request with the next of ``scripts``; a step brings ``burst`` tokens, as it can with speculation.
+    """Answers each request with the next of ``scripts``; a step yields ``burst`` tokens, as with speculation.
 
     Attributes:
-      asked: what was submitted: ``(prompt, sampling)``.
-      rounds: how many there were.
+      asked: submitted requests ``(prompt, sampling)``.
+      rounds: number of rounds so far.
     """
 
     def __init__(self, scripts: Sequence[Sequence[int]], max_length: int = 1000, burst: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""A decoder so small that a Generator of it compiles in seconds, and what to ask it for."""
+"""A decoder so small that its Generator compiles in seconds, and random requests for it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -27,20 +27,20 @@ ONE_EACH = {"prefill": 1, "decode": 1}
 
 
 def make_model(seed: int = 3, config: DecoderConfig = CONFIG, wide: float = 8.0) -> Decoder:
-    """Weights so wide that tokens attend unevenly and the likeliest token is well ahead."""
+    """Wide weights: uneven attention and a clear most likely token."""
     model = Decoder(config, rngs=nnx.Rngs(seed), implementation="xla", block_sizes=pa.BlockSizes(16, 16))
     nnx.update(model, jax.tree.map(lambda x: x * wide if x.ndim == 2 else x, nnx.state(model)))
     return model
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    """Random tokens without the end token."""
+    """Random tokens other than the end token."""
     return np.random.default_rng([seed, length]).integers(10, CONFIG.vocab_size, length).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """What a request is: arguments of ``generate`` for one prompt."""
+    """A request: arguments of ``generate`` for one prompt."""
 
     prompt: list[int]
     sampling: Sampling
@@ -58,7 +58,7 @@ class Ask:
         return generator.stream(*self._arguments(), interval=interval)
 
     def samples(self) -> "list[Ask]":
-        """The same, one by one."""
+        """One request per sample."""
         seeds = [(self.sampling.seed + index) % 2**32 for index in range(self.num_samples)]
         samplings = [dataclasses.replace(self.sampling, seed=seed) for seed in seeds]
         return [dataclasses.replace(self, sampling=sampling, num_samples=1) for sampling in samplings]
@@ -69,13 +69,13 @@ class Ask:
 
 
 def completions(result: GenerationResult) -> list[Completion]:
-    """Its entries."""
+    """The entries of a result."""
     columns = result.tokens, result.logprobs, result.top_logprobs, result.finish_reasons
     return [Completion(*entry) for entry in zip(*columns, strict=True)]
 
 
 def random_ask(rng: np.random.Generator, longest: int, budget: int = 20) -> Ask:
-    """Any prompt, most of the time with some sampling options of all there are; sometimes guided."""
+    """A random prompt, usually with random sampling options; sometimes guided."""
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
         return tuple(rng.integers(10, CONFIG.vocab_size, rng.integers(low, high)).tolist())

@@ -1,4 +1,4 @@
-"""Generators that speculate, and plain ones, each compiled once; and what they are asked."""
+"""Speculating and plain Generators, each compiled once, and their requests."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ from pallas_attn import caches
 from pallas_attn_models import Decoder, Generator, Sampling
 from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.generation.requests import Completion
-from pallas_attn_models.generation.rows import State
 from pallas_attn_models.generation.speculation import DraftModel, Feed, PromptLookup
+from pallas_attn_models.generation.state import State
 from tests.models import small_model
 from tests.models.small_model import EOS, Ask
 
@@ -32,7 +32,7 @@ CONFIG = DecoderConfig(
 
 
 def make_model(seed: int = 0, config: DecoderConfig = CONFIG, wide: float = 5.0) -> Decoder:
-    """Weights so wide that the likeliest tokens are well ahead of the others, but not certain."""
+    """Wide weights: the most likely tokens are clear, but not certain."""
     return small_model.make_model(seed, config, wide)
 
 
@@ -41,7 +41,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 def asked() -> list[Ask]:
-    """Every setting, in rows that share a batch; more requests than rows. A request's seed says which one it is."""
+    """Every setting in one batch; more requests than rows. The seed identifies a request."""
     random, endless = {"temperature": 1.0}, {"logit_bias": {EOS: -50.0}}
     settings = [
         (1, {}),
@@ -75,11 +75,11 @@ REQUESTS = asked()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hints:
-    """Drafts what is known to come, with so many of four tokens replaced by others; sometimes drafts nothing.
+    """Drafts the known continuation, with ``wrong`` of four tokens replaced; sometimes drafts nothing.
 
     Attributes:
       known: int32 ``[seeds, n]``, the new tokens of each request.
-      wrong: of four tokens.
+      wrong: replaced tokens, out of four.
     """
 
     known: np.ndarray
@@ -93,7 +93,7 @@ class Hints:
         return state, drafts, found & may
 
     def of(self, seed: Array, number: Array) -> tuple[Array, Array]:
-        """For rows of these seeds with so many new tokens."""
+        """Drafts for rows with these seeds and numbers of new tokens."""
         candidate = jnp.arange(self.num_candidates, dtype=jnp.int32)[None, :, None]
         ahead = jnp.arange(self.length, dtype=jnp.int32)[None, None]
         row, number = jnp.asarray(seed).astype(jnp.int32)[:, None, None], jnp.asarray(number)[:, None, None]
@@ -104,7 +104,7 @@ class Hints:
 
 
 def _noise(x: Array) -> Array:
-    """int32 of at least 0 that look random."""
+    """Pseudorandom non-negative int32."""
     x = x.astype(jnp.uint32) * jnp.uint32(2654435761)
     x = (x ^ (x >> 15)) * jnp.uint32(2246822519)
     return ((x ^ (x >> 13)) >> 2).astype(jnp.int32)
@@ -114,7 +114,7 @@ SLIDING = dataclasses.replace(CONFIG, sliding_windows=(8, None))
 SMALLER = dataclasses.replace(CONFIG, hidden_size=8, num_layers=1)
 SMALLER_SLIDING = dataclasses.replace(SMALLER, sliding_windows=(8,))
 CHAIN, TREE = PromptLookup(length=5), PromptLookup(length=4, ngram=2, num_candidates=3)
-# By name: the plain Generator that it has to equal, and its own options.
+# By name: the plain Generator to compare with, and the options.
 VARIANTS: dict[str, tuple[str, Callable[[], dict]]] = {
     "chain": ("plain", lambda: {"speculation": CHAIN}),
     "tree": ("plain", lambda: {"speculation": TREE}),
@@ -144,12 +144,12 @@ def generator(name: str) -> Generator:
 
 @dataclasses.dataclass
 class Ran:
-    """What came of ``REQUESTS``.
+    """The results of ``REQUESTS``.
 
     Attributes:
-      completions: one for each.
-      drawn: all new tokens of each, with those that ended it.
-      counted: turns, drafted and accepted, of all together.
+      completions: one per request.
+      drawn: all new tokens per request, including the stop sequence.
+      counted: row steps, drafted and accepted tokens, in total.
     """
 
     completions: list[Completion]
@@ -174,7 +174,7 @@ def ran(name: str) -> Ran:
         handles.append(handle)
     generator_.run()
     spent = generator_.spent.since(before)
-    return Ran([handle.result() for handle in handles], drawn, (spent.turns, spent.drafted, spent.accepted))
+    return Ran([handle.result() for handle in handles], drawn, (spent.row_steps, spent.drafted, spent.accepted))
 
 
 def known_tokens(plain: str = "plain") -> np.ndarray:
@@ -185,7 +185,7 @@ def known_tokens(plain: str = "plain") -> np.ndarray:
 
 
 def looked_up(tokens: list[int], speculation: PromptLookup) -> list[list[int]]:
-    """What PromptLookup drafts, place by place."""
+    """The drafts of PromptLookup, by sequential search."""
     places = []
     for place in range(len(tokens) - 1):
         agree = 0
@@ -203,6 +203,6 @@ def looked_up(tokens: list[int], speculation: PromptLookup) -> list[list[int]]:
 
 
 def forget() -> None:
-    """Lets go of what was compiled; a module of tests does so at its end."""
+    """Releases the compiled Generators; called at the end of a test module."""
     for cached in (generator, model_of, ran):
         cached.cache_clear()

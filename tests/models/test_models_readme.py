@@ -1,4 +1,4 @@
-"""The code of the generation README runs, and does what the text around it says."""
+"""The code in the READMEs of the wings runs, and does what the text says."""
 
 import contextlib
 import io
@@ -19,23 +19,33 @@ from pallas_attn_models import GenerationResult, Generator, QueueFull, Sampling
 from tests import tolerances
 from tests.models.small_model import ONE_EACH
 
-PATH = Path(pallas_attn_models.__file__).parent / "README.md"
-README = PATH.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(pallas_attn_models.__file__).parent
+WINGS = ["decoder", "checkpoints", "generation", "text", "training", "cli"]
+README = (ROOT / "generation" / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(wing: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / wing / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
 PROMPTS = [[8, 9], [20, 1, 2], [33] * 9]
 SAMPLINGS = [Sampling(30), Sampling(30, temperature=1.0, seed=4), Sampling(20, temperature=0.5, stop=([9, 9], 30))]
 
 
-@pytest.fixture(scope="module")
-def names() -> dict:
-    """What the code blocks define, one after the other, and the lines that they print."""
+def execute(wing: str) -> dict:
+    """The names that the code blocks define, in order, and the lines that they print."""
     names, out = {"__name__": "README"}, io.StringIO()
-    for block in BLOCKS:
+    for block in blocks(wing):
         # Optax does not run with the strict promotion of these tests.
         promotion = jax.numpy_dtype_promotion("standard" if "optax.adam" in block else "strict")
         with promotion, contextlib.redirect_stdout(out):
-            exec(compile(block, str(PATH), "exec"), names)
+            exec(compile(block, f"{wing}/README.md", "exec"), names)
     return names | {"printed": out.getvalue().splitlines()}
+
+
+@pytest.fixture(scope="module")
+def names() -> dict:
+    return execute("generation")
 
 
 @pytest.fixture
@@ -47,6 +57,20 @@ def generate(generator: Generator) -> GenerationResult:
     return generator.generate(PROMPTS, SAMPLINGS)
 
 
+def test_every_block_of_code_is_run():
+    assert [wing for wing in WINGS if blocks(wing)] == ["decoder", "generation"]
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_files_of_a_wing_exist_and_are_listed(wing):
+    text = (ROOT / wing / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / wing).glob("*.py")} - {"__init__.py", "__main__.py"}
+    named = set(re.findall(r"`(?:[a-z]+/)*([a-z_]+\.py)`", text))
+    assert files <= named, files - named
+    everywhere = {path.name for folder in (ROOT, Path(__file__).parents[1]) for path in folder.rglob("*.py")}
+    assert named <= everywhere, named - everywhere
+
+
 def test_requests_one_by_one(names, generator):
     *handles, cancelled = names["handles"]
     assert cancelled.finish_reason == "cancelled"
@@ -56,7 +80,7 @@ def test_requests_one_by_one(names, generator):
     assert [handle.finish_reason for handle in handles] == result.finish_reasons
     assert names["first"].tokens == result.tokens[0]
     assert names["second"] == result.tokens[1]
-    with pytest.raises(QueueFull):  # which the ten of them must have met, too
+    with pytest.raises(QueueFull):  # as the ten requests above must have met
         [generator.submit([8]) for _ in range(10)]
     generator.run()
 
@@ -105,7 +129,8 @@ def test_the_hook_steers_every_token(names, generator):
     assert sorted(names["recorded"]) == [0, 1]
 
 
-def test_the_classifier_learns_and_sees_no_padding(names):
+def test_the_classifier_learns_and_sees_no_padding():
+    names = execute("decoder")
     assert np.mean(names["losses"][-10:]) < 0.5 * np.log(2) < names["losses"][0]
     tokens, positions, labels = names["make_batch"](np.random.default_rng(1), rows=64)
     assert (positions[:, 0] < 0).any()
@@ -117,12 +142,13 @@ def test_the_classifier_learns_and_sees_no_padding(names):
 
 
 def test_another_process_finds_the_executables(tmp_path):
-    """The example in two processes. JAX leaves out of its cache what compiles in less than a second, unless told so."""
+    """The example in two processes. By default JAX does not cache executables that compile in less than a second."""
     assert "`JAX_COMPILATION_CACHE_DIR=DIR`" in README
-    (warmup,) = (block for block in BLOCKS if "warmup" in block)
+    setup, *others = blocks("generation")
+    (warmup,) = (block for block in others if "warmup" in block)
     count = "lambda event, **_: event.endswith('/cache_misses') and print('miss')"
     listen = f"jax.monitoring.register_event_listener({count})"
-    script = "\n".join([BLOCKS[0], listen, warmup, "print(generator.generate([[1, 2], [3]]).tokens)"])
+    script = "\n".join([setup, listen, warmup, "print(generator.generate([[1, 2], [3]]).tokens)"])
     settings = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

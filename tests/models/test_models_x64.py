@@ -1,4 +1,4 @@
-"""With ``jax_enable_x64`` decoders and Generators compute in 32 bits as without: the same programs, dtypes and bits."""
+"""With ``jax_enable_x64``, decoders and Generators still compute in 32 bits: the same programs, dtypes and bits."""
 
 import jax
 import jax.numpy as jnp
@@ -96,16 +96,16 @@ def make_generator(speculation: str = "none") -> Generator:
 def test_the_executables_of_a_generator_have_no_wide_number(speculation):
     engine = make_generator(speculation)._engine
     arguments = engine._weights(), engine._new_state()
-    assert wide_equations(engine._prefill, *arguments, engine.no_work()) == []
+    assert wide_equations(engine._prefill, *arguments, engine.empty_batch()) == []
     assert wide_equations(engine._decode, *arguments, np.int32(3), np.bool_(False)) == []
-    assert wide_equations(engine._score, *arguments, engine.no_work()) == []
+    assert wide_equations(engine._score, *arguments, engine.empty_batch()) == []
 
 
 @pytest.mark.parametrize(
     "speculation", [name if name == "lookup" else pytest.param(name, marks=pytest.mark.slow) for name in SPECULATIONS]
 )
 def test_a_generator_gives_the_same(speculation):
-    """Greedy and drawn tokens, log-probabilities, counts; and it has two executables under the flag as well."""
+    """Greedy and random tokens, log-probabilities, counters; and two executables under the flag, too."""
 
     def generate():
         generator = make_generator(speculation)
@@ -162,7 +162,7 @@ def test_modules_of_flax_give_the_same():
 
 
 def test_the_loss_of_training_has_no_float64():
-    """An index inside of optax has 64 bits."""
+    """An index in optax has 64 bits."""
     graph, weights = nnx.split(train.new_model(0))
 
     def gradients(weights, batch):
@@ -194,5 +194,5 @@ def test_training_runs():
 
 
 def test_the_self_check_of_the_command_line_is_the_same():
-    # A program of its own each time: its arguments do not say that the flag is another one.
+    # A separate jit per run, because the arguments do not depend on the flag.
     assert_same_with_the_flag(lambda: jax.jit(lambda: doctor._small_attention("xla"))())

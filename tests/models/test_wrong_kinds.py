@@ -1,7 +1,7 @@
-"""What runs and asks a decoder: every function times every argument times every kind of object.
+"""Decoders and generation: every function x every argument x every kind of object.
 
-What does not fit is a TypeError or a ValueError that names the argument, what was expected and what came, before
-anything is compiled. It never is an error that JAX, NumPy or Python raised on its own.
+An invalid argument raises a TypeError or ValueError that names it, with the expected and the given value, before
+anything is compiled; never an error that JAX, NumPy or Python raised on its own.
 """
 
 import pathlib
@@ -111,13 +111,13 @@ KINDS = {
 INTS = {"int", "numpy int"}
 SIZES = {"int"}
 NUMBERS = {*INTS, "0", "2**31", "2**70", "float", "1.5", "numpy float"}
-NOT_TOO_LARGE = {"2**31", "2**70", "10**400", "10**5000"}  # more than there is of something, so it asks for all
+NOT_TOO_LARGE = {"2**31", "2**70", "10**400", "10**5000"}  # above any useful value, which means all
 LISTED = {"list of ints", "range"}
 STOPS = {*INTS, "0", *LISTED, "list of lists", "ragged list", "empty list", "empty array", "ints", "matrix"}
 PROMPT = {*LISTED, "ints"}
 PROMPTS = {"list of lists", "ragged list", "matrix", "jax matrix"}
 POLICY, STORAGE = {"policy", "policies"}, {"storage"}
-HOOKS = {"function", "class", "PromptLookup itself", "model", "cached decoder"}  # what can be called
+HOOKS = {"function", "class", "PromptLookup itself", "model", "cached decoder"}  # callable
 BOOLS = {"bool", "numpy bool"}
 MATRIX = {"list of lists", "matrix", "jax matrix"}
 SETTINGS = {
@@ -291,8 +291,8 @@ def test_a_wrong_kind_of_object_is_named(name, argument):
     ],
     ids=["None", "a list", "a tuple", "a number", "bfloat16", "bool", "float64", "another shape", "another rank"],
 )
-def test_a_hook_returns_what_it_was_given(hook, error, got):
-    wanted = rf"layer_hook: expected float32 \[2, 3, 32\] from layer 0, as it was given, got .*{re.escape(got)}"
+def test_a_hook_preserves_shape_and_dtype(hook, error, got):
+    wanted = rf"layer_hook: expected float32 \[2, 3, 32\] for layer 0, like its input, got .*{re.escape(got)}"
     with pytest.raises(error, match=wanted):
         MODEL(TOKENS, layer_hook=hook)
     with pytest.raises(error, match=wanted):
@@ -309,11 +309,11 @@ def test_a_hook_may_return_a_numpy_array():
     np.testing.assert_array_equal(zeros, MODEL(TOKENS, layer_hook=lambda layer, hidden: hidden * 0.0).hidden)
 
 
-# --- speculation of one's own ---
+# --- custom speculation ---
 
 
 class Own:
-    """Drafts what it is told to."""
+    """Returns given drafts."""
 
     length, num_candidates, draft_model = 2, 1, None
 
@@ -350,8 +350,8 @@ def test_drafts_of_another_shape():
 # --- numbers ---
 
 
-def test_tokens_that_are_none_have_no_vector():
-    """So that they do not go unnoticed; integers beyond 32 bits are refused, not cut to other tokens."""
+def test_invalid_tokens_have_no_vector():
+    """NaN makes them visible; integers beyond 32 bits raise instead of wrapping to other tokens."""
     for token in (CONFIG.vocab_size, 2**31 - 1, -1):
         hidden = MODEL(np.array([[token]]), np.zeros((1, 1), np.int32)).hidden
         assert np.isnan(hidden).all()
@@ -367,12 +367,12 @@ def test_wide_segment_ids_are_compared_as_they_are():
 
 
 def test_every_token_forbidden():
-    """Known before anything is compiled, where no token could ever be drawn, or no first one."""
+    """Settings that exclude every token, or every first token, raise before anything is compiled."""
     everything = range(CONFIG.vocab_size)
     with pytest.raises(ValueError, match="forbidden_tokens: expected fewer than vocab_size=50, got all"):
         GENERATOR.submit([1], Sampling(forbidden_tokens=everything))
     but_the_end = [token for token in everything if token not in (*CONFIG.eos_token_ids, 9)]
-    with pytest.raises(ValueError, match="min_new_tokens: expected 0 where every token is forbidden or ends"):
+    with pytest.raises(ValueError, match="min_new_tokens: expected 0 if every token is forbidden or ends"):
         GENERATOR.submit([1], Sampling(forbidden_tokens=but_the_end, min_new_tokens=1), stop=9)
     handle = GENERATOR.submit([1], Sampling(forbidden_tokens=but_the_end))
     handle.cancel()

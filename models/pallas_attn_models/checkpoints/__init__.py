@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face's format: loaded, checked, saved."""
+"""Loads, checks and saves checkpoints in Hugging Face's format."""
 
 from pallas_attn_models.checkpoints.files import CONFIG as CONFIG
 from pallas_attn_models.checkpoints.files import writable_directory as writable_directory

@@ -1,6 +1,6 @@
-"""Decoders read from and written to disk, in the format of transformers: ``config.json`` and safetensors.
+"""Loads and saves decoders in the format of transformers: ``config.json`` and safetensors.
 
-Loading is strict: every tensor that the model needs is there, with its shape, and every tensor that is there is used.
+Loading is strict: the files must hold every tensor of the model, in its shape, and no other.
 """
 
 import itertools
@@ -38,7 +38,7 @@ from pallas_attn_models.decoder import Decoder, check_dtype, check_implementatio
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Old checkpoints carry the rotary frequencies, which follow from config.json.
+# Rotary frequencies in old checkpoints are redundant with config.json.
 _DERIVED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")
 _SHOWN = 5
 
@@ -48,16 +48,16 @@ _logger = logging.getLogger(__name__)
 def load_hf(
     directory: str | os.PathLike[str], dtype: DTypeLike = jnp.bfloat16, *, implementation: str | None = None
 ) -> Decoder:
-    """Loads a Llama or Mistral checkpoint as transformers saves it, tensor by tensor.
+    """Loads a Llama or Mistral checkpoint, as saved by transformers, tensor by tensor.
 
-    Names, shapes and dtypes of all tensors are compared with the config before anything is built. A checkpoint that
-    :func:`save_hf` replaces meanwhile is read as it was, or as it will be.
+    Names, shapes and dtypes of all tensors are checked against the config first. While :func:`save_hf` replaces the
+    checkpoint, the result is entirely the old or entirely the new one.
 
     Args:
       directory: holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with its
         shards. Weights may be float32, bfloat16 or float16.
-      dtype: of the weights and activations; tensors of another dtype are rounded to it.
-      implementation: of ``pa.attention``; default: the best that can serve.
+      dtype: of the weights and activations; tensors of other dtypes are rounded.
+      implementation: of ``pa.attention``; default: the best available.
 
     Returns:
       The decoder, on JAX's default device.
@@ -65,17 +65,17 @@ def load_hf(
     Raises:
       FileNotFoundError: a file is missing; named.
       NotADirectoryError: ``directory`` is a file.
-      ValueError: a file that cannot be parsed, a config that is not supported, or a tensor that is missing, not used,
-        there twice, or has another shape or dtype; named. Only ``rotary_emb.inv_freq``, which follows from the config,
-        is left aside; and a tied model may carry an ``lm_head.weight`` that equals its embedding.
-      TypeError: the wrong kind of object.
+      ValueError: a file that cannot be parsed, an unsupported config, or a tensor that is missing, unused, duplicated,
+        or of another shape or dtype; named. Exceptions: redundant ``rotary_emb.inv_freq`` tensors are ignored, and a
+        tied model may have an ``lm_head.weight`` equal to its embedding.
+      TypeError: an argument of the wrong kind.
     """
     path = as_path("directory", directory)
     dtype = check_dtype("dtype", dtype)
     check_implementation(implementation)
     if not path.is_dir():
         kind, got = (NotADirectoryError, "a file") if path.exists() else (FileNotFoundError, "nothing")
-        raise kind(f"directory: expected a directory that holds a checkpoint, got {path}, where {got} is")
+        raise kind(f"directory: expected a directory with a checkpoint, got {path}, where {got} is")
 
     with reading(path) as checkpoint:
         try:
@@ -85,7 +85,7 @@ def load_hf(
         layout = Layout(config)
         _check_tensors(path, layout, checkpoint.tensors)
 
-        # No memory is taken by random weights that are about to be replaced.
+        # Abstract initialization avoids memory for random weights that would be replaced at once.
         model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, implementation=implementation))
         for name in layout:
             place = layout[name]
@@ -95,26 +95,26 @@ def load_hf(
 
 
 def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Saves a decoder so that :func:`load_hf` and transformers' ``AutoModelForCausalLM.from_pretrained`` load it.
+    """Saves a decoder for :func:`load_hf` and transformers' ``AutoModelForCausalLM.from_pretrained``.
 
-    Tensors keep their dtype: ``load_hf(directory, dtype=model.dtype)`` gives the same bits back where the weights have
-    that dtype. The host holds one shard at a time.
+    Tensors keep their dtype: ``load_hf(directory, dtype=model.dtype)`` restores the same bits if the weights have that
+    dtype. The host holds one shard at a time.
 
-    A checkpoint that is in ``directory`` already is replaced at once: a save that fails or is killed, at any moment,
-    leaves one that :func:`load_hf` loads as it was, or as it was to be. (For transformers there is an instant, between
-    two renames, in which it meets the new weights and the old ``config.json``.) So shards get names that are free. What
-    an earlier save left besides is removed. Two saves of one directory come one after the other.
+    An existing checkpoint in ``directory`` is replaced atomically: if a save fails or is killed at any moment,
+    :func:`load_hf` still loads the old or the new checkpoint. (transformers may see, for an instant between two
+    renames, the new weights with the old ``config.json``.) Shards therefore get unused names, and files of earlier
+    saves are removed. Concurrent saves of one directory run one after the other.
 
     Args:
       model: the decoder.
-      directory: made if it is not there.
-      max_shard_bytes: a shard holds no more, unless a single tensor does; one shard becomes one plain file.
+      directory: created if missing.
+      max_shard_bytes: maximum size of a shard, unless a single tensor is larger; one shard becomes one plain file.
 
     Raises:
-      ValueError: ``max_shard_bytes`` is not a positive int, parameters are not those of a decoder of its config, or no
-        file can say the config (:func:`config_to_hf`).
-      TypeError: the wrong kind of object, or a model without values.
-      OSError: ``directory`` is a file or cannot be written to, or what is written does not fit on the disk.
+      ValueError: ``max_shard_bytes`` is not a positive int, the parameters do not match the model's config, or the
+        file format cannot represent the config (:func:`config_to_hf`).
+      TypeError: an argument of the wrong kind, or a model without values.
+      OSError: ``directory`` is a file or not writable, or the disk is full.
     """
     if not isinstance(model, Decoder):
         raise TypeError(f"model: expected a Decoder, got {type(model).__name__}")
@@ -132,7 +132,7 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
             try:
                 save_file(tensors, save.folder / file, {"format": "pt", SAVE: save.id})
             except SafetensorError as error:
-                raise OSError(f"{path / file}: expected to write it, got: {error}") from error
+                raise OSError(f"{path / file}: expected a writable file, got: {error}") from error
         if len(shards) > 1:
             metadata = {"total_size": sum(weight.nbytes for weight in weights.values()), SAVE: save.id}
             weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -141,16 +141,16 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
 
 
 def _check_tensors(directory: Path, layout: Layout, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raises a ValueError unless these are the tensors of the layout, however many layers that asks for."""
+    """Raises ValueError unless these are the tensors of the layout."""
     derived = {name for name in tensors if _DERIVED.fullmatch(name)}
     if derived:
-        _logger.info("%s: %d rotary_emb.inv_freq tensors ignored; they follow from the config", directory, len(derived))
+        _logger.info("%s: %d rotary_emb.inv_freq tensors ignored, redundant with the config", directory, len(derived))
     used = {name for name in tensors if name in layout}
     if missing := len(layout) - len(used):
         first = itertools.islice((name for name in layout if name not in tensors), _SHOWN)
         names = listed(first, total=missing)
         expected = f"all {len(layout)} tensors of {layout.num_layers} layers"
-        raise ValueError(f"{directory}: expected {expected}, {missing} of them are not there: missing {names}")
+        raise ValueError(f"{directory}: expected {expected}, got all but {missing} of them: missing {names}")
     tied_head = {HEAD} & tensors.keys() - used if HEAD not in layout else set()
     if extra := tensors.keys() - used - derived - tied_head:
         raise ValueError(f"{directory}: expected only tensors of the model, got also {listed(extra)}")
@@ -163,21 +163,21 @@ def _check_tensors(directory: Path, layout: Layout, tensors: Mapping[str, Stored
         elif tensor.shape != shape:
             wrong.append(f"{tensor.path}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if wrong:
-        more = f"; and {len(wrong) - 1} more tensors are of another shape or dtype" if len(wrong) > 1 else ""
+        more = f"; and {len(wrong) - 1} more tensors have the wrong shape or dtype" if len(wrong) > 1 else ""
         raise ValueError(wrong[0] + more)
     if tied_head and not np.array_equal(tensors[HEAD].read(), tensors[EMBEDDING].read()):
         raise ValueError(
-            f"{tensors[HEAD].path}: {HEAD}: expected the values of {EMBEDDING}, as tie_word_embeddings is true, "
-            "got others"
+            f"{tensors[HEAD].path}: {HEAD}: expected the values of {EMBEDDING}, because tie_word_embeddings is true, "
+            "got different ones"
         )
 
 
 def _check_parameters(model: Decoder, layout: Layout) -> dict[str, jax.Array]:
-    """The values of all parameters by the names of their tensors, after checking that a checkpoint can hold them."""
+    """Parameter values by tensor name, after checking that a checkpoint can hold them."""
     found = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    expected = {layout[name].parameter for name in layout}
-    if found != expected:
-        differences = f"missing {listed(expected - found) or 'none'}, and also {listed(found - expected) or 'none'}"
+    required = {layout[name].parameter for name in layout}
+    if found != required:
+        differences = f"missing {listed(required - found) or 'none'}, and also {listed(found - required) or 'none'}"
         raise ValueError(f"model: expected the parameters of a Decoder of its config, got {differences}")
     weights = {}
     for name in layout:
@@ -185,12 +185,12 @@ def _check_parameters(model: Decoder, layout: Layout) -> dict[str, jax.Array]:
         value = parameter(model, place).get_value()
         if not isinstance(value, jax.Array | np.ndarray) or isinstance(value, Tracer):
             kind = type(value).__name__
-            raise TypeError(f"model: expected parameters that have values, got {kind} for {place.parameter}")
+            raise TypeError(f"model: expected parameters with values, got {kind} for {place.parameter}")
         shape = place.shape[::-1] if place.is_transposed else place.shape
         if value.shape != shape or str(value.dtype) not in DTYPES.values():
-            wanted = f"{' or '.join(DTYPES.values())} {list(shape)}"
+            expected = f"{' or '.join(DTYPES.values())} {list(shape)}"
             got = f"{value.dtype} {list(value.shape)}"
-            raise ValueError(f"model: expected {wanted} for {place.parameter}, as in its config, got {got}")
+            raise ValueError(f"model: expected {expected} for {place.parameter}, as in its config, got {got}")
         weights[name] = value
     return weights
 

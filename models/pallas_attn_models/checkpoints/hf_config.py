@@ -1,8 +1,8 @@
-"""The ``config.json`` of a Hugging Face checkpoint, as a :class:`DecoderConfig`.
+"""Converts between a Hugging Face ``config.json`` and :class:`DecoderConfig`.
 
-Every field of such a file is used, or must have the one value that this decoder computes (:data:`SUPPORTED`), or cannot
-change a logit (:data:`IRRELEVANT`). Anything else is refused by name: a model that would run with other weights or
-another formula than it was trained with is worse than one that does not run.
+Every field is used, or must have a value that this decoder implements (:data:`SUPPORTED`), or cannot affect the logits
+(:data:`IRRELEVANT`). Any other field is an error: better not to run a model than to run it with other weights or
+another formula than in training.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 from pallas_attn_models.checks import listed, require_size, shown
 from pallas_attn_models.decoder import MAX_LAYERS, ROPE_FIELDS, DecoderConfig, RopeConfig
 
-# Field -> the values that mean what this decoder computes.
+# Field -> values that this decoder implements.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("llama", "mistral"),
     "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"], None),
@@ -32,15 +32,15 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 _DTYPE = "the caller of load_hf chooses the dtype"
-_GENERATION = "a default for sampling; Sampling says what a generation does"
-_IDENTITY = "says where the checkpoint comes from"
-_KERNEL = "chooses a PyTorch kernel"
-_LABELS = "names classes; a language model has none"
-_OUTPUT = "chooses what a PyTorch call returns"
-_TOKENIZER = "speaks to the tokenizer"
-_TRAINING = "speaks to a training run in PyTorch"
+_GENERATION = "a sampling default; Sampling decides"
+_IDENTITY = "origin of the checkpoint"
+_KERNEL = "selects a PyTorch kernel"
+_LABELS = "class names; a language model has none"
+_OUTPUT = "selects the outputs of a PyTorch call"
+_TOKENIZER = "for the tokenizer"
+_TRAINING = "for training in PyTorch"
 
-# Field -> why no logit depends on it.
+# Field -> reason why it cannot affect the logits.
 IRRELEVANT: dict[str, str] = {
     "_attn_implementation": _KERNEL,
     "_attn_implementation_autoset": _KERNEL,
@@ -64,12 +64,12 @@ IRRELEVANT: dict[str, str] = {
     "gradient_checkpointing": _TRAINING,
     "id2label": _LABELS,
     "initializer_range": _TRAINING,
-    "is_decoder": "a Llama is one, whatever this says",
+    "is_decoder": "every Llama is a decoder",
     "is_llama_config": _IDENTITY,
     "label2id": _LABELS,
     "length_penalty": _GENERATION,
     "max_length": _GENERATION,
-    "max_sequence_length": "an older name beside max_position_embeddings",
+    "max_sequence_length": "an older synonym of max_position_embeddings",
     "min_length": _GENERATION,
     "no_repeat_ngram_size": _GENERATION,
     "num_beam_groups": _GENERATION,
@@ -96,28 +96,28 @@ IRRELEVANT: dict[str, str] = {
     "top_p": _GENERATION,
     "torch_dtype": _DTYPE,
     "torchscript": _OUTPUT,
-    "transformers.js_config": "speaks to another runtime",
+    "transformers.js_config": "for another runtime",
     "transformers_version": _IDENTITY,
     "typical_p": _GENERATION,
     "unsloth_fixed": _IDENTITY,
     "unsloth_version": _IDENTITY,
     "use_bfloat16": _DTYPE,
-    "use_cache": "whether to cache is said by passing caches",
+    "use_cache": "the caller decides by passing caches",
 }
 
 
 def config_from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the parsed ``config.json`` of a Llama or Mistral checkpoint.
+    """Converts the parsed ``config.json`` of a Llama or Mistral checkpoint.
 
-    An absent field has the default that transformers' configuration gives it, except for the sizes, which must
-    be there. Rotary settings may be spelled ``rope_parameters`` or ``rope_theta`` with ``rope_scaling``.
+    Absent fields get transformers' defaults, except for sizes, which are required. Rotary settings may be spelled
+    ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
 
     Raises:
-      ValueError: a field that is unknown, missing, or has a value that this decoder does not compute.
-      TypeError: ``fields`` is no mapping.
+      ValueError: a field that is unknown or missing, or has an unsupported value.
+      TypeError: ``fields`` is not a mapping.
     """
     if not isinstance(fields, Mapping):
-        raise TypeError(f"fields: expected the mapping that config.json holds, got {type(fields).__name__}")
+        raise TypeError(f"fields: expected the mapping in config.json, got {type(fields).__name__}")
     fields = dict(fields)
     is_mistral = fields.get("model_type") == "mistral"
     for name, allowed in SUPPORTED.items():
@@ -142,7 +142,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
     require_size("hidden_size", hidden_size)
     require_size("num_attention_heads", num_heads)
     if fields.get("head_dim") is None and hidden_size % num_heads:
-        raise ValueError(f"head_dim: expected a value, as {hidden_size=} is no multiple of {num_heads=}, got none")
+        raise ValueError(f"head_dim: expected a value, because {num_heads=} does not divide {hidden_size=}, got none")
     max_position_embeddings = optional("max_position_embeddings", 131072 if is_mistral else 2048)
     num_layers = required("num_hidden_layers")
     window = fields.pop("sliding_window", 4096 if is_mistral else None)
@@ -172,17 +172,17 @@ def config_from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of a ``config.json`` that :func:`config_from_hf` reads back to an equal config.
+    """The fields of a ``config.json`` that :func:`config_from_hf` converts back to an equal config.
 
-    Rotary settings are spelled ``rope_theta`` with ``rope_scaling``, which transformers 4 and 5 both read.
-    transformers itself wants ``hidden_size`` to be a multiple of ``num_heads`` even where ``head_dim`` is given.
+    Rotary settings are spelled ``rope_theta`` with ``rope_scaling``, which transformers 4 and 5 both read. transformers
+    requires ``hidden_size`` to be a multiple of ``num_heads`` even if ``head_dim`` is given.
 
     Raises:
-      ValueError: layers with sliding windows that differ, which no such file can say.
+      ValueError: layers with different sliding windows, which the format cannot represent.
     """
     if len(set(config.sliding_windows)) > 1:
         got = shown(config.sliding_windows)
-        raise ValueError(f"sliding_windows: expected the same for all layers of a file, got {got}")
+        raise ValueError(f"sliding_windows: expected the same value for all layers, got {got}")
     window = config.sliding_window(0)
     if window is None:
         family = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -211,13 +211,13 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _rope_from_hf(fields: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
-    """Takes both spellings of the rotary settings out of ``fields``; they may both be there if they agree."""
+    """Removes both spellings of the rotary settings from ``fields``; both may be present if they agree."""
     settings: dict[str, Any] = {}
 
     def add(source: str, name: str, value: Any) -> None:
         name = {"rope_type": "type", "rope_theta": "theta"}.get(name, name)
-        if (said := settings.setdefault(name, value)) is not value and said != value:
-            raise ValueError(f"{source}: expected {name}={shown(said)} as said elsewhere, got {shown(value)}")
+        if (first := settings.setdefault(name, value)) is not value and first != value:
+            raise ValueError(f"{source}: expected {name}={shown(first)} as in another field, got {shown(value)}")
 
     for source in ("rope_parameters", "rope_scaling"):
         value = fields.pop(source, None)
@@ -228,7 +228,7 @@ def _rope_from_hf(fields: dict[str, Any], max_position_embeddings: int) -> RopeC
     if (theta := fields.pop("rope_theta", None)) is not None:
         add("rope_theta", "theta", theta)
 
-    # A null is no value; and to turn all of a head is what happens anyway.
+    # null means absent, and a factor of 1 rotates the whole head, the only supported case.
     settings = {name: value for name, value in settings.items() if value is not None}
     if isinstance(factor := settings.pop("partial_rotary_factor", 1.0), bool) or factor != 1.0:
         raise ValueError(f"partial_rotary_factor: expected 1.0, got {shown(factor)}")

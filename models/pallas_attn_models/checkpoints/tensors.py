@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: their names and shapes, which follow from its config, and where a decoder holds them."""
+"""Maps the tensors of a checkpoint, whose names and shapes follow from its config, to the parameters of a decoder."""
 
 import operator
 import re
@@ -15,10 +15,10 @@ _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,8})\.(.+)")
 
 
 class Place(NamedTuple):
-    """Of a tensor.
+    """The parameter and shape of a tensor.
 
     Attributes:
-      parameter: the attribute of the decoder, or of one of its layers, that holds it.
+      parameter: path of the parameter from the decoder, or from one of its layers.
       shape: on disk, where a linear map is ``[out, in]``; the kernel of an ``nnx.Linear`` is ``[in, out]``.
     """
 
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 
 class Layout:
-    """Every tensor of a decoder by its name. Takes no time that grows with the number of layers.
+    """The tensors of a decoder by name. Construction time does not depend on the number of layers.
 
     Args:
       config: of the decoder.
@@ -74,7 +74,7 @@ class Layout:
         return name in self.others
 
     def __getitem__(self, name: str) -> Place:
-        """The place of a tensor, its parameter as seen from the decoder: ``layers.3.mlp.up.kernel``."""
+        """The place of a tensor, with the path from the decoder: ``layers.3.mlp.up.kernel``."""
         if match := _LAYER.fullmatch(name):
             place = self.of_layer[match[2]]
             return place._replace(parameter=f"layers.{match[1]}.{place.parameter}")

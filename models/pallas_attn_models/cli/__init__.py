@@ -1,4 +1,4 @@
-"""The command line: ``pallas-attn generate``, ``chat``, ``show-mask``, ``cache-size``, ``doctor``; a file for each."""
+"""The command line: ``pallas-attn generate``, ``chat``, ``show-mask``, ``cache-size``, ``doctor``; one file each."""
 
 import argparse
 import contextlib
@@ -15,56 +15,56 @@ from pallas_attn_models.cli.output import one_line, printable
 _EXAMPLES = """\
 examples:
   pallas-attn generate         complete some prompts with the model that ships with the package
-  pallas-attn generate --help  what else it can do
+  pallas-attn generate --help  show all options
   pallas-attn chat --model ./Llama-3.2-1B-Instruct
   pallas-attn show-mask "causal & sliding_window(256)" --q 2048
   pallas-attn cache-size --capacity 4096 --storage int8
-  pallas-attn doctor           see whether everything runs here"""
-# What a user, his files or his machine can cause. Anything else is a fault of this program, and its traceback helps.
+  pallas-attn doctor           check what runs on this machine"""
+# Errors that user input, files or the machine can cause. Any other exception is a bug and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; ``argv`` without the program's name, default ``sys.argv``.
+    """Runs a command; ``argv`` excludes the program name, default ``sys.argv[1:]``.
 
     Returns:
-      The exit code: 0; 1 if ``doctor`` found wrong numbers, or if a model's logits were no numbers; 2 for what a user
-      can set right, in one line on stderr; 130 after Ctrl-C, and 141 if nobody reads stdout any more.
+      The exit code: 0; 1 if ``doctor`` found wrong numbers or a model's logits were NaN or infinite; 2 for an error
+      that the user can fix, with one line on stderr; 130 after Ctrl-C; 141 if stdout was closed by its reader.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a completion may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # the terminal may not encode every character
     try:
         args = _parser().parse_args(argv)
         code = args.command(args)
         sys.stdout.flush()
         return code
     except MaskExpressionError as error:
-        print("error:", printable(str(error), keep="\n"), file=sys.stderr)  # with the expression and a caret under it
+        print("error:", printable(str(error), keep="\n"), file=sys.stderr)  # keeps the lines with expression and caret
         return 2
     except BrokenPipeError:
         _drop_stdout()
         return 141
     except _EXPECTED as error:
-        _say(str(error) or type(error).__name__)
+        _print_error(str(error) or type(error).__name__)
         if isinstance(error, OSError):
             _drop_stdout()
         return 2
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the tokenizers library; no Exception
+        if type(error).__name__ != "PanicException":  # of the tokenizers library; not an Exception
             raise
-        _say(f"tokenizer.json: {str(error).partition(chr(10))[0]}")
+        _print_error(f"tokenizer.json: {str(error).partition(chr(10))[0]}")
         return 2
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     print("error:", one_line(message), file=sys.stderr)
 
 
 def _drop_stdout() -> None:
-    """What is still to be written to a stdout that does not take it; else Python would try once more when it ends."""
+    """Discards output that a broken stdout does not accept; otherwise Python would retry, and fail, at exit."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         return
@@ -80,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pallas-attn",
-        description="Text from Flax decoders whose attention reads only the KV blocks that matter.",
+        description="Generate text with Flax decoders whose attention reads only live KV blocks.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,7 +1,6 @@
-"""Policies and storages of caches in words: ``"window(1024, sinks=4)"``, ``"paged(64, 512, int8)"``.
+"""Cache policies and storages as text: ``"window(1024, sinks=4)"``, ``"paged(64, 512, int8)"``.
 
-A word is the name of a class, in lower case, with its arguments as Python would take them. It is read as a syntax tree,
-never evaluated.
+The text is the lower-case name of a class with its Python arguments. It is parsed, never evaluated.
 """
 
 import ast
@@ -21,26 +20,26 @@ STORAGES = {
 
 
 def forms(kinds: dict[str, type]) -> list[str]:
-    """What can be said, with arguments and defaults."""
+    """The accepted forms, with arguments and defaults."""
     return [f"{name}{inspect.signature(kind)}".split(" ->")[0].removesuffix("()") for name, kind in kinds.items()]
 
 
 def policy(text: str) -> pa.caches.Policy:
-    """The policy of these words.
+    """Parses a policy.
 
     Raises:
-      ValueError: words that say none; names what can be said.
+      ValueError: invalid text; lists the accepted forms.
     """
     return _read("cache", text, POLICIES)
 
 
 def storage(text: str) -> pa.caches.Storage:
-    """The storage of these words; raises as :func:`policy` does."""
+    """Parses a storage; errors as in :func:`policy`."""
     return _read("storage", text, STORAGES)
 
 
 def _read(option: str, text: str, kinds: dict[str, type]) -> Any:
-    if len(text) > _LONGEST:  # Python's parser has no good answer to a deep nesting
+    if len(text) > _LONGEST:  # Python's parser can crash on deep nesting
         raise ValueError(f"{option}: expected one of {', '.join(forms(kinds))}; got {len(text)} characters")
     try:
         return _value(ast.parse(text.strip(), mode="eval").body, kinds, outermost=True)
@@ -55,8 +54,8 @@ def _value(node: ast.expr, kinds: dict[str, type], outermost: bool = False) -> A
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name.lower() in kinds:
             named = {keyword.arg: _value(keyword.value, kinds) for keyword in keywords if keyword.arg is not None}
             if len(named) != len(keywords):
-                raise TypeError("** is not understood")
+                raise TypeError("** is not supported")
             return kinds[name.lower()](*(_value(arg, kinds) for arg in args), **named)
         case ast.Constant(value=bool() | int() | float() as value) if not outermost:
             return value
-    raise TypeError(f"{ast.unparse(node)!r} is not understood")
+    raise TypeError(f"{ast.unparse(node)!r} is not supported")

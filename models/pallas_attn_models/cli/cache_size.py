@@ -1,4 +1,4 @@
-"""``pallas-attn cache-size``: the bytes of a model's caches, before there is one."""
+"""``pallas-attn cache-size``: estimates cache memory without allocating."""
 
 import argparse
 import collections
@@ -14,15 +14,15 @@ from rich.text import Text
 import pallas_attn as pa
 from pallas_attn_models.cli import cache_options
 from pallas_attn_models.cli.loading import read_config, shipped_checkpoint
-from pallas_attn_models.cli.options import add_cache_options, whole_number
+from pallas_attn_models.cli.options import add_cache_options, int32
 from pallas_attn_models.decoder import FLOAT_DTYPES, init_caches
 
 _HELP = f"""\
-Say how many bytes the KV caches of a model take, before anything is allocated. A cache is a policy, one of
+Estimate the memory of a model's KV caches without allocating. A cache combines a policy, one of
 
   {"  ".join(cache_options.forms(cache_options.POLICIES))}
 
-and a storage, one of
+with a storage, one of
 
   {"  ".join(cache_options.forms(cache_options.STORAGES))}"""
 _EXAMPLES = """\
@@ -34,28 +34,28 @@ examples:
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Makes ``cache-size`` a command."""
+    """Adds the ``cache-size`` command."""
     parser = commands.add_parser(
         "cache-size",
-        help="say how many bytes the caches of a model take",
+        help="estimate the memory of a model's KV caches",
         description=_HELP,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=run)
-    parser.add_argument("--model", type=Path, metavar="DIR", help="with a config.json; default: what ships")
-    parser.add_argument("--capacity", type=whole_number, required=True, metavar="N", help="slots of a row")
-    parser.add_argument("--batch-size", type=whole_number, default=1, metavar="N", help="rows; default %(default)s")
-    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help="default %(default)s")
     parser.add_argument(
-        "--chunk", type=whole_number, metavar="N", help="tokens of one call: windows need no more slots"
+        "--model", type=Path, metavar="DIR", help="directory with a config.json; default: the shipped model"
     )
+    parser.add_argument("--capacity", type=int32, required=True, metavar="N", help="slots per row")
+    parser.add_argument("--batch-size", type=int32, default=1, metavar="N", help="rows; default %(default)s")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help="default %(default)s")
+    parser.add_argument("--chunk", type=int32, metavar="N", help="tokens per call: limits the slots of sliding windows")
     add_cache_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the bytes of every kind of layer; the exit code."""
+    """Prints the bytes per kind of layer; returns the exit code."""
     policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)
     config = read_config(args.model or shipped_checkpoint())
     sizes = {"batch_size": args.batch_size, "capacity": args.capacity, "dtype": args.dtype, "chunk": args.chunk}
@@ -68,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"bytes": total, "layers": [cache.nbytes for cache in layers], "dense_plain_bytes": plain}))
         return 0
-    table = Table("layers", "policy", "storage", "slots of a row", "bytes of a layer")
+    table = Table("layers", "policy", "storage", "slots per row", "bytes per layer")
     for (policy, storage, capacity, nbytes), count in collections.Counter(
         (cache.policy, cache.storage, cache.capacity, cache.nbytes) for cache in layers
     ).items():
         table.add_row(str(count), Text(str(policy)), Text(str(storage)), f"{capacity:,}", f"{nbytes:,}")
     console = Console(highlight=False)
     console.print(table)
-    share = f"{total / plain:.1%} of Dense() in Plain() with the same slots in {args.dtype}"
+    share = f"{total / plain:.1%} of Dense() in Plain() with as many slots in {args.dtype}"
     console.print(f"{total:,} bytes for {args.batch_size} rows ({total / 2**20:,.1f} MiB), {share}")
     return 0

@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pallas_attn_models.cli import options
-from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.loading import encode, end_tokens, load_model, load_tokenizer, make_generator, read_defaults
 from pallas_attn_models.cli.output import one_line, printable, status
+from pallas_attn_models.cli.text_stream import TextStream, read_streams
 from pallas_attn_models.generation import Generator, Sampling
 from pallas_attn_models.text import ChatTemplate
 
@@ -21,9 +21,9 @@ _CAPACITY = 4096
 _MAX_NEW_TOKENS = 1024
 
 _HELP = """\
-Talk to an instruct model. A line is a message; /reset begins a new conversation, /exit or Ctrl-D ends the program, and
-Ctrl-C stops an answer. Messages become tokens by the model's own chat template: chat_template.jinja, or chat_template
-in tokenizer_config.json. Where stdin is no terminal, its lines are the messages."""
+Talk to an instruct model. Each line is a message; /reset starts a new conversation, /exit or Ctrl-D ends the program,
+and Ctrl-C stops an answer. The model's own chat template formats the messages: chat_template.jinja, or chat_template in
+tokenizer_config.json. If stdin is not a terminal, its lines are the messages."""
 _EXAMPLES = """\
 examples:
   pallas-attn chat --model ./Llama-3.2-1B-Instruct
@@ -33,7 +33,7 @@ examples:
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Makes ``chat`` a command."""
+    """Adds the ``chat`` command."""
     parser = commands.add_parser(
         "chat",
         help="talk to an instruct model",
@@ -43,22 +43,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.set_defaults(command=run)
     options.add_model_options(parser, required=True)
-    parser.add_argument("--system", metavar="TEXT", help="a message before all others; default: none")
-    options.add_sampling_options(parser, max_new_tokens=_MAX_NEW_TOKENS, seed="of the first answer; default 0")
+    parser.add_argument("--system", metavar="TEXT", help="system message; default: none")
+    seed = "seed of the first answer; each answer adds 1; default 0"
+    options.add_sampling_options(parser, max_new_tokens=_MAX_NEW_TOKENS, seed=seed)
     cache = parser.add_argument_group("speed and memory")
-    help = f"tokens that the cache holds; default {_CAPACITY}, or the model's context length if that is less"
-    cache.add_argument("--capacity", type=options.whole_number, metavar="N", help=help)
+    help = f"tokens in the cache; default {_CAPACITY}, or the model's context length if smaller"
+    cache.add_argument("--capacity", type=options.int32, metavar="N", help=help)
     options.add_cache_options(cache)
     options.add_speculation_option(cache)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers until there is no more to answer; the exit code: 1 if the logits of the model were no numbers."""
+    """Answers messages until stdin ends; the exit code is 1 if the model's logits were NaN or infinite."""
     defaults = read_defaults(args.model)
     sampling = options.sampling(args, defaults, seed=args.seed)
     template = ChatTemplate.read(args.model)
     tokenizer = load_tokenizer(args.model)
-    # A model may be trained to end its turn with another token than config.json ends a text with.
+    # The token that ends a turn may differ from the end token in config.json.
     end = tokenizer.token_to_id(template.special_tokens.get("eos_token", ""))
     model = load_model(args, args.model)
     stop = end_tokens(model, [*defaults.eos_token_ids, *([] if end is None else [end])])
@@ -71,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """A conversation, and what continues it.
+    """A conversation with a model.
 
     Args:
-      generator: of at least one row.
+      generator: has at least one row.
       tokenizer, template: of the same model.
-      sampling: of every answer; each has its own seed, counted from this one's.
-      stop: strings that end an answer, which is cut before them.
-      system: a message before all others.
+      sampling: settings of the answers; the seed increases by 1 with each answer.
+      stop: stop strings; an answer is cut before the first.
+      system: the system message, or None.
 
     Attributes:
       messages: so far, as :meth:`~pallas_attn_models.text.ChatTemplate.render` takes them.
@@ -99,17 +100,17 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the conversation, but not the system message."""
+        """Clears the conversation, but keeps the system message."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def run(self) -> int:
         """Reads stdin to its end and answers on stdout.
 
         Returns:
-          The exit code: 0, or 1 if an answer ended where the model's logits were no numbers.
+          The exit code: 0, or 1 if an answer ended because the logits were NaN or infinite.
 
         Raises:
-          ValueError: a message that cannot be answered; on a terminal it is said, and the next is read.
+          ValueError: a message that cannot be answered; a terminal shows the error instead, and reads on.
         """
         interactive = sys.stdin.isatty()
         code = 0
@@ -121,7 +122,7 @@ class Chat:
                     break
                 case "/reset":
                     self.reset()
-                    status("a new conversation")
+                    status("new conversation")
                 case word if word.startswith("/") and " " not in word:
                     status(f"{word}: expected a message, /reset or /exit")
                 case message:
@@ -134,39 +135,39 @@ class Chat:
         return code
 
     def answer(self, message: str) -> bool:
-        """Adds a message to the conversation and the answer to it, which is printed as it comes.
+        """Adds a message and its answer to the conversation; streams the answer to stdout.
 
         Returns:
-          Whether there is one: the conversation stays as it was if the model's logits are no numbers.
+          Whether the answer is valid. If the logits are NaN or infinite, the conversation stays unchanged.
 
         Raises:
-          ValueError: the conversation would be longer than the cache, or the template refuses it; it stays as it was.
+          ValueError: the conversation exceeds the cache, or the template rejects it; it stays unchanged.
         """
         conversation = [*self.messages, {"role": "user", "content": message}]
-        # The template has written the special tokens, the first one included.
+        # The template writes all special tokens, including the first.
         text = self._template.render(conversation)
         tokens = encode(self._template.path.parent, self._tokenizer, text, add_special_tokens=False)
         room = self._generator.max_length
         if len(tokens) >= room:
-            way_out = "/reset begins a new one, and --capacity makes room"
-            raise ValueError(f"the conversation has {len(tokens)} tokens and the cache holds {room}: {way_out}")
+            hint = "/reset starts a new one, and --capacity makes room"
+            raise ValueError(f"the conversation has {len(tokens)} tokens and the cache holds {room}: {hint}")
         text, reason = self._print_answer(tokens)
         if reason == "invalid":
-            status("cut, as the model's logits are no numbers")
+            status("cut: the model's logits are NaN or infinite")
             return False
         self.messages = [*conversation, {"role": "assistant", "content": text}]
         self._sampling = dataclasses.replace(self._sampling, seed=(self._sampling.seed + 1) % 2**32)
         if reason == "length":
             status(f"cut after --max-new-tokens {self._sampling.max_new_tokens}")
         elif reason == "capacity":
-            status(f"cut, as the cache holds {room} tokens: /reset begins a new conversation, --capacity makes room")
+            status(f"cut: the cache holds {room} tokens; /reset starts a new conversation, --capacity makes room")
         return True
 
     def _print_answer(self, tokens: list[int]) -> tuple[str, str]:
-        """The text of the answer and why it ended."""
-        answer = Answer(self._generator.submit(tokens, self._sampling), self._tokenizer, self._stop)
+        """The text of the answer, and its finish reason."""
+        answer = TextStream(self._generator.submit(tokens, self._sampling), self._tokenizer, self._stop)
         with _interrupts() as interrupted:
-            for _, text in follow(self._generator, [answer], interrupted):
+            for _, text in read_streams(self._generator, [answer], interrupted):
                 print(printable(text, keep="\n\t"), end="", flush=True)
         print()
         return answer.text, str(answer.finish_reason)
@@ -176,35 +177,35 @@ def _lines(interactive: bool) -> Iterator[str]:
     if not interactive:
         try:
             for index, line in enumerate(sys.stdin):
-                yield line if index else line.removeprefix("\ufeff")  # the byte order mark of a file
+                yield line if index else line.removeprefix("\ufeff")  # byte order mark
         except UnicodeDecodeError as error:
             raise ValueError(f"stdin: expected text in UTF-8, got: {error}") from error
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives input() a history and keys to move in it)
+        import readline  # noqa: F401 (gives input() a history and line editing)
     while True:
         try:
             yield input("> ")
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:  # leaves the line, not the program
+        except KeyboardInterrupt:  # clears the line, without ending the program
             print()
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was heard, asked where an answer can be stopped; a second one is KeyboardInterrupt, as ever."""
-    heard = False
+    """Records Ctrl-C for polling between tokens; a second Ctrl-C raises KeyboardInterrupt as usual."""
+    received = False
 
-    def hear(signum: int, frame: Any) -> None:
-        nonlocal heard
-        if heard:
+    def handle(signum: int, frame: Any) -> None:
+        nonlocal received
+        if received:
             raise KeyboardInterrupt
-        heard = True
+        received = True
 
-    before = signal.signal(signal.SIGINT, hear)
+    before = signal.signal(signal.SIGINT, handle)
     try:
-        yield lambda: heard
+        yield lambda: received
     finally:
         signal.signal(signal.SIGINT, before)

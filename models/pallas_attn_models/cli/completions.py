@@ -1,4 +1,4 @@
-"""How completions are shown: as a table, as text while they come, or as JSON."""
+"""Displays completions: as a table, as streamed text, or as JSON."""
 
 import collections
 import dataclasses
@@ -18,12 +18,12 @@ from pallas_attn_models.generation import GenerationStats, TopLogprobs
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
-    """What became of a prompt.
+class CompletionRow:
+    """A prompt with its completion.
 
     Attributes:
       prompt, completion: text.
-      right_answer: None where nobody knows it.
+      right_answer: the expected completion, or None if unknown.
       finish_reason, tokens, logprobs, top_logprobs: see :class:`~pallas_attn_models.generation.Completion`.
     """
 
@@ -36,26 +36,26 @@ class Completion:
     top_logprobs: list[TopLogprobs] = dataclasses.field(default_factory=list)
 
 
-def table(completions: Sequence[Completion]) -> Table:
-    """A row for each."""
+def table(completions: Sequence[CompletionRow]) -> Table:
+    """A table with one row per completion."""
     known = any(one.right_answer is not None for one in completions)
     table = Table("prompt", "completion", *(["right answer"] if known else []), "ended by", show_lines=True)
     for one in completions:
         cells = [_shorten(printable(one.prompt)), printable(one.completion, keep="\n")]
         if known:
             cells.append(one.right_answer or "")
-        # Text, not markup: a model may well write "[bold]".
+        # Text, not markup: a model may write "[bold]".
         table.add_row(*map(Text, [*cells, one.finish_reason]))
     return table
 
 
-def print_table(completions: Sequence[Completion]) -> None:
-    """Prints a row for each."""
+def print_table(completions: Sequence[CompletionRow]) -> None:
+    """Prints :func:`table`."""
     Console(highlight=False).print(table(completions))
 
 
-def to_json(model: Path, completions: Sequence[Completion], stats: GenerationStats, *, with_top: bool) -> str:
-    """One object for all; ``with_top``: with the likeliest tokens in the place of each. Null is what is no number."""
+def to_json(model: Path, completions: Sequence[CompletionRow], stats: GenerationStats, *, with_top: bool) -> str:
+    """One JSON object; ``with_top`` includes ``top_logprobs``. NaN and infinities become null."""
     rows = [dataclasses.asdict(one) for one in completions]
     if not with_top:
         for row in rows:
@@ -65,7 +65,7 @@ def to_json(model: Path, completions: Sequence[Completion], stats: GenerationSta
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what is no number in JSON: NaN and infinities."""
+    """``value`` with null in place of NaN and infinities, which JSON cannot represent."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -77,7 +77,7 @@ def _finite(value: Any) -> Any:
 
 
 def figures(stats: GenerationStats) -> str:
-    """What a run took, in a line."""
+    """A one-line summary of a run."""
     visited, total = stats.kv_blocks_visited, stats.kv_blocks_total
     figures = [
         f"prompt tokens {stats.prompt_tokens:,}",
@@ -88,29 +88,29 @@ def figures(stats: GenerationStats) -> str:
     ]
     if stats.drafted:
         share = stats.accepted / stats.drafted
-        figures.append(f"drafted tokens accepted {stats.accepted:,} of {stats.drafted:,} ({share:.1%})")
+        figures.append(f"draft tokens accepted {stats.accepted:,} of {stats.drafted:,} ({share:.1%})")
     return ", ".join(figures)
 
 
 def _shorten(text: str) -> str:
-    """A long prompt without its middle, so short that a row of the table fits a line of 80 characters."""
+    """A long prompt without its middle, so that a row of the table fits 80 columns."""
     if len(text) <= 36:
         return text
     return f"{text[:7]} .. {len(text)} characters .. {text[-7:]}"
 
 
-def show_growing(events: Iterable[Any], completions: Callable[[], Sequence[Completion]]) -> None:
-    """A table on a terminal that grows while ``events`` come; ``completions`` gives what it shows."""
+def show_growing(events: Iterable[Any], completions: Callable[[], Sequence[CompletionRow]]) -> None:
+    """Updates a table on the terminal as ``events`` arrive; ``completions`` returns its rows."""
     with Live(get_renderable=lambda: table(completions()), console=Console(highlight=False)):
         collections.deque(events, maxlen=0)
 
 
 def print_in_turn(events: Iterable[tuple[int, str, bool]], headings: Sequence[str]) -> None:
-    """Prints one completion after the other, each as it comes; what comes of a later one meanwhile waits.
+    """Streams the completions one after the other; text of later ones waits.
 
     Args:
-      events: which completion, its new text, and whether that was all of it.
-      headings: a line before each; none is printed if there is only one completion.
+      events: index of the completion, its new text, and whether it is finished.
+      headings: printed before each completion, unless there is only one.
     """
     waiting = [""] * len(headings)
     done = [False] * len(headings)

@@ -1,4 +1,4 @@
-"""``pallas-attn doctor``: what can run here, and whether its numbers are right."""
+"""``pallas-attn doctor``: checks which implementations run on this machine, and whether their numbers are right."""
 
 import argparse
 import functools
@@ -16,18 +16,18 @@ import pallas_attn as pa
 _SELF_CHECK_TOLERANCE = 1e-5  # absolute, float32, outputs of size about 1
 
 _HELP = """\
-Show versions, devices and implementations of attention, why each can or cannot run here, and check the numbers of
-those that can against the reference."""
+Show versions, devices and attention implementations, with the reason if one cannot run on this machine, and compare the
+others with the reference."""
 _EXAMPLES = """\
 example:
   pallas-attn doctor"""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Makes ``doctor`` a command."""
+    """Adds the ``doctor`` command."""
     parser = commands.add_parser(
         "doctor",
-        help="show what can run here, and check it",
+        help="check which implementations run on this machine",
         description=_HELP,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints three tables; the exit code, 1 if a number is wrong."""
+    """Prints three tables; the exit code is 1 if a number is wrong."""
     del args
     console = Console(highlight=False)
     versions = Table("package", "version")
@@ -71,20 +71,20 @@ def _version(package: str) -> str:
 
 
 def _self_check(implementation: str) -> tuple[bool, str]:
-    """Whether it gives what the reference gives, and a word about it."""
+    """Whether an implementation agrees with the reference, and the finding in words."""
     if implementation == "reference":
-        return True, "the others are measured against it"
+        return True, "the others are compared with it"
     try:
         error = float(jnp.abs(_small_attention(implementation) - _small_attention("reference")).max())
-    except Exception as error:  # whatever it is, the rest of the report still helps
+    except Exception as error:  # the rest of the report still helps
         return False, f"FAILED: {error}"
-    right = error <= _SELF_CHECK_TOLERANCE  # a NaN is not
+    right = error <= _SELF_CHECK_TOLERANCE  # False for NaN
     return right, f"{error:.1e} ({'right' if right else 'WRONG'})"
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def _small_attention(implementation: str) -> jax.Array:
-    """float32, lengths that fill no block, two query heads per KV head, causal, nine tokens of padding in a row."""
+    """Causal float32 attention with partial blocks, two query heads per KV head, and nine padding tokens in one row."""
     key_q, key_k, key_v = jax.random.split(jax.random.key(0), 3)
     positions = jnp.arange(53, dtype=jnp.int32)[None] - jnp.array([[0], [9]], jnp.int32)
     positions = jnp.maximum(positions, -1)

@@ -1,4 +1,4 @@
-"""``pallas-attn generate``: how prompts go on."""
+"""``pallas-attn generate``: completes prompts."""
 
 import argparse
 import collections
@@ -9,9 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from pallas_attn_models.cli import cache_options, options
-from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.completions import (
-    Completion,
+    CompletionRow,
     figures,
     print_in_turn,
     print_table,
@@ -28,6 +27,7 @@ from pallas_attn_models.cli.loading import (
     shipped_checkpoint,
 )
 from pallas_attn_models.cli.output import status
+from pallas_attn_models.cli.text_stream import TextStream, read_streams
 from pallas_attn_models.generation import GenerationStats, Generator, Sampling, check_prompts
 from pallas_attn_models.text_files import read_text
 from pallas_attn_models.training import END, Example, held_out_prompts
@@ -37,8 +37,8 @@ _CAPACITY = 1024
 _MAX_NEW_TOKENS = 64
 
 _HELP = """\
-Complete prompts of any lengths, many at a time. Without --model this runs the small byte-level decoder that ships with
-the package, which adds, reverses words, and recalls values from a list of key-value pairs."""
+Complete prompts of different lengths in a batch. Without --model, run the small byte-level decoder that ships with the
+package: it adds numbers, reverses words, and recalls values from a list of key-value pairs."""
 _EXAMPLES = """\
 examples:
   pallas-attn generate
@@ -51,7 +51,7 @@ examples:
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Makes ``generate`` a command."""
+    """Adds the ``generate`` command."""
     parser = commands.add_parser(
         "generate",
         help="complete prompts",
@@ -66,34 +66,33 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     given.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
     given.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt per line; empty lines are skipped")
     help = "completions of each prompt; default %(default)s"
-    prompts.add_argument("--num-samples", type=options.whole_number, default=1, metavar="N", help=help)
-    options.add_sampling_options(
-        parser, max_new_tokens=_MAX_NEW_TOKENS, seed="of the first completion; the next has N + 1, ..."
-    )
-    guidance = parser.add_argument_group("guidance", "Away from what a negative prompt says (arXiv:2306.17806).")
-    help = "how strongly: above 1; takes a second row for each completion"
+    prompts.add_argument("--num-samples", type=options.int32, default=1, metavar="N", help=help)
+    seed = "seed of the first completion; each completion adds 1; default 0"
+    options.add_sampling_options(parser, max_new_tokens=_MAX_NEW_TOKENS, seed=seed)
+    guidance = parser.add_argument_group("guidance", "Classifier-free guidance (arXiv:2306.17806).")
+    help = "guidance scale, above 1 to steer away from the negative prompt; uses a second row per completion"
     guidance.add_argument("--guidance", type=float, metavar="X", help=help)
-    help = "read instead of every prompt"
+    help = "prompt to steer away from, shared by all prompts"
     guidance.add_argument("--negative-prompt", metavar="TEXT", help=help)
     shapes = parser.add_argument_group("speed and memory")
-    help = f"rows of the cache; default {_BATCH_SIZE}, or more if the samples of a prompt need it"
-    shapes.add_argument("--batch-size", type=options.whole_number, metavar="N", help=help)
-    help = f"tokens that the cache of a row holds; default {_CAPACITY}, or more if a prompt needs it"
-    shapes.add_argument("--capacity", type=options.whole_number, metavar="N", help=help)
+    help = f"rows of the cache; default {_BATCH_SIZE}, or as many as the samples of a prompt need"
+    shapes.add_argument("--batch-size", type=options.int32, metavar="N", help=help)
+    help = f"tokens per row of the cache; default {_CAPACITY}, or as many as the longest prompt needs"
+    shapes.add_argument("--capacity", type=options.int32, metavar="N", help=help)
     options.add_cache_options(shapes)
     options.add_speculation_option(shapes)
     output = parser.add_argument_group("output")
     form = output.add_mutually_exclusive_group()
-    help = "print text as it comes; figures go to stderr"
+    help = "print text as it is generated; statistics go to stderr"
     form.add_argument("--stream", action="store_true", help=help)
     form.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    help = "with --json: the N likeliest tokens in the place of each new one, with their log-probabilities"
-    output.add_argument("--logprobs", type=options.whole_number, default=0, metavar="N", help=help)
+    help = "with --json: the N most likely tokens at each position, with their log-probabilities"
+    output.add_argument("--logprobs", type=options.int32, default=0, metavar="N", help=help)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Requests:
-    """What is asked for: one entry per prompt, and for all of them the last three."""
+    """The requests of a run: one entry per prompt; the last three fields apply to all prompts."""
 
     texts: list[str]
     right_answers: list[str | None]
@@ -104,20 +103,20 @@ class _Requests:
     num_samples: int
 
     @property
-    def asked(self) -> list[tuple[str, str | None]]:
-        """Text and right answer of every completion."""
+    def labels(self) -> list[tuple[str, str | None]]:
+        """Prompt text and right answer of every completion."""
         pairs = zip(self.texts, self.right_answers, strict=True)
         return [pair for pair in pairs for _ in range(self.num_samples)]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Completes and prints; the exit code: 1 if the logits of the model were no numbers."""
+    """Completes prompts and prints the results; the exit code is 1 if the model's logits were NaN or infinite."""
     _check(args)
     texts, right_answers = _read_prompts(args)
     directory = args.model or shipped_checkpoint()
     defaults = read_defaults(directory)
     samplings = [
-        # A seed for each completion, so that the same prompt twice gives two answers.
+        # One seed per completion, so that equal prompts get different completions.
         options.sampling(args, defaults, seed=args.seed + index * args.num_samples, top_logprobs=args.logprobs)
         for index in range(len(texts))
     ]
@@ -131,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     negative = None if args.negative_prompt is None else encode(directory, tokenizer, args.negative_prompt)
     max_length = _default_capacity([*prompts, negative or []], args.max_new_tokens)
     capacity = max_length if args.capacity is None else args.capacity
-    # All of them before anything is compiled, so that a mistake in the last does not cost the time of the others.
+    # Check all prompts before compiling, so that an error in the last one appears at once.
     limits = {"max_length": max_length if policy.bounded else capacity, "vocab_size": model.config.vocab_size}
     check_prompts(prompts, **limits)
     if negative is not None:
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     scale = 1.0 if args.guidance is None else args.guidance
     requests = _Requests(texts, right_answers, prompts, samplings, negative, scale, args.num_samples)
     if args.stream or args.stop:
-        completions, stats = _follow(generator, tokenizer, requests, stop=args.stop, show=args.stream)
+        completions, stats = _stream(generator, tokenizer, requests, stop=args.stop, show=args.stream)
     else:
         completions, stats = _complete(generator, tokenizer, requests)
     stats = dataclasses.replace(stats, compile_seconds=compile_seconds)
@@ -165,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         print(figures(stats))
     invalid = sum(one.finish_reason == "invalid" for one in completions)
     if invalid:
-        status(f"{invalid} of {len(completions)} completions ended where the model's logits were no numbers")
+        status(f"{invalid} of {len(completions)} completions ended because the model's logits were NaN or infinite")
     return 1 if invalid else 0
 
 
@@ -173,13 +172,13 @@ def _check(args: argparse.Namespace) -> None:
     if args.num_samples < 1:
         raise ValueError(f"--num-samples: expected at least 1, got {args.num_samples}")
     if args.logprobs and not args.json:
-        raise ValueError("--logprobs: expected --json with it, which shows them")
+        raise ValueError("--logprobs: expected --json, the only output that shows them")
     if (args.guidance is None) != (args.negative_prompt is None):
         raise ValueError("--guidance, --negative-prompt: expected both or neither, got one")
 
 
 def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str | None]]:
-    """The prompts, and the right answer to each where it is known."""
+    """The prompts, and their right answers where known."""
     if args.prompts_file is not None:
         prompts = [line for line in read_text(args.prompts_file).split("\n") if line]
         if not prompts:
@@ -187,7 +186,7 @@ def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str | None]
     elif args.prompt is not None:
         prompts = args.prompt
     elif args.model is not None:
-        raise ValueError("--model: expected --prompt or --prompts-file with it, got neither")
+        raise ValueError("--model: expected also --prompt or --prompts-file, got neither")
     else:
         examples = _shipped_examples()
         return [one.prompt for one in examples], [one.answer.removesuffix(END) for one in examples]
@@ -195,7 +194,7 @@ def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str | None]
 
 
 def _shipped_examples() -> list[Example]:
-    """Some of every task that the shipped checkpoint has learnt, all held out of its training, 4 to 450 bytes long."""
+    """Prompts of every task of the shipped checkpoint, held out of its training, 4 to 450 bytes long."""
     return [
         *held_out_prompts("addition", 3, seed=0),
         *held_out_prompts("reversal", 2, seed=2),
@@ -211,8 +210,8 @@ def _default_capacity(prompts: list[list[int]], max_new_tokens: int) -> int:
 
 def _complete(
     generator: Generator, tokenizer: Tokenizer, requests: _Requests
-) -> tuple[list[Completion], GenerationStats]:
-    """All at once."""
+) -> tuple[list[CompletionRow], GenerationStats]:
+    """Completes all prompts without streaming."""
     negative = requests.negative_prompt
     result = generator.generate(
         requests.prompts,
@@ -222,7 +221,7 @@ def _complete(
         num_samples=requests.num_samples,
     )
     completions = [
-        Completion(
+        CompletionRow(
             prompt,
             tokenizer.decode(result.tokens[index]),
             right_answer,
@@ -231,52 +230,52 @@ def _complete(
             result.logprobs[index],
             result.top_logprobs[index],
         )
-        for index, (prompt, right_answer) in enumerate(requests.asked)
+        for index, (prompt, right_answer) in enumerate(requests.labels)
     ]
     return completions, result.stats
 
 
-def _follow(
+def _stream(
     generator: Generator, tokenizer: Tokenizer, requests: _Requests, *, stop: list[str], show: bool
-) -> tuple[list[Completion], GenerationStats]:
-    """Token by token, as somebody watches, or as text may end what the tokens do not."""
+) -> tuple[list[CompletionRow], GenerationStats]:
+    """Completes token by token, to show text as it is generated or to find stop strings."""
     before = generator.spent
     guidance = {"negative_prompt": requests.negative_prompt, "guidance_scale": requests.guidance_scale}
-    answers = [
-        Answer(handle, tokenizer, stop)
+    streams = [
+        TextStream(handle, tokenizer, stop)
         for prompt, one in zip(requests.prompts, requests.samplings, strict=True)
         for handle in generator.submit_samples(prompt, requests.num_samples, one, **guidance)
     ]
-    asked = requests.asked
+    labels = requests.labels
 
-    def completions() -> list[Completion]:
-        return [_so_far(*pair, answer) for pair, answer in zip(asked, answers, strict=True)]
+    def completions() -> list[CompletionRow]:
+        return [_so_far(*label, stream) for label, stream in zip(labels, streams, strict=True)]
 
-    events = ((index, text, answers[index].finish_reason is not None) for index, text in follow(generator, answers))
-    if show and len(answers) > 1 and sys.stdout.isatty():
+    texts = read_streams(generator, streams)
+    events = ((index, text, streams[index].finish_reason is not None) for index, text in texts)
+    if show and len(streams) > 1 and sys.stdout.isatty():
         show_growing(events, completions)
     elif show:
-        print_in_turn(events, [prompt for prompt, _ in asked])
+        print_in_turn(events, [prompt for prompt, _ in labels])
     else:
         collections.deque(events, maxlen=0)
-    stats = GenerationStats(
+    stats = generator.spent.since(before).of_run(
         prompt_tokens=sum(len(prompt) + len(requests.negative_prompt or []) for prompt in requests.prompts),
-        new_tokens=sum(len(answer.tokens) for answer in answers),
+        new_tokens=sum(len(stream.tokens) for stream in streams),
         compile_seconds=0.0,
         executables=sum(generator.compile_counts.values()),
-        **generator.spent.since(before)._asdict(),
     )
     return completions(), stats
 
 
-def _so_far(prompt: str, right_answer: str | None, answer: Answer) -> Completion:
-    handle, length = answer.handle, len(answer.tokens)
-    return Completion(
+def _so_far(prompt: str, right_answer: str | None, stream: TextStream) -> CompletionRow:
+    handle, length = stream.handle, len(stream.tokens)
+    return CompletionRow(
         prompt,
-        answer.text,
+        stream.text,
         right_answer,
-        answer.finish_reason or "",
-        [*answer.tokens],
+        stream.finish_reason or "",
+        [*stream.tokens],
         handle.logprobs[:length],
         handle.top_logprobs[:length],
     )

@@ -1,4 +1,4 @@
-"""From a directory and options to a Generator and a tokenizer."""
+"""Loads a checkpoint's model and tokenizer, and builds the Generator, from command-line options."""
 
 import argparse
 import contextlib
@@ -25,12 +25,12 @@ _DRAFT_LENGTH = 8
 
 
 def shipped_checkpoint() -> Path:
-    """The directory of the model that comes with the package."""
+    """The directory of the model that ships with the package."""
     return weights.DIRECTORY
 
 
 def read_defaults(directory: Path) -> GenerationDefaults:
-    """What the checkpoint asks for itself, said on the status line if it asks for anything."""
+    """The checkpoint's own generation defaults, reported on stderr if there are any."""
     _check_directory(directory)
     defaults = GenerationDefaults.read(directory)
     if defaults.settings:
@@ -39,11 +39,11 @@ def read_defaults(directory: Path) -> GenerationDefaults:
 
 
 def load_model(args: argparse.Namespace, directory: Path) -> Decoder:
-    """The decoder of a directory, with the options of :func:`~pallas_attn_models.cli.options.add_model_options`.
+    """Loads a checkpoint, with the options of :func:`~pallas_attn_models.cli.options.add_model_options`.
 
     Raises:
-      NotImplementedError: ``--implementation`` cannot run here.
-      ValueError: the checkpoint cannot be loaded; names its file, or at least the directory.
+      NotImplementedError: ``--implementation`` cannot run on this machine.
+      ValueError: the checkpoint cannot be loaded; names the file, or at least the directory.
     """
     status(f"loading {directory}")
     dtype = args.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
@@ -52,7 +52,7 @@ def load_model(args: argparse.Namespace, directory: Path) -> Decoder:
 
 
 def read_config(directory: Path) -> DecoderConfig:
-    """The shape of the model of a directory; raises as :func:`load_model` does."""
+    """The checkpoint's configuration; errors as in :func:`load_model`."""
     _check_directory(directory)
     fields = read_json(directory / CONFIG)
     with _naming(directory / CONFIG):
@@ -66,7 +66,7 @@ def _check_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """An error that does not say where, says it: files may hold what nobody thought of."""
+    """Adds the path to errors that do not name it."""
     try:
         yield
     except (NotImplementedError, jax.errors.JaxRuntimeError):
@@ -79,7 +79,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def end_tokens(model: Decoder, tokens: Iterable[int]) -> tuple[int, ...]:
-    """Those that the model can draw; others, which end nothing, are said."""
+    """The unique end tokens within the model's vocabulary; reports the others on stderr."""
     tokens = [*dict.fromkeys(tokens)]
     if unknown := [token for token in tokens if token >= model.config.vocab_size]:
         size = model.config.vocab_size
@@ -88,7 +88,7 @@ def end_tokens(model: Decoder, tokens: Iterable[int]) -> tuple[int, ...]:
 
 
 def encode(directory: Path, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """The tokens of a text; raises a ValueError with the tokenizer's file if it fails."""
+    """The tokens of a text; raises ValueError, naming the tokenizer's file, on failure."""
     with quiet_failures():
         return encode_text(directory / TOKENIZER, tokenizer, text, add_special_tokens=add_special_tokens)
 
@@ -103,14 +103,14 @@ def make_generator(
     max_length: int,
     max_queue: int = 1,
 ) -> Generator:
-    """A Generator with the cache and speculation that the options say.
+    """Builds a Generator with the cache and speculation options.
 
     Args:
       args: ``cache``, ``storage`` and ``speculate``.
       model: the decoder.
-      sampling: no request asks for more stop tokens or log-probabilities than this one.
+      sampling: bounds the stop tokens and log-probabilities of every request.
       batch_size, capacity, max_queue: see :class:`~pallas_attn_models.generation.Generator`.
-      max_length: tokens that a row can have, where the policy lets old ones go; otherwise it is the capacity.
+      max_length: tokens per row if the policy evicts old tokens; otherwise the capacity is the limit.
     """
     policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)
     return Generator(

@@ -1,7 +1,7 @@
-"""Masks as people write them: ``causal & sliding_window(256) | sink(4)``. Read, never evaluated.
+"""Parses mask expressions such as ``causal & sliding_window(256) | sink(4)``, without evaluating them.
 
-Python's own parser gives the tree, and with it the precedence (``~`` before ``&`` before ``|``). Only what a mask is
-made of is then accepted: the names below, calls of them with whole numbers and lists of such, and the three operators.
+Python's parser builds the tree and defines the precedence (``~`` before ``&`` before ``|``). The expression may contain
+only the names below, calls of these with integers and lists of integers, and the three operators.
 """
 
 import ast
@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_attn import masks
 
-# Every mask that numbers and lists can describe, as it is written. One without arguments needs no parentheses.
+# The syntax of every mask that integers and lists can describe. Without arguments, parentheses are optional.
 FORMS = {
     "full": "full",
     "causal": "causal",
@@ -25,13 +25,13 @@ FORMS = {
     "chunked": "chunked(size)",
     "segments": "segments([length, ...])",
 }
-_WANTED = "expected a mask such as causal & sliding_window(256) | sink(4)"
+_EXPECTED = "expected a mask such as causal & sliding_window(256) | sink(4)"
 _NEED_ARRAYS = ("dense", "tree", "custom")
 _MAX_DEPTH = 100
 
 
 class MaskExpressionError(ValueError):
-    """What is wrong; below it the expression, and below that carets at the place."""
+    """An error message, followed by the expression and carets that mark the location."""
 
     def __init__(self, message: str, expression: str, start: int, end: int):
         carets = " " * start + "^" * max(1, end - start)
@@ -39,19 +39,19 @@ class MaskExpressionError(ValueError):
 
 
 def parse(expression: str, q_positions: np.ndarray, kv_positions: np.ndarray) -> masks.Mask:
-    """The mask that an expression describes, for a batch of one.
+    """Parses an expression to a mask for a batch of one.
 
     ``full``, ``causal``, ``sliding_window(left, right=0)``, ``sink(n)`` and ``chunked(size)`` are those of
-    :mod:`pallas_attn.masks`, and ``prefix(n)`` is keys at positions below ``n``. ``segments([a, b, ...])`` is documents
-    of ``a``, ``b``, ... tokens, one after the other from position 0 on; what follows the last is one more document.
+    :mod:`pallas_attn.masks`; ``prefix(n)`` shows keys at positions below ``n``; ``segments([a, b, ...])`` packs
+    documents of ``a``, ``b``, ... tokens from position 0 on, and the remaining tokens form one more document.
 
     Args:
       expression: ASCII text.
-      q_positions: int32 ``[T]``, -1 is padding. Only segments ask for positions.
+      q_positions: int32 ``[T]``, -1 is padding. Only ``segments`` uses positions.
       kv_positions: int32 ``[S]``, -1 is an empty slot.
 
     Raises:
-      MaskExpressionError: it is no such expression. The message says what was expected, and where.
+      MaskExpressionError: invalid syntax; states what was expected, and where.
     """
     return _Reader(expression, q_positions, kv_positions).read()
 
@@ -72,13 +72,13 @@ class _Reader:
 
     def read(self) -> masks.Mask:
         if strange := re.search(r"[^\w\s&|~()\[\],=.+-]", self.text, re.ASCII):
-            raise MaskExpressionError(f"unexpected {strange.group()!r}: {_WANTED}", self.text, *strange.span())
+            raise MaskExpressionError(f"unexpected {strange.group()!r}: {_EXPECTED}", self.text, *strange.span())
         try:
             tree = ast.parse(self.text, mode="eval")
         except SyntaxError as error:
-            # Column 0 is where Python does not know the place: that is at the end.
+            # Python reports no column for errors at the end.
             start = min(error.offset - 1 if error.offset else len(self.text), len(self.text))
-            raise MaskExpressionError(f"{error.msg}: {_WANTED}", self.text, start, start + 1) from None
+            raise MaskExpressionError(f"{error.msg}: {_EXPECTED}", self.text, start, start + 1) from None
         except (RecursionError, MemoryError):
             raise MaskExpressionError("nested too deeply", self.text, 0, 1) from None
         return self.mask(tree.body, _MAX_DEPTH)
@@ -103,13 +103,13 @@ class _Reader:
                 raise self.error(node, "expected | instead of 'or'")
             case ast.UnaryOp(ast.Not()):
                 raise self.error(node, "expected ~ instead of 'not'")
-        raise self.error(node, _WANTED)
+        raise self.error(node, _EXPECTED)
 
     def primitive(
         self, at: ast.expr, name: str, call: ast.expr, arguments: list[ast.expr], keywords: list[ast.keyword]
     ) -> masks.Mask:
         if name in _NEED_ARRAYS:
-            raise self.error(at, f"{name!r} needs an array, which cannot be written here; {_WANTED}")
+            raise self.error(at, f"{name!r} needs an array, which an expression cannot contain; {_EXPECTED}")
         if name not in self.masks:
             near = difflib.get_close_matches(name, FORMS, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(FORMS)}"
@@ -134,25 +134,25 @@ class _Reader:
                 return value
             case ast.UnaryOp(ast.USub(), ast.Constant(value)) if type(value) is int:
                 return -value
-        raise self.error(node, "expected a whole number")
+        raise self.error(node, "expected an integer")
 
     def segments(self, lengths: list[int]) -> masks.Mask:
         if not isinstance(lengths, list) or not lengths:
             raise ValueError("expected a list of at least one length")
         tokens = int(self.kv_positions.max(initial=-1)) + 1
         if min(lengths) < 1 or sum(lengths) > tokens:
-            raise ValueError(f"expected lengths of at least 1 that sum to at most the {tokens} tokens there are")
+            raise ValueError(f"expected lengths of at least 1 that sum to at most {tokens}, the number of tokens")
         ends = np.cumsum(lengths)
         q_ids, kv_ids = (np.searchsorted(ends, x, side="right") for x in (self.q_positions, self.kv_positions))
         return masks.segments(jnp.asarray(q_ids[None], jnp.int32), jnp.asarray(kv_ids[None], jnp.int32))
 
     def error(self, node: ast.expr, message: str) -> MaskExpressionError:
-        # The text is ASCII, so that Python's offsets, in bytes, are characters.
+        # The text is ASCII, so Python's byte offsets are character offsets.
         end = len(self.text) if node.end_col_offset is None else node.end_col_offset
         return MaskExpressionError(message, self.text, node.col_offset, end)
 
 
 def _prefix(n: int) -> masks.Mask:
     if not isinstance(n, int) or not 0 <= n < 2**31:
-        raise ValueError(f"n: expected a whole number of at least 0 and less than 2^31, got {n}")
+        raise ValueError(f"n: expected an integer in [0, 2^31), got {n}")
     return masks.prefix(jnp.array([n], jnp.int32))

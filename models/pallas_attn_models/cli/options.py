@@ -14,11 +14,11 @@ _SETTINGS = (
 )
 
 
-def whole_number(text: str) -> int:
-    """The type of an option that counts something.
+def int32(text: str) -> int:
+    """The type of an integer option.
 
     Raises:
-      argparse.ArgumentTypeError: it is no integer, or one that is no int32.
+      argparse.ArgumentTypeError: not an integer, or not an int32.
     """
     try:
         value = int(text)
@@ -30,63 +30,67 @@ def whole_number(text: str) -> int:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Which model, and how it computes."""
+    """Adds the choice of the model, its dtype and its attention implementation."""
     model = parser.add_argument_group("model")
-    what = "config.json, safetensors and tokenizer.json of a Llama"
-    model.add_argument("--model", type=Path, metavar="DIR", required=required, help=what)
+    help = "checkpoint directory of a Llama or Mistral: config.json, safetensors, tokenizer.json"
+    model.add_argument("--model", type=Path, metavar="DIR", required=required, help=help)
     model.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: bfloat16 on a GPU, else float32")
-    model.add_argument("--implementation", choices=[*pa.implementations()], help="of attention; default: the best")
+    help = "attention implementation; default: the best available"
+    model.add_argument("--implementation", choices=[*pa.implementations()], help=help)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int, seed: str) -> None:
-    """How the new tokens are chosen, and what ends them; :func:`sampling` reads it back.
+    """Adds sampling settings and stop conditions; :func:`sampling` reads them back.
 
     Args:
       max_new_tokens: the default.
-      seed: what the seed is of, in words.
+      seed: help text of ``--seed``.
     """
     group = parser.add_argument_group(
-        "sampling", "What is not given is what the model's generation_config.json says, or else the default."
+        "sampling", "Defaults below apply where the model's generation_config.json has no value."
     )
-    help = f"default {max_new_tokens}"
-    group.add_argument("--max-new-tokens", type=whole_number, default=max_new_tokens, metavar="N", help=help)
-    group.add_argument("--min-new-tokens", type=whole_number, metavar="N", help="nothing ends a text before; default 0")
-    group.add_argument("--temperature", type=float, metavar="X", help="default 0: greedy")
-    group.add_argument("--top-k", type=whole_number, metavar="K", help="only the K likeliest tokens; default 0: off")
-    group.add_argument("--top-p", type=float, metavar="P", help="only the likeliest, up to this much; default 1: off")
-    help = "only tokens P times as likely as the likeliest; default 0: off"
+    help = f"token budget; default {max_new_tokens}"
+    group.add_argument("--max-new-tokens", type=int32, default=max_new_tokens, metavar="N", help=help)
+    help = "minimum tokens before any stop applies; default 0"
+    group.add_argument("--min-new-tokens", type=int32, metavar="N", help=help)
+    help = "divides the logits; default 0: greedy"
+    group.add_argument("--temperature", type=float, metavar="X", help=help)
+    group.add_argument("--top-k", type=int32, metavar="K", help="keep the K most likely tokens; default 0: off")
+    help = "keep the most likely tokens up to total probability P; default 1: off"
+    group.add_argument("--top-p", type=float, metavar="P", help=help)
+    help = "keep tokens at least P times as likely as the most likely one; default 0: off"
     group.add_argument("--min-p", type=float, metavar="P", help=help)
-    help = "of tokens that are there already, prompt included: divides logits; default 1: off"
+    help = "divides the logits of tokens in the prompt and completion so far; default 1: off"
     group.add_argument("--repetition-penalty", type=float, metavar="X", help=help)
-    help = "of new tokens that came before: subtracted; default 0: off"
+    help = "subtracted from the logits of tokens in the completion so far; default 0: off"
     group.add_argument("--presence-penalty", type=float, metavar="X", help=help)
-    help = "the same, as many times as they came; default 0: off"
+    help = "the same, times the number of occurrences; default 0: off"
     group.add_argument("--frequency-penalty", type=float, metavar="X", help=help)
-    help = "ends a text, which is cut before it; may be repeated"
+    help = "stop string: ends the text and is not part of it; may be repeated"
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=help)
     group.add_argument("--seed", type=int, default=0, metavar="N", help=seed)
 
 
 def sampling(args: argparse.Namespace, defaults: GenerationDefaults, *, seed: int, top_logprobs: int = 0) -> Sampling:
-    """What the options say, and the checkpoint where they do not.
+    """The options, with the checkpoint's defaults for those not given.
 
     Raises:
-      ValueError: a value out of its range, or an empty ``--stop``.
+      ValueError: a value out of range, or an empty ``--stop``.
     """
     if "" in args.stop:
-        raise ValueError("--stop: expected text, got ''")
+        raise ValueError("--stop: expected a non-empty string, got ''")
     given = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
     settings = {**defaults.settings, **given}
     return Sampling(**settings, seed=seed, stop=defaults.eos_token_ids, top_logprobs=top_logprobs)
 
 
 def add_speculation_option(group: argparse._ActionsContainer) -> None:
-    """Whether tokens are guessed ahead."""
-    help = "guess several tokens ahead, from what follows the same words earlier in the text; never changes the text"
+    """Adds speculative decoding."""
+    help = "speculative decoding by prompt lookup: faster for repetitive text, with the same output"
     group.add_argument("--speculate", nargs="?", const="lookup", choices=["lookup"], help=help)
 
 
 def add_cache_options(group: argparse._ActionsContainer) -> None:
-    """Which policy and storage the KV caches have."""
+    """Adds the policy and storage of the KV caches."""
     group.add_argument("--cache", default="dense", metavar="POLICY", help="dense, window(..), h2o(..); see cache-size")
     group.add_argument("--storage", default="plain", metavar="STORAGE", help="plain, int8, paged(..); see cache-size")

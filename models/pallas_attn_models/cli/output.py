@@ -1,4 +1,4 @@
-"""What every command prints alike: status on stderr, and text from outside without its control characters."""
+"""Output helpers: status lines on stderr, and escaping of control characters in untrusted text."""
 
 import contextlib
 import os
@@ -7,23 +7,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-# Characters that act on a terminal instead of being seen: controls (C0, DEL, C1), embeddings, overrides and isolates of
-# the writing direction; and half characters, which cannot be written. All else is text, spaces and joiners included.
-_ACTS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Characters that control a terminal instead of being shown: C0, DEL, C1, bidirectional embeddings, overrides and
+# isolates; and surrogates, which cannot be encoded. All others are text, including spaces and joiners.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def status(message: str) -> None:
-    """A line on stderr, for the user and not for a pipe."""
+    """Prints a line to stderr, which a pipe does not receive."""
     print(printable(message), file=sys.stderr, flush=True)
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Control characters as escapes, so that no text can play with the terminal; but not those of ``keep``."""
-    return _ACTS.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
+    """Escapes control characters except those in ``keep``, so that text cannot manipulate the terminal."""
+    return _CONTROLS.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 def one_line(message: str, longest: int = 1000) -> str:
-    """A message of any length, from anywhere, as a line that can be printed: a long one without its middle."""
+    """A message as one printable line; omits the middle of a long one."""
     line = printable(" ".join(message.split()))
     half = longest // 2
     return line if len(line) <= longest else f"{line[:half]} .. {len(line)} characters .. {line[-half:]}"
@@ -31,11 +31,11 @@ def one_line(message: str, longest: int = 1000) -> str:
 
 @contextlib.contextmanager
 def quiet_failures() -> Iterator[None]:
-    """What libraries write to stderr meanwhile waits, and is dropped if an error comes: that says it better."""
+    """Buffers what libraries write to stderr, and drops it if an error occurs, whose message is clearer."""
     sys.stderr.flush()
     try:
         stderr = os.dup(2)
-    except OSError:  # there is none
+    except OSError:  # no stderr
         yield
         return
     with tempfile.TemporaryFile() as held:

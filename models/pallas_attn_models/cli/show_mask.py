@@ -1,4 +1,4 @@
-"""``pallas-attn show-mask``: which blocks a mask leaves alive, in characters or as a picture."""
+"""``pallas-attn show-mask``: shows the live blocks of a mask, in characters or as a picture."""
 
 import argparse
 from pathlib import Path
@@ -9,17 +9,17 @@ import numpy as np
 import pallas_attn as pa
 from pallas_attn import tuning
 from pallas_attn_models.cli import mask_expression
-from pallas_attn_models.cli.options import whole_number
+from pallas_attn_models.cli.options import int32
 from pallas_attn_models.cli.output import status
 
 _HELP = f"""\
-Show which blocks a mask leaves alive: full ones, which a kernel computes without looking at the mask, partial ones, and
-empty ones, which it never reads. A mask is an expression of
+Show the blocks of a mask: full blocks, which a kernel computes without evaluating the mask, partial blocks, and empty
+blocks, which it never reads. A mask is an expression of
 
   {"  ".join(mask_expression.FORMS.values())}
 
-combined by & (and), | (or), ~ (not) and parentheses; ~ binds most, then &, then |. segments packs documents of these
-lengths one after the other; what follows the last is one more document."""
+combined by & (and), | (or), ~ (not) and parentheses; ~ binds tightest, then &, then |. segments packs documents of
+these lengths one after the other; the remaining tokens form one more document."""
 _EXAMPLES = """\
 examples:
   pallas-attn show-mask "causal & sliding_window(256) | sink(4)" --q 2048
@@ -29,41 +29,37 @@ examples:
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Makes ``show-mask`` a command."""
+    """Adds the ``show-mask`` command."""
     parser = commands.add_parser(
         "show-mask",
-        help="show which blocks a mask leaves alive",
+        help="show the live blocks of a mask",
         description=_HELP,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=run)
     parser.add_argument("mask", metavar="MASK", help="an expression, in quotes")
-    parser.add_argument("--q", type=whole_number, required=True, metavar="N", help="queries")
+    parser.add_argument("--q", type=int32, required=True, metavar="N", help="number of queries")
     parser.add_argument(
-        "--kv", type=whole_number, metavar="N", help="keys, the last of which are the queries; default --q"
+        "--kv", type=int32, metavar="N", help="number of keys; the queries are the last tokens; default --q"
     )
     parser.add_argument(
-        "--left-pad", type=whole_number, default=0, metavar="N", help="keys that are padding; default 0"
+        "--left-pad", type=int32, default=0, metavar="N", help="number of leading keys that are padding; default 0"
     )
-    parser.add_argument(
-        "--block-q", type=whole_number, metavar="N", help="queries per block; default: as the kernels here"
-    )
-    parser.add_argument(
-        "--block-kv", type=whole_number, metavar="N", help="keys per block; default: as the kernels here"
-    )
+    parser.add_argument("--block-q", type=int32, metavar="N", help="queries per block; default: as in the kernels")
+    parser.add_argument("--block-kv", type=int32, metavar="N", help="keys per block; default: as in the kernels")
     parser.add_argument("--out", type=Path, metavar="FILE", help="draw a .png or .svg instead of printing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints or draws the mask; the exit code."""
+    """Prints or draws the mask; returns the exit code."""
     q_len, kv_len = args.q, args.q if args.kv is None else args.kv
     if q_len < 1:
         raise ValueError(f"--q: expected at least 1, got {q_len}")
     if kv_len < q_len:
         raise ValueError(f"--kv: expected at least as many keys as queries ({q_len}), got {kv_len}")
     if not 0 <= args.left_pad < kv_len:
-        raise ValueError(f"--left-pad: expected from 0 to one less than the {kv_len} keys, got {args.left_pad}")
+        raise ValueError(f"--left-pad: expected at least 0 and less than the {kv_len} keys, got {args.left_pad}")
     kv_positions = np.maximum(np.arange(kv_len, dtype=np.int32) - args.left_pad, -1)
     q_positions = kv_positions[kv_len - q_len :]
     mask = mask_expression.parse(args.mask, q_positions, kv_positions)

@@ -1,4 +1,4 @@
-"""Decoders in Flax NNX: their sizes, layers and caches. Nothing here knows a name of Hugging Face."""
+"""Decoders in Flax NNX: configuration, layers, caches. Independent of Hugging Face's names."""
 
 from pallas_attn_models.decoder.cached_decoder import CachedDecoder as CachedDecoder
 from pallas_attn_models.decoder.config import MAX_LAYERS as MAX_LAYERS

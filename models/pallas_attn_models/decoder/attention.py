@@ -38,17 +38,17 @@ class Attention(nnx.Module):
         cache: pa.caches.KVCache | None,
         reservation: pa.caches.Reservation | None,
     ) -> tuple[Array, pa.caches.KVCache | None]:
-        """Attends over these tokens, or, with a cache, over all that the cache holds once they are in it.
+        """Attends over these tokens or, with a cache, over its content after appending them.
 
         Args:
-          x: ``[B, T, E]``, normalised.
+          x: ``[B, T, E]``, normalized.
           rotary: cosine and sine from :func:`~pallas_attn_models.decoder.layers.rotary_tables`.
-          block_mask: which queries see which keys: ``[T, T]`` tokens, or ``[T, capacity]`` with a cache.
-          cache: this layer's cache, before these tokens.
-          reservation: with a cache, the slots of these tokens in it.
+          block_mask: queries x keys: ``[T, T]``, or ``[T, capacity]`` with a cache.
+          cache: this layer's cache, without these tokens.
+          reservation: with a cache, the slots for these tokens.
 
         Returns:
-          ``[B, T, E]``, and the cache with these tokens in it.
+          ``[B, T, E]``, and the cache with these tokens.
         """
         query, key, value = (self._heads(projection(x)) for projection in (self.query, self.key, self.value))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     def _attend(
         self, query: Array, cache: pa.caches.KVCache, block_mask: pa.BlockMask, rows: Array | None
     ) -> tuple[Array, pa.caches.KVCache]:
-        """Over all that these rows hold; a policy that asks for it is told how much attention every slot got."""
+        """Attends over the cached tokens of these rows; passes the key weights to policies that observe them."""
         view, observes = cache.view(rows), cache.policy.observes
         out = pa.attention(
             query,

@@ -1,4 +1,4 @@
-"""What layers share where they agree, made before they run: the slots of new tokens, and which keys queries see."""
+"""Slot reservations and block masks, built before the layers run and shared by layers that agree."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ import pallas_attn as pa
 from pallas_attn.tuning import default_block_sizes
 from pallas_attn_models.decoder.config import DecoderConfig
 
-# KV blocks of one share of decode. As it is fixed, what a row gets is the same, to the bit, whoever shares the batch.
+# KV blocks per share of decode. A fixed number makes a row's bits independent of the other rows.
 DECODE_CHUNK = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How a BlockMask is cut: as given, or else by the tuning table."""
+    """Selects block sizes: the given ones, or those of the tuning table."""
 
     block_sizes: pa.BlockSizes | None
     implementation: str | None
@@ -24,7 +24,7 @@ class Sizes:
     dtype: DTypeLike
 
     def of(self, mask: pa.masks.Mask, q_len: int, kv_len: int) -> pa.BlockSizes:
-        """For a call of T and S tokens."""
+        """Block sizes for T queries and S keys."""
         sizes = self.block_sizes or default_block_sizes(
             q_len,
             kv_len,
@@ -39,13 +39,13 @@ class Sizes:
 def reservations(
     positions: Array, rows: Array | None, caches: Sequence[pa.caches.KVCache]
 ) -> tuple[pa.caches.Reservation, ...]:
-    """One for each layer; layers with the same kind of cache get the same object.
+    """One per layer; layers with the same kind of cache share one object.
 
     Args:
       positions: int32 ``[R, T]`` of the new tokens.
-      rows: int32 ``[R]``, the rows of the caches to which they belong, or None.
-      caches: one per layer. Those of the same policy, storage and capacity hold the same tokens, unless the policy lets
-        every head choose (``policy.per_head``).
+      rows: int32 ``[R]``, the cache rows to which they belong, or None.
+      caches: one per layer. Caches of equal policy, storage and capacity hold the same tokens, unless the policy
+        selects per head (``policy.per_head``).
     """
     made: dict[tuple, pa.caches.Reservation] = {}
     layers = []
@@ -65,12 +65,12 @@ def block_masks(
     reserved: Sequence[pa.caches.Reservation] | None,
     sizes: Sizes,
 ) -> tuple[pa.BlockMask, ...]:
-    """One for each layer; layers with the same window and the same kind of cache get the same object.
+    """One per layer; layers with the same window and kind of cache share one object.
 
     Args:
-      positions: int32 ``[B|1, T]`` of the new tokens, which are not in the caches yet.
-      extra: what every layer's mask is combined with, or None.
-      caches, reserved: one per layer, and what :func:`reservations` says of them; or None.
+      positions: int32 ``[B|1, T]`` of the new tokens, which the caches do not hold yet.
+      extra: a mask combined with every layer's own, or None.
+      caches, reserved: one per layer, and the result of :func:`reservations`; or None.
     """
     made: dict[tuple, pa.BlockMask] = {}
     layers = []
@@ -92,5 +92,5 @@ def block_masks(
 
 
 def _kind(cache: pa.caches.KVCache, layer: int) -> tuple:
-    """Equal for the caches of layers that hold the same tokens in the same slots."""
+    """A key that is equal for caches with the same tokens in the same slots."""
     return cache.policy, cache.storage, cache.capacity, layer if cache.policy.per_head else None

@@ -1,4 +1,4 @@
-"""A decoder that holds its caches itself, for those who like their state in the module."""
+"""A decoder that holds its caches as module state."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,19 +18,19 @@ from pallas_attn_models.decoder.decoder import Decoder, DecoderOutput
 
 
 class CachedDecoder(nnx.Module):
-    """``decoder(tokens)`` goes on where the last call stopped, row by row.
+    """``decoder(tokens)`` continues each row where the last call stopped.
 
-    Every array of the caches is an ``nnx.Cache`` variable, named by layer and field, so that ``nnx.jit``,
-    ``nnx.split``, ``nnx.state`` and checkpoints treat them as they treat weights. Speed is that of :class:`Decoder`
-    under ``nnx.jit``; for many steps a :class:`~pallas_attn_models.generation.Generator` has less to do in Python.
+    Every array of the caches is an ``nnx.Cache`` variable, named by layer and field, so ``nnx.jit``, ``nnx.split``,
+    ``nnx.state`` and checkpoints handle them like weights. As fast as :class:`Decoder` under ``nnx.jit``; for many
+    steps, a :class:`~pallas_attn_models.generation.Generator` spends less time in Python.
 
     Args:
-      model: the decoder, which is shared, not copied.
-      batch_size, capacity, policy, storage, dtype, chunk: of the caches, as :meth:`Decoder.init_caches` takes them.
+      model: the decoder; shared, not copied.
+      batch_size, capacity, policy, storage, dtype, chunk: as in :meth:`Decoder.init_caches`.
 
     Raises:
-      TypeError: another kind of model.
-      ValueError: what :meth:`Decoder.init_caches` refuses.
+      TypeError: ``model`` is not a Decoder.
+      ValueError: as in :meth:`Decoder.init_caches`.
     """
 
     def __init__(
@@ -51,23 +51,23 @@ class CachedDecoder(nnx.Module):
             batch_size=batch_size, capacity=capacity, policy=policy, storage=storage, dtype=dtype, chunk=chunk
         )
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(caches)
-        # In the order of the leaves: what holds variables may sort them.
+        # In the order of the leaves, because nnx containers may sort their variables.
         self._names = tuple("layer_" + jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in leaves)
         self.cache = nnx.Dict({name: nnx.Cache(leaf) for name, (_, leaf) in zip(self._names, leaves, strict=True)})
 
     @property
     def caches(self) -> tuple[pa.caches.KVCache, ...]:
-        """One per layer, as they are now."""
+        """The current caches, one per layer."""
         return jax.tree.unflatten(self._structure, [self.cache[name].get_value() for name in self._names])
 
     @property
     def next_positions(self) -> Array:
-        """int32 ``[B]``: the position that each row's next token has."""
+        """int32 ``[B]``: the position of each row's next token."""
         return self.caches[0].lengths
 
     @property
     def overflowed(self) -> Array:
-        """bool ``[B]``: rows that lost a token for which a cache had no room."""
+        """bool ``[B]``: rows that lost a token because a cache was full."""
         return jnp.stack([cache.overflowed for cache in self.caches]).any(0)
 
     def __call__(
@@ -79,21 +79,21 @@ class CachedDecoder(nnx.Module):
         layer_hook: Callable[[int, Array], Array] | None = None,
         apply_head: bool = True,
     ) -> DecoderOutput:
-        """Reads ``tokens`` and keeps them.
+        """Runs the decoder on ``tokens`` and appends them to the caches.
 
         Args:
           tokens: int32 ``[B, T]``.
-          positions: int32 ``[B|1, T]``, to be checked: -1 is padding, and each row goes on at :attr:`next_positions`.
-            Under jit values cannot be checked; say ``real`` there.
-          real: bool ``[B, T]``, False is padding; default: every token is real. Not together with positions.
-          layer_hook, apply_head: as :meth:`Decoder.__call__` takes them.
+          positions: int32 ``[B|1, T]``; -1 is padding, and each row must continue at :attr:`next_positions`. Values
+            cannot be checked under jit; pass ``real`` there.
+          real: bool ``[B, T]``, False is padding; default: all True. Excludes ``positions``.
+          layer_hook, apply_head: as in :meth:`Decoder.__call__`.
 
         Returns:
           The decoder's output; its ``caches`` are None.
 
         Raises:
-          ValueError: positions that are not the next ones, or what a Decoder refuses.
-          TypeError: the wrong kind of object.
+          ValueError: positions that do not continue the rows, or as in :meth:`Decoder.__call__`.
+          TypeError: an argument of the wrong kind.
         """
         caches = self.caches
         tokens = checks.array_or_list("tokens", tokens, f"int32 [{caches[0].batch_size}, T]")
@@ -103,7 +103,7 @@ class CachedDecoder(nnx.Module):
         if positions is not None:
             if real is not None:
                 got = checks.describe(real)
-                raise ValueError(f"real: expected None together with positions, which say it too, got {got}")
+                raise ValueError(f"real: expected None together with positions, which mark padding too, got {got}")
             positions = _checked(positions, caches[0].lengths, shape)
         else:
             is_real = jnp.ones(shape, jnp.bool_) if real is None else checks.array_or_list("real", real, "bool")
@@ -115,20 +115,20 @@ class CachedDecoder(nnx.Module):
         return dataclasses.replace(out, caches=None)
 
     def reset(self, rows: ArrayLike | None = None) -> None:
-        """Empties the rows where ``rows`` (bool ``[B]``) is True; default: all."""
+        """Clears the rows where ``rows`` (bool ``[B]``) is True; default: all."""
         batch_size = self.caches[0].batch_size
-        wanted: Any = np.ones(batch_size, np.bool_) if rows is None else rows
-        self._set(tuple(cache.reset(wanted) for cache in self.caches))
+        selected: Any = np.ones(batch_size, np.bool_) if rows is None else rows
+        self._set(tuple(cache.reset(selected) for cache in self.caches))
 
     def truncate(self, lengths: ArrayLike) -> None:
-        """Takes back what comes after each row's first ``lengths`` (int ``[B]``) tokens."""
-        wanted: Any = lengths  # a cache takes lists, too
-        self._set(tuple(cache.truncate(wanted) for cache in self.caches))
+        """Keeps each row's first ``lengths`` (int ``[B]``) tokens."""
+        kept: Any = lengths  # caches accept lists, too
+        self._set(tuple(cache.truncate(kept) for cache in self.caches))
 
     def fork(self, sources: ArrayLike) -> None:
-        """Row b goes on as what row ``sources[b]`` (int ``[B]``) is."""
-        wanted: Any = sources
-        self._set(tuple(cache.fork(wanted) for cache in self.caches))
+        """Rewrites row b as a copy of row ``sources[b]`` (int ``[B]``)."""
+        copied: Any = sources
+        self._set(tuple(cache.fork(copied) for cache in self.caches))
 
     def _set(self, caches: tuple[pa.caches.KVCache, ...] | None) -> None:
         for name, leaf in zip(self._names, jax.tree.leaves(caches), strict=True):
@@ -140,19 +140,19 @@ def _next_positions(real: Array, lengths: Array) -> Array:
 
 
 def _checked(positions: ArrayLike, lengths: Array, shape: tuple[int, ...]) -> Array:
-    """The positions of all rows, if they go on where the rows are."""
+    """The positions, broadcast to all rows, after checking that they continue the rows."""
     positions = checks.array_or_list("positions", positions, "int32")
     if not checks.is_integer(positions) or positions.shape not in (shape, (1, shape[1])):
-        wanted = f"int32 [{shape[0]}|1, {shape[1]}]"
-        raise ValueError(f"positions: expected {wanted}, got {positions.dtype} {list(positions.shape)}")
+        expected = f"int32 [{shape[0]}|1, {shape[1]}]"
+        raise ValueError(f"positions: expected {expected}, got {positions.dtype} {list(positions.shape)}")
     if isinstance(positions, Tracer) or isinstance(lengths, Tracer):
-        wanted = "None under jit, where they cannot be checked; say which tokens are real"
-        raise ValueError(f"positions: expected {wanted}, got {checks.describe(positions)}")
+        expected = "None under jit, where they cannot be checked; pass real instead"
+        raise ValueError(f"positions: expected {expected}, got {checks.describe(positions)}")
     positions = jnp.broadcast_to(checks.positions("positions", positions, ranks=(2,)), shape)
     expected = _next_positions(positions >= 0, lengths)
     wrong = ((positions != expected) & (positions >= 0)).any(1)
     if wrong.any():
         row = int(wrong.argmax())
         got = [int(position) for position in positions[row] if position >= 0]
-        raise ValueError(f"positions: expected row {row} to go on at {int(lengths[row])}, one by one, got {got}")
+        raise ValueError(f"positions: expected consecutive positions from {int(lengths[row])} in row {row}, got {got}")
     return positions

@@ -1,6 +1,6 @@
-"""The decoder: one call trains, prefills (any number of tokens) and decodes.
+"""The decoder: one call serves training, prefill (any number of tokens) and decode.
 
-Reads downwards: what a call gives back, one layer, the decoder.
+Reads downwards: output, layer, decoder.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DecoderOutput:
-    """What a call of :class:`Decoder` gives back; a pytree.
+    """The output of :class:`Decoder`; a pytree.
 
     Attributes:
-      logits: float32 ``[B, T, V]``, or None with ``apply_head=False``. At padding they are finite and mean nothing.
+      logits: float32 ``[B, T, V]``, or None with ``apply_head=False``. Finite but meaningless at padding.
       hidden: ``[B, T, E]`` after the last norm, in the decoder's dtype.
-      caches: the caches with these tokens in them, one per layer, or None.
-      block_masks: the ``pa.BlockMask`` of every layer, most often the same object: ``num_active`` says how many KV
-        blocks the layer visited.
+      caches: the updated caches, one per layer, or None.
+      block_masks: the ``pa.BlockMask`` of every layer, usually one shared object; ``num_active`` counts the KV blocks
+        that the layer visited.
     """
 
     logits: Array | None
@@ -45,7 +45,7 @@ class DecoderOutput:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each on the normalised residual stream and added back to it."""
+    """Attention and MLP, each applied to the normalized residual stream and added to it."""
 
     def __init__(
         self,
@@ -80,17 +80,17 @@ class Decoder(nnx.Module):
     """A decoder of the Llama family (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783), or Mistral.
 
     Args:
-      config: the sizes and constants.
-      rngs: from which the weights are drawn; :func:`~pallas_attn_models.checkpoints.load_hf` draws none.
-      dtype: of activations and matrix products. Norms, rotary angles, softmax and logits are float32 whatever it is.
+      config: sizes and constants.
+      rngs: initializes the weights; :func:`~pallas_attn_models.checkpoints.load_hf` skips this.
+      dtype: of activations and matrix products. Norms, rotary angles, softmax and logits are always float32.
       param_dtype: of the weights; default ``dtype``.
-      implementation: of ``pa.attention``; default: the best that can serve.
-      block_sizes: a ``pa.BlockSizes`` for the block masks; default from the tuning table. Where its ``chunk`` is None,
-        decode gets a fixed one all the same, so that a row does not depend, to the bit, on who shares the batch.
+      implementation: of ``pa.attention``; default: the best available.
+      block_sizes: a ``pa.BlockSizes`` for the block masks; default: the tuning table. If its ``chunk`` is None, decode
+        still uses a fixed one, so that a row's bits do not depend on the other rows.
 
     Raises:
-      ValueError: a dtype that weights cannot have, an unknown implementation, or ``rngs`` without parameters' stream.
-      TypeError: the wrong kind of object.
+      ValueError: an unsupported dtype, an unknown implementation, or ``rngs`` without a stream for parameters.
+      TypeError: an argument of the wrong kind.
     """
 
     def __init__(
@@ -144,30 +144,28 @@ class Decoder(nnx.Module):
         rows: ArrayLike | None = None,
         tree: ArrayLike | None = None,
     ) -> DecoderOutput:
-        """Runs the decoder over ``tokens``, each of which sees itself and what comes before it.
+        """Runs the decoder over ``tokens`` with causal attention.
 
         Args:
-          tokens: int32 ``[B, T]``. One that is not in the vocabulary has the vector NaN, unless it is padding.
-          positions: int32 ``[B|1, T]``; -1 is padding, wherever it stands, and whatever token stands there. Default:
-            ``arange(T)``, after what each row's cache already holds.
-          caches: one per layer, from :meth:`init_caches` or an earlier call; the tokens are appended to them.
+          tokens: int32 ``[B, T]``. A token outside the vocabulary is embedded as NaN, unless it is padding.
+          positions: int32 ``[B|1, T]``; -1 marks padding, anywhere and with any token. Default: ``arange(T)`` after the
+            tokens in each row's cache.
+          caches: one per layer, from :meth:`init_caches` or an earlier call; the tokens are appended.
           segment_ids: int32 ``[B|1, T]`` for packed documents: a token sees only its own document. Rotary embedding
-            knows only distances, so positions may start anew in each document or run on. Not together with caches.
-          layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[B, T, E]``, called before each layer. What it
-            returns has the shape and dtype of what it was given.
-          apply_head: False leaves the logits out; :meth:`logits` gives them for chosen rows of ``hidden``.
-          rows: int32 ``[B]``, distinct: the rows of the caches to which the rows of ``tokens`` belong, where these are
-            only some of them; no copy is made. What is no row of the caches is an unused entry: all of its tokens count
-            as padding. The caches of all other rows stay as they are.
-          tree: bool ``[T, T]`` or ``[B|1, T, T]``: the tokens are the nodes of a draft tree, and a node sees itself,
-            its ancestors (True), and what its row's caches hold, as ``pa.masks.tree`` says. Then positions are needed,
-            of each node by its depth; what is padding comes last in its row. Only together with caches that keep every
-            token in order (``pa.caches.Dense``); ``KVCache.keep`` takes back all but one path.
+            depends only on distances, so positions may restart in each document or continue. Excludes ``caches``.
+          layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[B, T, E]``, called before each layer. It must
+            preserve shape and dtype.
+          apply_head: False omits the logits; :meth:`logits` computes them for selected rows of ``hidden``.
+          rows: int32 ``[B]``, distinct: the cache rows to which the rows of ``tokens`` belong; nothing is copied. An
+            index outside the caches marks an unused entry, whose tokens are padding. Other cache rows stay unchanged.
+          tree: bool ``[T, T]`` or ``[B|1, T, T]``: the tokens are the nodes of a draft tree; a node sees itself, its
+            ancestors (True) and its row's cached tokens, as in ``pa.masks.tree``. Requires ``positions`` that follow
+            the depth of each node, padding at the end of each row, and caches that keep every token in order
+            (``pa.caches.Dense``); ``KVCache.keep`` then keeps one path.
 
         Raises:
-          ValueError: a shape, dtype or count that does not fit, or an integer that 32 bits do not hold; names the
-            argument, what was expected and what came.
-          TypeError: the wrong kind of object.
+          ValueError: an invalid shape, dtype, count, or integer beyond 32 bits; names the argument.
+          TypeError: an argument of the wrong kind.
         """
         if layer_hook is not None and not callable(layer_hook):
             raise TypeError(f"layer_hook: expected a function or None, got {checks.describe(layer_hook)}")
@@ -184,21 +182,21 @@ class Decoder(nnx.Module):
         extra, reserved = None, None
         if segment_ids is not None:
             if caches is not None:
-                wanted = "None together with caches, which hold one document a row"
-                raise ValueError(f"segment_ids: expected {wanted}, got {checks.describe(segment_ids)}")
+                expected = "None together with caches, which hold one document per row"
+                raise ValueError(f"segment_ids: expected {expected}, got {checks.describe(segment_ids)}")
             extra = pa.masks.segments(_segment_ids(segment_ids, tokens))
         if tree is not None:
             extra = _tree_mask(tree, tokens, has_positions, caches, rows)
         if caches is not None:
             positions = jnp.broadcast_to(positions, tokens.shape)
             if rows is not None:
-                exist = (rows >= 0) & (rows < caches[0].batch_size)
-                positions = jnp.where(exist[:, None], positions, -1)
+                in_bounds = (rows >= 0) & (rows < caches[0].batch_size)
+                positions = jnp.where(in_bounds[:, None], positions, -1)
             reserved = reservations(positions, rows, caches)
         sizes = Sizes(self.block_sizes, self.implementation, self.config.head_dim, self.dtype)
         masks = block_masks(self.config, positions, extra, caches, reserved, sizes)
 
-        # What stands at padding may be no token at all, and the embedding answers that with NaN.
+        # Padding may hold invalid tokens, which the embedding would map to NaN.
         hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope)
         new_caches = []
@@ -221,8 +219,8 @@ class Decoder(nnx.Module):
         """The output head: ``[B, T, E]``, as in :class:`DecoderOutput`, to float32 ``[B, T, V]``.
 
         Raises:
-          ValueError: another shape, or no floating-point numbers.
-          TypeError: what is no array.
+          ValueError: a different shape, or a dtype that is not floating-point.
+          TypeError: not an array.
         """
         given = checks.array("hidden", hidden)
         if given.ndim != 3 or given.shape[-1] != self.config.hidden_size:
@@ -242,19 +240,19 @@ class Decoder(nnx.Module):
         dtype: DTypeLike | None = None,
         chunk: int | None = None,
     ) -> tuple[pa.caches.KVCache, ...]:
-        """Empty caches, one per layer.
+        """Creates empty caches, one per layer.
 
         Args:
           batch_size: B.
-          capacity: how many tokens a row can hold; for all layers, or one for each.
-          policy: which tokens are kept; for all layers, or one for each; default ``pa.caches.Dense()``.
-          storage: how a slot is held; for all layers, or one for each; default ``pa.caches.Plain()``.
-          dtype: of the keys and values; default the decoder's.
-          chunk: the most tokens of one call. If given, a layer with a sliding window gets a ``pa.caches.Window`` of as
-            many slots as that takes, whatever the policy of the others, unless the capacity is less.
+          capacity: tokens per row; one number, or one per layer.
+          policy: selects the tokens to keep; one, or one per layer; default ``pa.caches.Dense()``.
+          storage: format of a slot; one, or one per layer; default ``pa.caches.Plain()``.
+          dtype: of the keys and values; default: the decoder's.
+          chunk: maximum number of tokens per call. If given, a layer with a sliding window gets a ``pa.caches.Window``
+            with only the slots it needs, whatever ``policy``, unless its capacity is smaller.
 
         Raises:
-          ValueError: a number of capacities, policies or storages that is not that of the layers.
+          ValueError: the number of capacities, policies or storages differs from the number of layers.
         """
         return init_caches(
             self.config,
@@ -269,14 +267,14 @@ class Decoder(nnx.Module):
     def _check_caches(
         self, caches: Sequence[pa.caches.KVCache] | None, rows: ArrayLike | None, batch_size: int
     ) -> Array | None:
-        """The rows, if they and the caches fit tokens of so many rows."""
+        """Checks ``caches`` and ``rows`` against the batch size of the tokens; returns the rows."""
         if rows is not None:
             rows = checks.array_or_list("rows", rows, f"int32 [{batch_size}]")
             if caches is None:
                 raise ValueError(f"rows: expected None without caches, got {checks.describe(rows)}")
             if rows.shape != (batch_size,) or not checks.is_integer(rows):
                 raise ValueError(f"rows: expected int32 [{batch_size}], as tokens, got {rows.dtype} {list(rows.shape)}")
-            # What 32 bits do not hold is no row, either.
+            # Integers beyond 32 bits count as out of bounds, too.
             rows = checks.positions("rows", rows, ranks=(1,))
         if caches is None:
             return None
@@ -287,17 +285,17 @@ class Decoder(nnx.Module):
                 raise TypeError(f"caches[{index}]: expected a KVCache, got {checks.describe(cache)}")
         if len(caches) != self.config.num_layers:
             raise ValueError(f"caches: expected one per layer, {self.config.num_layers}, got {len(caches)}")
-        expected, of = (batch_size, "tokens") if rows is None else (caches[0].batch_size, "caches[0]")
+        expected, source = (batch_size, "tokens") if rows is None else (caches[0].batch_size, "caches[0]")
         for index, cache in enumerate(caches):
             if cache.batch_size != expected:
                 raise ValueError(
-                    f"caches[{index}]: expected the batch size of {of}, {expected}, got {cache.batch_size}"
+                    f"caches[{index}]: expected the batch size of {source}, {expected}, got {cache.batch_size}"
                 )
         return rows
 
 
 def _lengths(cache: pa.caches.KVCache, rows: Array | None) -> Array:
-    """int32 ``[B]``, of the rows of tokens."""
+    """int32 ``[B]``: cached tokens of each row of ``tokens``."""
     return cache.lengths if rows is None else jnp.take(cache.lengths, rows, mode="clip")
 
 
@@ -308,23 +306,23 @@ def _tree_mask(
     caches: Sequence[pa.caches.KVCache] | None,
     rows: Array | None,
 ) -> pa.masks.Mask:
-    """Of nodes that come after all that the caches hold."""
+    """The mask of a draft tree whose nodes follow the cached tokens."""
     if caches is None or not all(cache.policy.ordered for cache in caches):
         got = "no caches" if caches is None else ", ".join(type(cache.policy).__name__ for cache in caches)
-        raise ValueError(f"tree: expected caches that are Dense in every layer, got {got}")
+        raise ValueError(f"tree: expected Dense caches in every layer, got {got}")
     if not has_positions:
-        raise ValueError("tree: expected positions with it, of each node by its depth, got None")
+        raise ValueError("tree: expected also positions, which follow the depth of each node, got None")
     tree = checks.array_or_list("tree", tree, "bool")
     batch_size, length = tokens.shape
     shapes = [(length, length), (batch_size, length, length), (1, length, length)]
     if tree.dtype != jnp.bool_ or tree.shape not in shapes:
-        wanted = f"bool [{length}, {length}] or [{batch_size}|1, {length}, {length}]"
-        raise ValueError(f"tree: expected {wanted}, got {tree.dtype} {list(tree.shape)}")
+        expected = f"bool [{length}, {length}] or [{batch_size}|1, {length}, {length}]"
+        raise ValueError(f"tree: expected {expected}, got {tree.dtype} {list(tree.shape)}")
     return pa.masks.tree(jnp.asarray(tree), start=_lengths(caches[0], rows))
 
 
 def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
-    """A dtype that weights and activations can have, or a ValueError or TypeError that names the argument."""
+    """Normalizes a dtype for weights and activations; raises ValueError or TypeError, naming the argument."""
     expected = f"{name}: expected one of {', '.join(FLOAT_DTYPES)}"
     try:
         checked = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
@@ -338,7 +336,7 @@ def check_dtype(name: str, dtype: DTypeLike) -> jnp.dtype:
 
 
 def check_implementation(implementation: str | None) -> None:
-    """Raises a ValueError or TypeError unless ``pa.attention`` has an implementation of this name, or it is None."""
+    """Raises ValueError or TypeError unless None or the name of an implementation of ``pa.attention``."""
     if implementation is None:
         return
     expected = f"implementation: expected one of {', '.join(pa.implementations())}, or None"
@@ -349,7 +347,7 @@ def check_implementation(implementation: str | None) -> None:
 
 
 def _as_int32(name: str, value: ArrayLike) -> Array:
-    """As int32, ``[B, T]``; what is being traced, and 32 bits do not hold, becomes -1."""
+    """The array as int32 ``[B, T]``; traced values beyond 32 bits become -1."""
     array = checks.array_or_list(name, value, "int32 [B, T]")
     if not checks.is_integer(array) or array.ndim != 2 or array.size == 0:
         raise ValueError(f"{name}: expected int32 [B, T], none of them 0, got {array.dtype} {list(array.shape)}")
@@ -363,7 +361,7 @@ def _per_token(name: str, value: ArrayLike, tokens: Array) -> Array:
 
 
 def _segment_ids(value: ArrayLike, tokens: Array) -> Any:
-    """Of any integer dtype, as they are only compared."""
+    """Segment ids of any integer dtype, because they are only compared."""
     array: Any = checks.array_or_list("segment_ids", value, "integers [B, T]")
     if not checks.is_integer(array):
         raise ValueError(f"segment_ids: expected integers, got {array.dtype}")
@@ -378,11 +376,11 @@ def _check_per_token(name: str, shape: tuple[int, ...], tokens: Array) -> None:
 
 
 def _hooked(layer_hook: Callable[[int, Array], Array], layer: int, hidden: Array) -> Array:
-    """What the hook makes of ``hidden``."""
-    wanted = f"{hidden.dtype} {list(hidden.shape)} from layer {layer}, as it was given"
+    """The hook's output, after checking its shape and dtype."""
+    expected = f"{hidden.dtype} {list(hidden.shape)} for layer {layer}, like its input"
     hooked = layer_hook(layer, hidden)
     if not isinstance(hooked, Array | np.ndarray):
-        raise TypeError(f"layer_hook: expected {wanted}, got {checks.describe(hooked)}")
+        raise TypeError(f"layer_hook: expected {expected}, got {checks.describe(hooked)}")
     if (hooked.shape, hooked.dtype) != (hidden.shape, hidden.dtype):
-        raise ValueError(f"layer_hook: expected {wanted}, got {hooked.dtype} {list(hooked.shape)}")
+        raise ValueError(f"layer_hook: expected {expected}, got {hooked.dtype} {list(hooked.shape)}")
     return jnp.asarray(hooked)

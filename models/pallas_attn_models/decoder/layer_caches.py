@@ -1,4 +1,4 @@
-"""The caches of a decoder, a policy and a storage for each layer."""
+"""Creates the caches of a decoder, with a policy and a storage per layer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def init_caches(
 
 
 def whole_pages(slots: int, page_size: int = PAGE_MULTIPLE) -> int:
-    """``slots``, and those that fill the last page: some rows of a cache that is not paged are read as pages, too."""
+    """Rounds ``slots`` up to whole pages: a call with only some rows of a cache reads even an unpaged one as pages."""
     return -(-slots // page_size) * page_size
 
 
@@ -71,7 +71,7 @@ def _per_layer(config: DecoderConfig, name: str, value: Any, kind: Any, expected
 def _of_window(
     window: int, chunk: int, batch_size: int, capacity: int, policy: pa.caches.Policy, storage: pa.caches.Storage
 ) -> tuple[int, pa.caches.Policy, pa.caches.Storage]:
-    """What a layer with a sliding window needs to take ``chunk`` tokens at once, if that is less than it was given."""
+    """Reduces a sliding-window layer to the slots it needs for calls of ``chunk`` tokens, if that saves any."""
     page_size = storage.page_size if isinstance(storage, pa.caches.Paged) else PAGE_MULTIPLE
     slots = whole_pages(window + chunk - 1, page_size)
     if slots >= capacity:

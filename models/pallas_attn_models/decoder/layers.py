@@ -1,6 +1,6 @@
-"""What a Llama layer is made of besides attention: embedding, RMSNorm, rotary embedding, gated MLP.
+"""The parts of a Llama decoder besides attention: embedding, RMSNorm, rotary embedding, gated MLP.
 
-Linear maps are ``nnx.Linear`` without bias; their kernels are ``[in, out]``.
+Linear maps are ``nnx.Linear`` without bias; kernels are ``[in, out]``.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _INITIALIZER = nnx.initializers.normal(0.02)
 
 
 class _CountedStream(nnx.RngStream):
-    """The keys of another stream, with a count of how many it has given that is an int of Python."""
+    """The keys of another stream, counted by a Python int."""
 
     def __init__(self, stream: nnx.RngStream) -> None:
         super().__init__(stream.key[...], tag=stream.tag)
@@ -34,10 +34,10 @@ class _CountedStream(nnx.RngStream):
 
 @contextmanager
 def counted(rngs: nnx.Rngs) -> Iterator[nnx.Rngs]:
-    """``rngs`` for whoever draws many parameters: the same keys, but its count is updated once, at the end.
+    """Yields ``rngs`` with the same keys whose count is updated only once, at the end.
 
-    Under ``nnx.eval_shape`` Flax searches all that has been traced so far whenever a count is updated, which takes time
-    quadratic in the number of draws.
+    Under ``nnx.eval_shape``, Flax searches everything traced so far whenever a count is updated, which takes time
+    quadratic in the number of parameters.
     """
     stream = rngs.params
     replacement = nnx.Rngs()
@@ -50,7 +50,7 @@ def counted(rngs: nnx.Rngs) -> Iterator[nnx.Rngs]:
 def linear(
     in_features: int, out_features: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike, **options
 ) -> nnx.Linear:
-    """A linear map without bias, ``[.., in] -> [.., out]``, the only kind that a Llama has."""
+    """A linear map without bias, ``[.., in] -> [.., out]``."""
     return nnx.Linear(
         in_features,
         out_features,
@@ -64,7 +64,7 @@ def linear(
 
 
 class Embedding(nnx.Module):
-    """The table of token vectors, ``[V, E]``, which a tied model also uses as its output head."""
+    """The embedding table, ``[V, E]``; a tied model also uses it as the output head."""
 
     def __init__(
         self, vocab_size: int, hidden_size: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
@@ -73,7 +73,7 @@ class Embedding(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Array) -> Array:
-        """``[B, T] -> [B, T, E]``. A token outside the vocabulary gives NaN, so that it cannot go unnoticed."""
+        """``[B, T] -> [B, T, E]``. A token outside the vocabulary yields NaN instead of a silent error."""
         rows = self.table[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return rows.astype(self.dtype)
 
@@ -84,7 +84,7 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4), in float32 inside."""
+    """Root mean square normalization (Zhang & Sennrich 2019, arXiv:1910.07467, equation 4), computed in float32."""
 
     def __init__(self, size: int, epsilon: float, *, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones((size,), param_dtype))
@@ -95,7 +95,7 @@ class RMSNorm(nnx.Module):
         """``[B, T, E] -> [B, T, E]``."""
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + jnp.float32(self.epsilon))
-        # Rounded before it is scaled, as the Llama checkpoints were trained.
+        # Round before scaling, as in the training of the Llama checkpoints.
         return x.astype(self.dtype) * self.scale[...].astype(self.dtype)[None, None]
 
 
@@ -116,31 +116,31 @@ class MLP(nnx.Module):
 
 
 def inverse_frequencies(head_dim: int, rope: RopeConfig) -> np.ndarray:
-    """The angle by which each pair of a head turns per position, float64 ``[D / 2]``; see :class:`RopeConfig`."""
+    """The rotation angle per position of each pair of a head, float64 ``[D / 2]``; see :class:`RopeConfig`."""
     frequency = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
     if rope.type == "linear":
         return frequency / rope.factor
     if rope.type == "llama3":
-        turns = rope.original_max_position_embeddings * frequency / (2 * np.pi)  # over the original context
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        rotations = rope.original_max_position_embeddings * frequency / (2 * np.pi)  # over the original context
+        keep = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         keep = np.clip(keep, 0.0, 1.0)
         return keep * frequency + (1 - keep) * frequency / rope.factor
     return frequency
 
 
 def rotary_tables(positions: Array, head_dim: int, rope: RopeConfig) -> tuple[Array, Array]:
-    """Cosine and sine of every angle: int32 ``[B|1, T]`` -> two float32 ``[B|1, T, 1, D / 2]``, for all layers."""
+    """Cosines and sines, shared by all layers: int32 ``[B|1, T]`` -> two float32 ``[B|1, T, 1, D / 2]``."""
     frequency = jnp.asarray(inverse_frequencies(head_dim, rope), jnp.float32)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns ``[B, T, heads, D]`` by the angles of :func:`rotary_tables`, in float32; keeps the dtype of ``x``.
+    """Rotates ``[B, T, heads, D]`` by the angles of :func:`rotary_tables`, in float32; keeps the dtype of ``x``.
 
-    The pairs are (i, i + D/2), as in the checkpoints that transformers writes; RoFormer (arXiv:2104.09864, equation 34)
-    pairs neighbours, which is the same up to an order of the rows of the query and key projections.
+    The pairs are (i, i + D/2), as in transformers' checkpoints; RoFormer (arXiv:2104.09864, equation 34) pairs
+    neighbors, which is equivalent up to a permutation of the rows of the query and key projections.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

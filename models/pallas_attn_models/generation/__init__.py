@@ -1,6 +1,5 @@
-"""From prompt tokens to new tokens: sampling, stopping, speculation, the compiled steps, the scheduler."""
+"""From prompt tokens to new tokens: sampling, stop conditions, speculation, compiled steps, scheduler."""
 
-from pallas_attn_models.generation.asked import check_prompts as check_prompts
 from pallas_attn_models.generation.generator import GenerationResult as GenerationResult
 from pallas_attn_models.generation.generator import Generator as Generator
 from pallas_attn_models.generation.generator import PromptScore as PromptScore
@@ -16,3 +15,4 @@ from pallas_attn_models.generation.speculation import DraftModel as DraftModel
 from pallas_attn_models.generation.speculation import PromptLookup as PromptLookup
 from pallas_attn_models.generation.stats import GenerationStats as GenerationStats
 from pallas_attn_models.generation.stopping import StopStrings as StopStrings
+from pallas_attn_models.generation.validation import check_prompts as check_prompts

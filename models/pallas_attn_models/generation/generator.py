@@ -1,7 +1,7 @@
-"""Prompts in, tokens out, with two executables for life, whatever is asked and whenever it comes.
+"""The Generator: prompts in, tokens out, with exactly two executables, whatever the requests.
 
-The Generator checks what it is given and hands it to the scheduler, which decides who has which row; the engine runs
-the executables (``steps.py``) on the state that the device holds (``rows.py``).
+The Generator validates requests and passes them to the scheduler, which assigns rows; the engine runs the executables
+(``steps.py``) on the device state (``state.py``).
 """
 
 import collections
@@ -17,26 +17,33 @@ import pallas_attn as pa
 from pallas_attn import bits, checks
 from pallas_attn_models.checks import require_positive_int, require_size, shown
 from pallas_attn_models.decoder import Decoder, whole_pages
-from pallas_attn_models.generation.asked import Asked, Bounds, Tokens, check_asked, check_one, check_prompts
 from pallas_attn_models.generation.engine import Engine
-from pallas_attn_models.generation.requests import Handle, Job, ScoreJob, TopLogprobs
+from pallas_attn_models.generation.fair_lock import FairLock
+from pallas_attn_models.generation.requests import Handle, RequestGroup, ScoreRequest, TopLogprobs
 from pallas_attn_models.generation.sampling import SEEDS, Limits, Sampling, Stop
 from pallas_attn_models.generation.scheduler import Scheduler
 from pallas_attn_models.generation.speculation import Speculation, check_speculation, num_nodes
-from pallas_attn_models.generation.stats import GenerationStats, Spent
-from pallas_attn_models.generation.steps import REPORT_WIDTH
-from pallas_attn_models.generation.turns import Turns
+from pallas_attn_models.generation.stats import GenerationStats, UsageStats
+from pallas_attn_models.generation.steps import OUTPUT_WIDTH
+from pallas_attn_models.generation.validation import (
+    Bounds,
+    GenerationRequest,
+    Tokens,
+    check_prompts,
+    validate_request,
+    validate_requests,
+)
 
 _GREEDY = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationResult:
-    """What :meth:`Generator.generate` gives back: one entry per prompt, or per sample, prompt after prompt.
+    """The result of :meth:`Generator.generate`: one entry per prompt, or per sample, grouped by prompt.
 
     Attributes:
       tokens, logprobs, finish_reasons, top_logprobs: see :class:`~pallas_attn_models.generation.Completion`.
-      stats: what the run took.
+      stats: resources that the run used.
     """
 
     tokens: list[list[int]]
@@ -47,12 +54,12 @@ class GenerationResult:
 
 
 class StreamEvent(NamedTuple):
-    """A token of a prompt's continuation, or its end, or both.
+    """A new token of a continuation, or its finish reason, or both.
 
     Attributes:
-      row: which entry it would be in a :class:`GenerationResult`.
-      token: the token; None if only the end is to be told.
-      finish_reason: None, or with the last event of a row why there is no more.
+      row: index of the continuation, as in a :class:`GenerationResult`.
+      token: the token; None if the event carries only the finish reason.
+      finish_reason: set in the last event of a row, else None.
     """
 
     row: int
@@ -62,12 +69,12 @@ class StreamEvent(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PromptScore:
-    """How likely a model finds a prompt.
+    """Log-probabilities of a prompt's tokens.
 
     Attributes:
-      logprobs: of each token but the first, given those before it. NaN where the model's logits are no numbers; this
-        can reach a few tokens before the one that caused it, but no other prompt.
-      logits: float32 ``[tokens, V]``, after each token, or None if they were not asked for.
+      logprobs: log-probability of each token but the first, given the tokens before it. NaN where logits are NaN or
+        ``+inf``; this can affect a few tokens before the one that caused it, but no other prompt.
+      logits: float32 ``[tokens, V]``, after each token, or None if not requested.
     """
 
     logprobs: list[float]
@@ -80,41 +87,41 @@ class PromptScore:
 
 
 class Generator:
-    """Generates for any number of requests, ``batch_size`` rows at a time, with two executables for life.
+    """Serves any number of requests in ``batch_size`` rows and compiles exactly two executables.
 
-    A request has a row while it is served. :meth:`generate` and :meth:`stream` make requests of a list of prompts;
-    :meth:`submit` makes one at any time, and whoever waits for a result keeps all of them going. The tokens of a
-    request do not depend on what else is going on.
+    A request occupies a row while it is served. :meth:`generate` and :meth:`stream` turn a list of prompts into
+    requests; :meth:`submit` adds one at any time, and waiting for any result advances every request. The tokens of a
+    request do not depend on the other requests.
 
-    Holds the KV caches. The weights are those that the model has when a run starts, from a state without requests.
+    Holds the KV caches. Reads the model's weights whenever a run starts, that is, when no request has a row.
 
-    Several threads may share one, and call any method at any time, those of its handles too. One thread works at a
-    time, a round of :meth:`step` each, for the requests of all; the others get their turns in the order in which they
-    came. An error that breaks off a round is raised in the thread that worked; who had a row then gets it as the cause
-    of a RuntimeError. An iterator of :meth:`stream` is for one thread. No method may be called by a layer hook.
+    Threads may share a Generator and call any of its methods, and those of its handles, at any time. One thread at a
+    time runs a round of :meth:`step` for all requests; waiting threads follow in the order of their calls. An error
+    that interrupts a round is raised in the thread that ran it, and becomes the cause of a RuntimeError for every
+    request that had a row. An iterator of :meth:`stream` belongs to one thread. A layer hook must not call any method.
 
     Args:
       model: the decoder.
       batch_size: rows.
-      capacity: how many tokens the cache of a row holds, rounded up to a multiple of 16; for all layers, or one each.
-      prefill_chunk: prompts are read in pieces of this many tokens, between the steps of those that are continued.
-      policy, storage: of the caches; default ``pa.caches.Dense()`` and ``pa.caches.Plain()``; or one for each layer.
-        Layers with a sliding window hold no more than that takes, in any case.
-      max_length: how many tokens a row can have, prompt and new ones together; default: capacity. It may be larger if
-        the policy lets old tokens go.
-      limits: how much of some sampling settings a request may have.
-      max_queue: so many requests can wait for a row.
+      capacity: tokens per row that a cache can hold, rounded up to a multiple of 16; one number, or one per layer.
+      prefill_chunk: prompts are prefilled in chunks of this many tokens, between decode steps of other rows.
+      policy, storage: of the caches; default ``pa.caches.Dense()`` and ``pa.caches.Plain()``; or one per layer.
+        Layers with a sliding window never allocate more than the window needs.
+      max_length: tokens per row, prompt and new tokens together; default: capacity. May exceed the capacity if the
+        policy evicts old tokens.
+      limits: bounds on the sampling settings of a request.
+      max_queue: requests that can wait for a row.
       layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[R|B, T, E]``, called before each layer of the model,
-        not of a draft model. It is traced into the executables once.
-      prefill_rows: so many prompts are read at a time.
-      speculation: a ``PromptLookup`` or ``DraftModel``: decode drafts tokens and checks several in one step. Results do
-        not change, nor does the number of executables; but a request that is too long for the whole pool of a paged
-        cache may end a few tokens earlier, as drafts are stored until they are checked. Policies must be able to take
-        tokens back: ``Dense``, or ``Window`` with as many spare slots as a step feeds tokens.
+        not of a draft model. The executables trace it once.
+      prefill_rows: prompts prefilled in one call.
+      speculation: a ``PromptLookup`` or ``DraftModel``: decode drafts tokens and verifies several per step. Neither
+        results nor the number of executables change; but a request too long for the whole pool of a paged cache may end
+        a few tokens earlier, because drafts occupy slots until they are verified. Policies must be able to truncate:
+        ``Dense``, or ``Window`` with as many spare slots as a step feeds tokens.
 
     Raises:
-      ValueError: a size below 1 or beyond 32 bits, or one that the policy cannot work with.
-      TypeError: another kind of model, policy, storage, limits, layer hook or speculation.
+      ValueError: a size below 1 or beyond 32 bits, or one that the policy does not support.
+      TypeError: a model, policy, storage, limits, layer hook or speculation of the wrong kind.
     """
 
     def __init__(
@@ -148,7 +155,7 @@ class Generator:
         sizes += [] if max_length is None else [("max_length", max_length)]
         for name, size in sizes:
             require_size(name, size, checks.LONGEST_AXIS)
-        # What is more than there is to read, or to wait for, asks for all of it.
+        # No upper bound here: larger values act like the largest useful one.
         for name, size in (("prefill_chunk", prefill_chunk), ("max_queue", max_queue), ("prefill_rows", prefill_rows)):
             require_positive_int(name, size)
         self.model = model
@@ -173,37 +180,38 @@ class Generator:
             layer_hook=layer_hook,
         )
         self._scheduler = Scheduler(self._engine, max_queue, spare=num_nodes(speculation) - 1)
-        self._turns = Turns()
+        self._lock = FairLock()
 
     @property
     def compile_counts(self) -> dict[str, int]:
-        """How many executables each function has: 0 before the first run, 1 ever after; ``score`` if it was used."""
+        """Executables compiled per function: 0 before the first run, 1 after it; ``score`` appears once it is used."""
         return self._engine.compile_counts
 
     @property
-    def spent(self) -> Spent:
-        """What all requests so far took."""
-        return self._engine.spent
+    def spent(self) -> UsageStats:
+        """Totals over all requests so far."""
+        return self._engine.usage
 
     @property
     def cache_nbytes(self) -> int:
-        """Bytes of the caches of all layers."""
+        """Bytes that the caches of all layers occupy."""
         return sum(cache.nbytes for cache in jax.eval_shape(self._new_caches))
 
     def warmup(self, progress: Callable[[str], None] | None = None) -> float:
-        """Compiles both executables, unless that is done, and returns the seconds it took. A first run does it, too.
+        """Compiles both executables unless they are compiled already; returns the seconds spent.
 
-        Where ``jax_compilation_cache_dir`` is set before anything is compiled, a later process finds them there.
+        The first run does this implicitly. If ``jax_compilation_cache_dir`` is set before anything is compiled, later
+        processes load the executables from that directory.
 
         Args:
           progress: called with the name of each executable before it is compiled.
 
         Raises:
-          TypeError: ``progress`` is no function.
+          TypeError: ``progress`` is not callable.
         """
         if progress is not None and not callable(progress):
             raise TypeError(f"progress: expected a function or None, got {type(progress).__name__}")
-        with self._turns.take():
+        with self._lock.hold():
             return self._scheduler.compile(progress)
 
     def generate(
@@ -215,42 +223,42 @@ class Generator:
         guidance_scale: float | Sequence[float] = 1.0,
         num_samples: int = 1,
     ) -> GenerationResult:
-        """Continues every prompt until it ends, its budget is spent, or its row is full.
+        """Continues every prompt until a stop condition, its token budget, or the end of its row.
 
         Args:
-          prompts: token ids: any number of prompts of 1 to ``max_length - 1`` tokens each, of any lengths.
-          sampling: one for all prompts, or one for each.
-          stop: a token, or tokens and sequences of tokens, which end any row, besides those of its sampling and the
-            ``eos_token_ids`` of the model's config.
-          negative_prompts: one for each prompt, for classifier-free guidance (arXiv:2306.17806): what is drawn is moved
-            away from what this prompt makes likely. A guided request takes two rows.
-          guidance_scale: how far; 1 is not at all, 0 is the negative prompt itself; for all prompts, or one for each.
-          num_samples: continuations of each prompt, which is read once; sample i has the seed of the sampling plus i.
+          prompts: token ids; any number of prompts of 1 to ``max_length - 1`` tokens, of different lengths.
+          sampling: one for all prompts, or one per prompt.
+          stop: a token, or a sequence of tokens and token sequences, that end any row, in addition to those of its
+            sampling settings and the ``eos_token_ids`` of the model's config.
+          negative_prompts: one per prompt, for classifier-free guidance (arXiv:2306.17806), which steers away from the
+            tokens that the negative prompt makes likely. A guided request takes two rows.
+          guidance_scale: strength of guidance; 1 disables it, 0 follows the negative prompt alone; one number, or one
+            per prompt.
+          num_samples: continuations of each prompt, which is prefilled once; sample i uses the sampling's seed plus i.
 
         Raises:
-          ValueError: a prompt, a token, a number of samplings or rows that does not fit, before anything is compiled.
-          TypeError: the wrong kind of object.
+          ValueError: an invalid prompt, token, or number of samplings or rows; nothing has been compiled then.
+          TypeError: an argument of the wrong kind.
         """
         self._check_samples(num_samples, negative_prompts)
-        asked = check_asked(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
-        jobs = self._jobs(asked, num_samples)
+        requests = validate_requests(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
+        groups = self._groups(requests, num_samples)
         compile_seconds = self.warmup()
         before = self.spent
-        for _ in self._run(jobs, REPORT_WIDTH):
+        for _ in self._run(groups, OUTPUT_WIDTH):
             pass
-        spent = self.spent.since(before)
-        completions = [handle.result() for job in jobs for handle in job.handles]
+        usage = self.spent.since(before)
+        completions = [handle.result() for group in groups for handle in group.handles]
         return GenerationResult(
             tokens=[one.tokens for one in completions],
             logprobs=[one.logprobs for one in completions],
             finish_reasons=[one.finish_reason for one in completions],
             top_logprobs=[one.top_logprobs for one in completions],
-            stats=GenerationStats(
-                prompt_tokens=sum(len(prompt) for job in jobs for prompt in job.prompts),
+            stats=usage.of_run(
+                prompt_tokens=sum(len(prompt) for group in groups for prompt in group.prompts),
                 new_tokens=sum(len(one.tokens) for one in completions),
                 compile_seconds=compile_seconds,
                 executables=sum(self.compile_counts.values()),
-                **spent._asdict(),
             ),
         )
 
@@ -264,17 +272,17 @@ class Generator:
         num_samples: int = 1,
         interval: int = 1,
     ) -> Iterator[StreamEvent]:
-        """The tokens of :meth:`generate` as they come, ``interval`` steps at a time.
+        """Yields the tokens of :meth:`generate` as they are generated, every ``interval`` steps.
 
-        A token is told when it is certain to be part of the result. Leaving the iteration early cancels the rest.
+        Tokens that may begin a stop sequence are withheld until decided. Leaving the iteration early cancels the rest.
 
-        Args and errors are those of :meth:`generate`.
+        Arguments and errors as in :meth:`generate`.
         """
         require_positive_int("interval", interval)
         self._check_samples(num_samples, negative_prompts)
-        asked = check_asked(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
-        jobs = self._jobs(asked, num_samples)
-        return self._events(jobs, interval)
+        requests = validate_requests(prompts, sampling, stop, negative_prompts, guidance_scale, self._bounds)
+        groups = self._groups(requests, num_samples)
+        return self._events(groups, interval)
 
     def submit(
         self,
@@ -284,10 +292,10 @@ class Generator:
         negative_prompt: Tokens | None = None,
         guidance_scale: float = 1.0,
     ) -> Handle:
-        """Asks for a continuation of one prompt, which begins as soon as there is a row for it; see :meth:`generate`.
+        """Queues a request to continue one prompt, which starts as soon as a row is free; see :meth:`generate`.
 
         Raises:
-          QueueFull: ``max_queue`` requests wait already.
+          QueueFull: ``max_queue`` requests are queued already.
         """
         (handle,) = self.submit_samples(prompt, 1, sampling, stop, negative_prompt, guidance_scale)
         return handle
@@ -301,89 +309,89 @@ class Generator:
         negative_prompt: Tokens | None = None,
         guidance_scale: float = 1.0,
     ) -> list[Handle]:
-        """Asks for several continuations of one prompt, which is read once; see :meth:`submit`.
+        """Queues several continuations of one prompt, which is prefilled once; see :meth:`submit`.
 
-        They begin when there are rows for all of them. With pages they share those of the prompt.
+        They start together, when enough rows are free. In a paged cache they share the prompt's pages.
         """
         self._check_samples(num_samples, negative_prompt)
-        asked = check_one(prompt, sampling, stop, negative_prompt, guidance_scale, self._bounds)
-        (job,) = self._jobs([asked], num_samples)
-        with self._turns.take():
-            self._scheduler.submit(job)
-        return job.handles
+        request = validate_request(prompt, sampling, stop, negative_prompt, guidance_scale, self._bounds)
+        (group,) = self._groups([request], num_samples)
+        with self._lock.hold():
+            self._scheduler.submit(group)
+        return group.handles
 
-    def step(self, interval: int = REPORT_WIDTH) -> bool:
-        """One round of work for all requests, up to ``interval`` steps each; False if there was nothing to do."""
+    def step(self, interval: int = OUTPUT_WIDTH) -> bool:
+        """Runs one round for all requests, up to ``interval`` decode steps; returns False if no work is left."""
         require_positive_int("interval", interval)
-        with self._turns.take():
+        with self._lock.hold():
             if self._scheduler.idle:
                 return False
             self.warmup()
-            self._scheduler.step(min(interval, REPORT_WIDTH))
+            self._scheduler.step(min(interval, OUTPUT_WIDTH))
             return True
 
     def run(self) -> None:
-        """Works until no request is left."""
+        """Runs rounds until no request is left."""
         while self.step():
             pass
 
     def score(self, prompts: Sequence[Tokens], logits: bool = False) -> list[PromptScore]:
-        """How likely the model finds each prompt, with one more executable, which is compiled when it is first needed.
+        """Returns the log-probability of each prompt token; nothing is sampled. The first call compiles one executable.
 
         Args:
-          prompts: as for :meth:`generate`, of up to ``max_length`` tokens.
-          logits: also gives those of all positions: ``4 * tokens * V`` bytes for each prompt.
+          prompts: as in :meth:`generate`, but of up to ``max_length`` tokens.
+          logits: whether to return the logits of all positions, too: ``4 * tokens * V`` bytes per prompt.
 
-        Raises as :meth:`generate`.
+        Errors as in :meth:`generate`.
         """
         if not isinstance(logits, bool):
             raise TypeError(f"logits: expected a bool, got {type(logits).__name__}")
         vocab_size = self.model.config.vocab_size
         checked = check_prompts(prompts, max_length=self.max_length, vocab_size=vocab_size, room=0)
-        jobs = [ScoreJob(prompt, [], logits=[] if logits else None) for prompt in checked]
-        for _ in self._run(jobs, REPORT_WIDTH):
+        groups = [ScoreRequest(prompt, [], logits=[] if logits else None) for prompt in checked]
+        for _ in self._run(groups, OUTPUT_WIDTH):
             pass
-        for job in jobs:
-            if not job.finished:
-                raise RuntimeError("the run was broken off before all prompts were read") from job.error
+        for group in groups:
+            if not group.finished:
+                raise RuntimeError("the run was interrupted before all prompts were scored") from group.error
         return [
             PromptScore(
-                logprobs=np.concatenate(job.pieces)[:-1].tolist(),
-                logits=None if job.logits is None else np.concatenate(job.logits),
+                logprobs=np.concatenate(group.pieces)[:-1].tolist(),
+                logits=None if group.logits is None else np.concatenate(group.logits),
             )
-            for job in jobs
+            for group in groups
         ]
 
-    def _run(self, jobs: Sequence[Job], interval: int) -> Iterator[None]:
-        """Submits the jobs as the queue has room, and works until they are done; stops after each round."""
-        waiting = collections.deque(jobs)
+    def _run(self, groups: Sequence[RequestGroup], interval: int) -> Iterator[None]:
+        """Submits the groups as the queue has room and runs rounds until they are done; yields after each round."""
+        waiting = collections.deque(groups)
         try:
-            while not all(job.done for job in jobs):
-                with self._turns.take():
+            while not all(group.done for group in groups):
+                with self._lock.hold():
                     while waiting and not self._scheduler.queue_full:
                         self._scheduler.submit(waiting.popleft())
-                    if not all(job.done for job in jobs):  # another thread may have brought them to their end
-                        self._scheduler.step(min(interval, REPORT_WIDTH))
+                    if not all(group.done for group in groups):  # another thread may have finished them
+                        self._scheduler.step(min(interval, OUTPUT_WIDTH))
                 yield
         finally:
-            self._scheduler.give_up(jobs)
-            # Now, or when whoever has a turn begins another round: a thread that collects garbage must not wait.
-            with self._turns.take_if_free() as has_turn:
-                if has_turn:
+            self._scheduler.abandon(groups)
+            # Sweep now, or leave it to the next round: the garbage collector may run this, and must not wait.
+            with self._lock.hold_if_free() as held:
+                if held:
                     self._scheduler.sweep()
 
-    def _events(self, jobs: Sequence[Job], interval: int) -> Iterator[StreamEvent]:
+    def _events(self, groups: Sequence[RequestGroup], interval: int) -> Iterator[StreamEvent]:
         self.warmup()
-        handles = [handle for job in jobs for handle in job.handles]
-        told = [0] * len(handles)
+        handles = [handle for group in groups for handle in group.handles]
+        sent = [0] * len(handles)
         ended = [False] * len(handles)
 
-        def news() -> list[StreamEvent]:
+        def new_events() -> list[StreamEvent]:
             events = []
-            with self._turns.take():
+            with self._lock.hold():
                 for row, handle in enumerate(handles):
-                    new: list[int | None] = [*handle.tokens[told[row] : handle.num_certain]]
-                    told[row] = handle.num_certain
+                    new: list[int | None] = [*handle.tokens[sent[row] : handle.num_certain]]
+                    sent[row] = handle.num_certain
                     reason = None if ended[row] else handle.finish_reason
                     ended[row] = handle.done
                     if reason is not None and not new:
@@ -392,12 +400,12 @@ class Generator:
                     events += [StreamEvent(row, token, reason) for token in new[-1:]]
             return events
 
-        for _ in self._run(jobs, interval):
-            yield from news()
-        # Others, too, keep these going while this waits at a yield.
-        yield from news()
+        for _ in self._run(groups, interval):
+            yield from new_events()
+        # Other threads may have finished these requests while this one was suspended in a yield.
+        yield from new_events()
         for handle in handles:
-            handle.result()  # raises what broke it off
+            handle.result()  # raises if the run was interrupted
 
     @property
     def _bounds(self) -> Bounds:
@@ -405,46 +413,46 @@ class Generator:
         return Bounds(self.max_length, config.vocab_size, config.eos_token_ids, self.limits)
 
     def _check_samples(self, num_samples: int, negative: object) -> None:
-        """Raises a ValueError unless there are rows for so many samples, two for each if there is a negative prompt."""
+        """Raises ValueError unless the batch has rows for the samples, two for each with a negative prompt."""
         require_positive_int("num_samples", num_samples)
         num_rows = num_samples * (1 if negative is None else 2)
         if num_rows > self.batch_size:
-            wanted = f"at most batch_size={self.batch_size} rows for a prompt"
-            raise ValueError(f"num_samples: expected {wanted}, got {shown(num_rows)} (two for a guided sample)")
+            expected = f"at most batch_size={self.batch_size} rows for a prompt"
+            raise ValueError(f"num_samples: expected {expected}, got {shown(num_rows)} (two for a guided sample)")
 
-    def _jobs(self, asked: Sequence[Asked], num_samples: int) -> list[Job]:
-        """The requests."""
-        jobs = []
-        for prompt, settings, negative_prompt, scale in asked:
+    def _groups(self, requests: Sequence[GenerationRequest], num_samples: int) -> list[RequestGroup]:
+        """Request groups with handles for ``num_samples`` continuations each."""
+        groups = []
+        for prompt, settings, negative_prompt, scale in requests:
             seeds = ((settings.seed + index) % SEEDS for index in range(num_samples))
             samplings = (dataclasses.replace(settings, seed=seed) for seed in seeds)
-            handles = [Handle(one, self.step, self._scheduler.cancel, self._turns) for one in samplings]
-            jobs.append(Job(prompt, handles, negative_prompt, scale))
-        return jobs
+            handles = [Handle(one, self.step, self._scheduler.cancel, self._lock) for one in samplings]
+            groups.append(RequestGroup(prompt, handles, negative_prompt, scale))
+        return groups
 
     def _check_caches(self) -> None:
         nodes = num_nodes(self.speculation)
         chain = self.speculation is None or self.speculation.num_candidates == 1
         draft = None if self.speculation is None else self.speculation.draft_model
         if draft is not None and draft.config.vocab_size != self.model.config.vocab_size:
-            wanted = f"a draft model with vocab_size={self.model.config.vocab_size}"
-            raise ValueError(f"speculation: expected {wanted}, got {draft.config.vocab_size}")
+            expected = f"a draft model with vocab_size={self.model.config.vocab_size}"
+            raise ValueError(f"speculation: expected {expected}, got {draft.config.vocab_size}")
         for layer, cache in enumerate(jax.eval_shape(self._new_caches)):
             policy, where = cache.policy, f"{cache.policy} of capacity={cache.capacity} in layer {layer}"
             longest = policy.longest_append(cache.capacity)
             if self.max_length > cache.capacity and not policy.bounded:
-                wanted = f"at most capacity={cache.capacity}, as layer {layer} keeps every token"
-                raise ValueError(f"max_length: expected {wanted}, got {self.max_length}")
+                expected = f"at most capacity={cache.capacity}, because layer {layer} keeps every token"
+                raise ValueError(f"max_length: expected {expected}, got {self.max_length}")
             if self.max_length > cache.capacity and self.prefill_chunk > longest:
                 raise ValueError(f"prefill_chunk: expected at most {longest}, for {where}, got {self.prefill_chunk}")
-            takes_back = isinstance(policy, pa.caches.Dense) or (
+            can_truncate = isinstance(policy, pa.caches.Dense) or (
                 chain
                 and isinstance(policy, pa.caches.Window)
                 and (nodes <= longest or self.max_length <= cache.capacity)
             )
-            if self.speculation is not None and not takes_back:
-                wanted = f"caches that can take {nodes} tokens back" + ("" if chain else ", from a tree: Dense")
-                raise ValueError(f"speculation: expected {wanted}, got {where}")
+            if self.speculation is not None and not can_truncate:
+                expected = f"caches that can truncate {nodes} tokens" + ("" if chain else ", from a tree: Dense")
+                raise ValueError(f"speculation: expected {expected}, got {where}")
 
     def _new_caches(self) -> tuple[pa.caches.KVCache, ...]:
         capacity, chunk = self.capacity, max(self.prefill_chunk, num_nodes(self.speculation))
@@ -459,4 +467,4 @@ class Generator:
         if draft is not None:
             size = whole_pages(self.max_length)
             caches += draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk)
-        return bits.pack(caches)  # nothing here needs a gradient
+        return bits.pack(caches)  # generation needs no gradients

@@ -1,29 +1,31 @@
-"""What a Generator is asked for, on the host: the continuations of a prompt, and what has come of them so far."""
+"""Requests on the host: the continuations of a prompt and their results so far."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from pallas_attn_models.generation.fair_lock import FairLock
 from pallas_attn_models.generation.sampling import Sampling, stop_sequences
-from pallas_attn_models.generation.stopping import held_back
-from pallas_attn_models.generation.turns import Turns
+from pallas_attn_models.generation.stopping import num_withheld
 
-TopLogprobs = list[tuple[int, float]]  # tokens and log-probabilities, the likeliest first
+TopLogprobs = list[tuple[int, float]]  # tokens and log-probabilities, most likely first
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """How a prompt goes on.
+    """The result of one continuation.
 
     Attributes:
-      tokens: the new tokens, without those that ended the row.
-      logprobs: of each, under the model's own distribution; see :func:`~pallas_attn_models.generation.sampling.sample`.
-      top_logprobs: for each, the ``Sampling.top_logprobs`` likeliest tokens in its place, and their log-probabilities.
-      finish_reason: ``"stop"``: an end token or a stop sequence; ``"length"``: ``max_new_tokens`` spent;
-        ``"capacity"``: prompt and new tokens have ``max_length``, or the pool of a paged cache is spent;
-        ``"cancelled"``: nobody waits for more; ``"invalid"``: no token could be drawn, as the model's logits were NaN
-        or ``+inf``, or every token was excluded.
+      tokens: the new tokens, without the stop sequence.
+      logprobs: their log-probabilities under the model's unmodified distribution; see
+        :func:`~pallas_attn_models.generation.sampling.sample`.
+      top_logprobs: for each new token, the ``Sampling.top_logprobs`` most likely tokens at its index, with their
+        log-probabilities.
+      finish_reason: ``"stop"``: an end token or a stop sequence; ``"length"``: ``max_new_tokens`` reached;
+        ``"capacity"``: prompt and new tokens reached ``max_length``, or the pool of a paged cache ran out of pages;
+        ``"cancelled"``; ``"invalid"``: no token could be sampled, because the logits were NaN or ``+inf`` or every
+        token was excluded.
     """
 
     tokens: list[int]
@@ -33,16 +35,16 @@ class Completion:
 
 
 class Handle:
-    """One continuation on its way. Iterating over it gives its tokens as they come.
+    """One continuation in progress. Iterating over the handle yields its tokens as they are generated.
 
-    A Generator has no thread of its own: it works while somebody waits for one of its handles. Several threads may wait
-    for the same or for different handles, and cancel them; iterators are for one thread each.
+    A Generator runs no background thread: waiting for any handle advances every request. Several threads may wait for
+    the same or different handles, and cancel them; an iterator belongs to one thread.
 
     Attributes:
-      sampling: how its tokens are chosen.
-      tokens, logprobs, top_logprobs, finish_reason: as in :class:`Completion`, so far; the reason is None at first.
-      num_certain: so many of the tokens are part of the result; the newer ones may yet begin a stop sequence.
-      error: what broke the run off, if anything did.
+      sampling: the sampling settings.
+      tokens, logprobs, top_logprobs, finish_reason: as in :class:`Completion`, so far; the reason is None until then.
+      num_certain: how many of the tokens are final; later ones may begin a stop sequence.
+      error: the exception that interrupted the run, or None.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Handle:
         sampling: Sampling,
         drive: Callable[..., object],
         cancel: Callable[["Handle"], None],
-        turns: Turns | None = None,
+        turns: FairLock | None = None,
     ) -> None:
         self.sampling = sampling
         self.tokens: list[int] = []
@@ -61,60 +63,60 @@ class Handle:
         self.num_certain = 0
         self._stops = stop_sequences(sampling.stop)
         self._drive, self._cancel = drive, cancel
-        self._turns = Turns() if turns is None else turns
+        self._lock = FairLock() if turns is None else turns
 
     @property
     def done(self) -> bool:
-        """Whether there is no more to come."""
+        """Whether the continuation is finished or failed."""
         return self.finish_reason is not None or self.error is not None
 
     def result(self) -> Completion:
-        """Works until this continuation is done.
+        """Advances the Generator until this continuation is finished.
 
         Raises:
-          RuntimeError: the run was broken off by an error, which is its cause.
+          RuntimeError: an error interrupted the run; it is the cause.
         """
         while not self.done:
-            with self._turns.take():
-                if not self.done:  # another thread may have brought it to its end meanwhile
-                    self._work()
+            with self._lock.hold():
+                if not self.done:  # another thread may have finished it
+                    self._advance()
         if self.finish_reason is None:
-            raise RuntimeError("the run was broken off before this continuation was done") from self.error
+            raise RuntimeError("the run was interrupted before this continuation finished") from self.error
         return Completion(self.tokens, self.logprobs, self.top_logprobs, self.finish_reason)
 
     def cancel(self) -> None:
-        """Gives up what is not done yet; the tokens so far stay. A queued one is not begun."""
-        with self._turns.take():
+        """Stops the continuation and keeps its tokens so far. A queued one never starts."""
+        with self._lock.hold():
             if not self.done:
                 self._cancel(self)
 
     def __iter__(self) -> Iterator[int]:
         seen, done = 0, False
         while not done:
-            with self._turns.take():
+            with self._lock.hold():
                 if seen == self.num_certain and not self.done:
-                    self._work(interval=1)
+                    self._advance(interval=1)
                 new, done = self.tokens[seen : self.num_certain], self.done
             yield from new
             seen += len(new)
-        self.result()  # raises what broke it off
+        self.result()  # raises if the run was interrupted
 
-    def _work(self, **options: int) -> None:
-        """A round for all requests."""
+    def _advance(self, **options: int) -> None:
+        """Runs one round for all requests."""
         if self._drive(**options) is False and not self.done:
-            self.error = RuntimeError("an interrupt lost the request")
+            self.error = RuntimeError("the request was lost in an interrupt")
 
     def extend(self, tokens: list[int], logprobs: list[float], top_logprobs: Sequence[TopLogprobs]) -> None:
-        """For the scheduler: more tokens came."""
+        """Called by the scheduler with new tokens."""
         self.tokens += tokens
         self.logprobs += logprobs
         self.top_logprobs += top_logprobs
         longest = max(map(len, self._stops), default=1)
         newest = tuple(self.tokens[max(self.sampling.min_new_tokens, len(self.tokens) - longest + 1) :])
-        self.num_certain = max(self.num_certain, len(self.tokens) - held_back(newest, self._stops))
+        self.num_certain = max(self.num_certain, len(self.tokens) - num_withheld(newest, self._stops))
 
     def finish(self, reason: str, num_ending: int = 0) -> None:
-        """For the scheduler: that was all, and the last ``num_ending`` tokens are no part of it."""
+        """Called by the scheduler at the end; drops the last ``num_ending`` tokens, the stop sequence."""
         kept = len(self.tokens) - num_ending
         self.tokens, self.logprobs, self.top_logprobs = (
             self.tokens[:kept],
@@ -125,26 +127,26 @@ class Handle:
 
 
 @dataclasses.dataclass(eq=False)
-class Reading:
-    """A prompt that is being read into a row: ``wanted`` tokens of it, ``done`` so far."""
+class PrefillProgress:
+    """Prefill of a prompt into ``row``: ``done`` of ``total`` tokens so far."""
 
     row: int
     prompt: Sequence[int]
-    wanted: int
+    total: int
     done: int = 0
 
 
 @dataclasses.dataclass(eq=False)
-class Job:
-    """A prompt and its continuations, which share it: they begin together, and each has rows of its own.
+class RequestGroup:
+    """The continuations of one prompt: they share its prefill, start together, and occupy one row each.
 
     Attributes:
       prompt: token ids.
-      handles: one for each continuation.
-      negative_prompt: token ids, read into a second row for each continuation, or None.
-      guidance_scale: see :class:`~pallas_attn_models.generation.rows.Request`.
-      rows, partners: that it has, one for each continuation; partners only with a negative prompt.
-      readings: prompts that are not read yet; None before it has rows.
+      handles: one per continuation.
+      negative_prompt: token ids, prefilled into a second row per continuation, or None.
+      guidance_scale: see :class:`~pallas_attn_models.generation.state.Request`.
+      rows, partners: assigned rows, one per continuation; partners hold the negative prompt.
+      prefills: unfinished prefills; None before rows are assigned.
     """
 
     prompt: Sequence[int]
@@ -153,33 +155,33 @@ class Job:
     guidance_scale: float = 1.0
     rows: list[int] = dataclasses.field(default_factory=list)
     partners: list[int] = dataclasses.field(default_factory=list)
-    readings: list[Reading] | None = None
+    prefills: list[PrefillProgress] | None = None
 
     @property
     def prompts(self) -> list[Sequence[int]]:
-        """Its prompt, and its negative prompt if there is one."""
+        """The prompt, and the negative prompt if present."""
         return [self.prompt] if self.negative_prompt is None else [self.prompt, self.negative_prompt]
 
     @property
     def num_rows(self) -> int:
-        """How many rows it needs."""
+        """Rows that the group needs."""
         return len(self.handles) * len(self.prompts)
 
     @property
     def done(self) -> bool:
-        """Whether all continuations are."""
+        """Whether every continuation is done."""
         return all(handle.done for handle in self.handles)
 
 
 @dataclasses.dataclass(eq=False)
-class ScoreJob(Job):
-    """A prompt that is read for the probabilities of its own tokens.
+class ScoreRequest(RequestGroup):
+    """A prompt to score instead of continue.
 
     Attributes:
-      pieces: log-probabilities of its tokens but the first, in pieces.
-      logits: None, or those after each of its tokens, in pieces ``[n, V]``.
-      finished: whether all of it is read.
-      error: what broke the run off, if anything did.
+      pieces: log-probabilities of all tokens but the first, one array per chunk.
+      logits: logits after each token, one array ``[n, V]`` per chunk; None if not requested.
+      finished: whether the whole prompt is scored.
+      error: the exception that interrupted the run, or None.
     """
 
     pieces: list[np.ndarray] = dataclasses.field(default_factory=list)

@@ -1,6 +1,6 @@
-"""From logits to the next token, with every setting an array of one value per row: other settings are other data.
+"""From logits to the next token. Settings are arrays with one value per row, so new settings never recompile.
 
-Reads downwards: what a user asks for, the same for a batch of rows as arrays, and what becomes of the logits.
+Reads downwards: a user's settings, the settings of a batch as arrays, processing of the logits.
 """
 
 import dataclasses
@@ -19,37 +19,37 @@ from pallas_attn_models.checks import shown
 # One token, or tokens and sequences of tokens.
 Stop = int | Sequence[int | Sequence[int]]
 
-SEEDS = 2**32  # how many there are
+SEEDS = 2**32  # number of seeds
 _TINY, _HUGE = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the new tokens of a prompt are chosen. :func:`process` says in which order the settings act.
+    """Settings that select the new tokens of a prompt. :func:`process` documents the order in which they apply.
 
     Attributes:
-      max_new_tokens: the budget, at least 1; a token that ends the row counts too.
-      temperature: 0 takes the most likely token (greedy); otherwise logits are divided by it.
-      top_k: only the k most likely tokens can be drawn (Fan et al. 2018, arXiv:1805.04833); 0 is off.
-      top_p: of those, only the most likely that are needed to reach this probability (nucleus sampling, Holtzman et al.
-        2019, arXiv:1904.09751), in (0, 1]; 1 is off. Among equal logits the smaller token id counts as more likely.
-      min_p: only tokens at least this many times as probable as the most likely one (Nguyen et al. 2024,
+      max_new_tokens: the token budget, at least 1; tokens of a stop sequence count.
+      temperature: divides the logits; 0 selects the most likely token (greedy).
+      top_k: keeps the k most likely tokens (Fan et al. 2018, arXiv:1805.04833); 0 is off.
+      top_p: keeps the most likely of these tokens whose total probability reaches this value (nucleus sampling,
+        Holtzman et al. 2019, arXiv:1904.09751), in (0, 1]; 1 is off. Among equal logits, the smaller token id counts as
+        more likely.
+      min_p: keeps tokens with at least this fraction of the probability of the most likely one (Nguyen et al. 2024,
         arXiv:2407.01082), in [0, 1]; 0 is off.
-      repetition_penalty: positive logits of tokens that the prompt or the row's new tokens have are divided by it,
-        negative ones multiplied (Keskar et al. 2019, arXiv:1909.05858), above 0; 1 is off.
+      repetition_penalty: divides the positive logits, and multiplies the negative logits, of tokens in the prompt or
+        among the row's new tokens (Keskar et al. 2019, arXiv:1909.05858), above 0; 1 is off.
       seed: of the row's random stream, in [0, 2**32). A token depends on its logits, the seed and its index among the
-        row's new tokens, never on the other rows.
-      presence_penalty, frequency_penalty: taken from the logit of a token that is among the row's new tokens, once, and
-        as many times as it is there (as OpenAI's API defines them); 0 is off.
+        row's new tokens, never on other rows.
+      presence_penalty, frequency_penalty: subtracted from the logits of the row's new tokens, once per token and once
+        per occurrence, respectively (as OpenAI's API defines them); 0 is off.
       logit_bias: added to the logits of these tokens.
-      forbidden_tokens: can never be drawn, whatever their bias. Where nothing else is left to draw, a row ends as
-        ``"invalid"``.
-      min_new_tokens: how many tokens the result has at least: before, nothing ends the row but its cache.
-      stop: one token, or tokens and sequences of tokens, which end the row where its new tokens end with one.
-      top_logprobs: how many of the most likely tokens are reported with each new one.
+      forbidden_tokens: never sampled, whatever their bias. If no other token is left, the row ends with ``"invalid"``.
+      min_new_tokens: length of the result before any stop condition applies; a full cache ends the row anyway.
+      stop: one token, or a sequence of tokens and token sequences; the row ends when its new tokens end with one.
+      top_logprobs: number of most likely tokens reported with each new token.
 
     Raises:
-      ValueError: a value out of its range or of another kind; names the setting, what was expected and what came.
+      ValueError: a value out of range or of the wrong kind; names the setting.
     """
 
     max_new_tokens: int = 64
@@ -74,11 +74,11 @@ class Sampling:
         _require_int("top_logprobs", self.top_logprobs, 0)
         _require_int("seed", self.seed, 0, SEEDS)
         _require("temperature", self.temperature, lambda x: x >= 0, "a finite number of at least 0")
-        # A smaller top_p than float32 holds is 0 on the device, which leaves the likeliest token, as it should.
+        # A top_p below the smallest float32 becomes 0 on the device, which correctly keeps only the most likely token.
         top_p = self.top_p if not _is_real(self.top_p) or not 0 < self.top_p < _TINY else _TINY
         _require("top_p", top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
         _require("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-        # What is smaller may count as 0 on the device, by which nothing can be divided.
+        # The device may flush smaller values to 0, and the penalty is a divisor.
         _require("repetition_penalty", self.repetition_penalty, lambda x: x >= _TINY, "a finite number above 0")
         for name in ("presence_penalty", "frequency_penalty"):
             _require(name, getattr(self, name), lambda _: True, "a finite number")
@@ -89,23 +89,23 @@ class Sampling:
             raise ValueError(f"logit_bias: expected a mapping from tokens to numbers, got {shown(self.logit_bias)}")
         for token, bias in (self.logit_bias or {}).items():
             _require_int("logit_bias", token, 0)
-            _require(f"logit_bias[{int(token)}]", bias, lambda _: True, "a finite number (forbidden_tokens says never)")
+            _require(f"logit_bias[{int(token)}]", bias, lambda _: True, "a finite number (or use forbidden_tokens)")
         _require_tokens("forbidden_tokens", self.forbidden_tokens)
         stop_sequences(self.stop)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much of some settings a row can have: sizes of arrays, hence fixed for the life of a program.
+    """Upper bounds on the variable-size settings of a row. They determine array shapes, so a Generator fixes them.
 
     Attributes:
       logit_bias: biased and forbidden tokens together.
-      stop_sequences: of a row, besides the end tokens of the model.
-      stop_length: tokens of a stop sequence, at least 1.
-      top_logprobs: most likely tokens that are reported.
+      stop_sequences: stop sequences per row, not counting the model's end tokens.
+      stop_length: tokens per stop sequence, at least 1.
+      top_logprobs: most likely tokens reported per new token.
 
     Raises:
-      ValueError: a limit out of its range.
+      ValueError: a limit out of range.
     """
 
     logit_bias: int = 64
@@ -121,18 +121,18 @@ class Limits:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class SamplingArrays:
-    """The settings of a batch as a pytree; see :class:`Sampling`.
+    """The settings of a batch of rows as a pytree; see :class:`Sampling`.
 
     Attributes:
       temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: float32 ``[B]``.
       top_k, min_new_tokens, max_new_tokens, top_logprobs: int32 ``[B]``.
       seed: uint32 ``[B]``.
-      bias_tokens: int32 ``[B, J]``; unused entries are a token that does not exist.
+      bias_tokens: int32 ``[B, J]``; unused entries are outside the vocabulary.
       bias: float32 ``[B, J]``; ``-inf``: the token is forbidden.
-      stop_tokens: int32 ``[B, S, L]``, right-aligned: the last token of a sequence is at the end.
+      stop_tokens: int32 ``[B, S, L]``, right-aligned.
       stop_lengths: int32 ``[B, S]``; 0: unused.
-      limits: static; ``J = limits.logit_bias``, ``L = limits.stop_length``, and S is ``limits.stop_sequences`` and the
-        number of the model's end tokens together.
+      limits: static; ``J = limits.logit_bias``, ``L = limits.stop_length``, and S is ``limits.stop_sequences`` plus the
+        number of the model's end tokens.
     """
 
     temperature: Array | np.ndarray
@@ -153,7 +153,7 @@ class SamplingArrays:
     limits: Limits = dataclasses.field(metadata={"static": True})
 
     def cleared(self, rows: Array) -> "SamplingArrays":
-        """Settings that ask for nothing in ``rows`` (bool ``[B]``): whoever was there costs the others nothing more."""
+        """Neutral settings in ``rows`` (bool ``[B]``), so that finished requests cause no work for the other rows."""
 
         def off(x: Array | np.ndarray, value: float) -> Array:
             return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), jnp.asarray(value, x.dtype), x)
@@ -173,10 +173,10 @@ class SamplingArrays:
     def stack(
         samplings: Sequence[Sampling], *, limits: Limits, vocab_size: int, eos_token_ids: Sequence[int] = ()
     ) -> "SamplingArrays":
-        """One row for each of ``samplings``, as NumPy arrays. ``eos_token_ids`` become stop sequences of every row.
+        """One row per entry of ``samplings``, as NumPy arrays. ``eos_token_ids`` become stop sequences of every row.
 
         Raises:
-          ValueError: a token outside the vocabulary, or more of something than ``limits`` have room for.
+          ValueError: a token outside the vocabulary, or a setting beyond ``limits``.
         """
         batch_size, num_stops = len(samplings), limits.stop_sequences + len(eos_token_ids)
         bias_tokens = np.full((batch_size, limits.logit_bias), vocab_size, np.int32)
@@ -217,14 +217,14 @@ class SamplingArrays:
 
 
 def stop_sequences(stop: Stop) -> tuple[tuple[int, ...], ...]:
-    """``stop`` of :class:`Sampling` as sequences of tokens.
+    """Normalizes ``stop`` of :class:`Sampling` to token sequences.
 
     Raises:
-      ValueError: neither a token nor a sequence of tokens and sequences of tokens, or an empty sequence.
+      ValueError: neither a token nor a sequence of tokens and token sequences, or an empty sequence.
     """
     entries: Any = [stop] if _is_int(stop) else stop
     if not _is_sequence(entries):
-        raise ValueError(f"stop: expected a token, or a sequence of tokens and sequences of tokens, got {shown(stop)}")
+        raise ValueError(f"stop: expected a token, or a sequence of tokens and token sequences, got {shown(stop)}")
     sequences = []
     for index, entry in enumerate(entries):
         tokens = [entry] if _is_int(entry) else entry
@@ -236,7 +236,7 @@ def stop_sequences(stop: Stop) -> tuple[tuple[int, ...], ...]:
 
 
 def check_limits(sampling: Sampling, *, limits: Limits, vocab_size: int) -> None:
-    """Raises ValueError for a token outside the vocabulary, or more of something than ``limits`` have room for."""
+    """Raises ValueError for a token outside the vocabulary, or a setting beyond ``limits``."""
     stops, biases = stop_sequences(sampling.stop), _biases(sampling)
     for name, tokens in (
         ("logit_bias", sampling.logit_bias or ()),
@@ -261,54 +261,53 @@ def check_limits(sampling: Sampling, *, limits: Limits, vocab_size: int) -> None
 
 
 def check_leaves_a_token(sampling: Sampling, *, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
-    """Raises ValueError where the settings alone exclude every token, or every first one."""
+    """Raises ValueError if the settings exclude every token, always or for the first new token."""
     forbidden = {int(token) for token in sampling.forbidden_tokens}
     if len(forbidden) >= vocab_size:
         raise ValueError(f"forbidden_tokens: expected fewer than vocab_size={vocab_size}, got all")
     ends = {*eos_token_ids, *(stop[0] for stop in stop_sequences(sampling.stop) if len(stop) == 1)}
     if sampling.min_new_tokens and len(forbidden | ends) >= vocab_size:
-        wanted = "0 where every token is forbidden or ends the row"
-        raise ValueError(f"min_new_tokens: expected {wanted}, got {sampling.min_new_tokens}")
+        expected = "0 if every token is forbidden or ends the row"
+        raise ValueError(f"min_new_tokens: expected {expected}, got {sampling.min_new_tokens}")
 
 
 def count_prompt(counts: Array, tokens: Array, real: Array) -> Array:
-    """``counts`` after more tokens of the prompts.
+    """Adds prompt tokens to ``counts``.
 
-    Counts say which tokens a row has had, int32 ``[B, V]``: the lowest bit, whether the token is in the prompt; the
-    bits above, how many times it is among the new tokens. So ``counts > 0`` are the tokens that the row has had at all,
-    and ``counts >> 1`` is how often it has drawn each. A row begins with zeros.
+    Counts are int32 ``[B, V]``: the lowest bit marks tokens of the prompt, and the higher bits count occurrences among
+    the new tokens. Hence ``counts > 0`` selects all tokens of the row, and ``counts >> 1`` counts the new ones. A row
+    starts with zeros.
 
     Args:
       counts: as above.
       tokens: int32 ``[B, T]``.
-      real: bool ``[B, T]``, which of them are tokens of the prompt and not padding.
+      real: bool ``[B, T]``, False for padding.
     """
     row = jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None]
-    tokens = jnp.where(real, tokens, counts.shape[1])  # padding: a token that does not exist
+    tokens = jnp.where(real, tokens, counts.shape[1])  # padding is out of bounds, hence dropped
     return counts.at[row, tokens].set(counts[row, tokens] | 1, mode="drop")
 
 
 def count_new(counts: Array, tokens: Array, written: Array) -> Array:
-    """``counts`` after a new token, int32 ``[B]``, of each row ``written``, bool ``[B]``; see :func:`count_prompt`."""
+    """Adds a new token (int32 ``[B]``) to each row in ``written`` (bool ``[B]``); see :func:`count_prompt`."""
     row = jnp.arange(counts.shape[0], dtype=jnp.int32)
     return counts.at[row, jnp.where(written, tokens, counts.shape[1])].add(2, mode="drop")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawn:
+class SampledTokens:
     """The next tokens of a batch.
 
-    Log-probabilities are those that the model itself gives, from the logits as they came, whatever the settings make
-    of them.
+    Log-probabilities are the model's own, from the unprocessed logits.
 
     Attributes:
       tokens: int32 ``[B]``.
-      valid: bool ``[B]``: whether there is a token to draw. If not, everything else that is said of the row means
-        nothing: its logits hold NaN or ``+inf``, or every token is excluded.
+      valid: bool ``[B]``: False if the logits hold NaN or ``+inf`` or every token is excluded; the row's other entries
+        are meaningless then.
       logprobs: float32 ``[B]``.
       top_tokens, top_logprobs: int32 and float32 ``[B, limits.top_logprobs]``, the most likely tokens, best first;
-        beyond what a row has asked for, -1 and ``-inf``.
+        padded with -1 and ``-inf`` beyond the row's own setting.
     """
 
     tokens: Array
@@ -318,46 +317,46 @@ class Drawn:
     top_logprobs: Array
 
 
-def sample(logits: Array, settings: SamplingArrays, counts: Array, step: Array) -> Drawn:
-    """Chooses the next token of every row.
+def sample(logits: Array, settings: SamplingArrays, counts: Array, step: Array) -> SampledTokens:
+    """Selects the next token of every row.
 
     Args:
       logits: float32 ``[B, V]``.
       settings: of the rows.
-      counts: int32 ``[B, V]``, the tokens that the rows have had; see :func:`count_prompt`.
+      counts: int32 ``[B, V]``; see :func:`count_prompt`.
       step: int32 ``[B]``, the index of the token among the row's new tokens.
     """
     processed = process(logits, settings, counts, step)
     greedy = lax.argmax(processed, 1, jnp.int32)
     random = jnp.asarray(settings.temperature) > 0
-    # Rows of either kind share a batch, but a batch that is all greedy does not draw.
+    # Greedy and random rows share a batch; a batch of greedy rows skips the random draw.
     tokens = lax.cond(random.any(), lambda: jnp.where(random, _draw(processed, settings, step), greedy), lambda: greedy)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     top_tokens, top_logprobs = _top(logprobs, settings)
-    # Of the row's logits NaN counts as the largest. Some settings hide it, but not from the sum in logprobs.
+    # argmax selects a NaN. Some settings mask it, but the sum in logprobs still contains it.
     largest, logprob = (jnp.take_along_axis(x, tokens[:, None], axis=-1)[:, 0] for x in (processed, logprobs))
     valid = jnp.isfinite(largest) & ~jnp.isnan(logprob)
-    return Drawn(tokens, valid, logprob, top_tokens, top_logprobs)
+    return SampledTokens(tokens, valid, logprob, top_tokens, top_logprobs)
 
 
 def process(logits: Array, settings: SamplingArrays, counts: Array, step: Array) -> Array:
-    """The logits from which tokens are drawn: float32 ``[B, V]``, and ``-inf`` for those that cannot be.
+    """The logits to sample from, float32 ``[B, V]``; excluded tokens have ``-inf``.
 
-    In the order of Hugging Face's transformers: bias and forbidden tokens, repetition penalty, presence and frequency
-    penalty, minimum of new tokens; and where the temperature is not 0, temperature, top-k, top-p, min-p. Of random rows
-    the largest logit is 0. Arguments as of :func:`sample`. What no row asks for is not computed. Biases and penalties
-    of any size leave finite logits finite.
+    Settings apply in the order of Hugging Face's transformers: bias and forbidden tokens, repetition penalty, presence
+    and frequency penalty, minimum number of new tokens; then, if the temperature is not 0, temperature, top-k, top-p,
+    min-p. The largest logit of a random row is 0. Arguments as in :func:`sample`. A setting that no row uses is not
+    computed. Finite logits stay finite for biases and penalties of any size.
     """
     vocab_size = logits.shape[-1]
     repeated = jnp.asarray(settings.repetition_penalty) != 1
     counted = (jnp.asarray(settings.presence_penalty) != 0) | (jnp.asarray(settings.frequency_penalty) != 0)
-    for asked, act in (
+    for used, apply in (
         ((jnp.asarray(settings.bias_tokens) < vocab_size).any(), lambda x: _add_bias(x, settings)),
         ((repeated | counted).any(), lambda x: _penalize(x, settings, counts)),
-        ((step < settings.min_new_tokens).any(), lambda x: _put_off_the_end(x, settings, step)),
+        ((step < settings.min_new_tokens).any(), lambda x: _exclude_ends(x, settings, step)),
         ((jnp.asarray(settings.temperature) > 0).any(), lambda x: _warp(x, settings)),
     ):
-        logits = lax.cond(asked, act, lambda x: x, logits)
+        logits = lax.cond(used, apply, lambda x: x, logits)
     return logits
 
 
@@ -378,12 +377,12 @@ def _penalize(logits: Array, settings: SamplingArrays, counts: Array) -> Array:
 
 
 def bounded(logits: Array, before: Array) -> Array:
-    """``logits``, but the largest finite number in place of infinities where those ``before`` were finite."""
+    """``logits`` with infinities clamped to the largest finite number where ``before`` is finite."""
     return jnp.where(jnp.isfinite(before), jnp.clip(logits, -_HUGE, _HUGE), logits)
 
 
-def _put_off_the_end(logits: Array, settings: SamplingArrays, step: Array) -> Array:
-    """Without the tokens that would end a row alone, where it is too early for that."""
+def _exclude_ends(logits: Array, settings: SamplingArrays, step: Array) -> Array:
+    """Excludes single stop tokens in rows below their minimum number of new tokens."""
     early = (step < settings.min_new_tokens)[:, None] & (settings.stop_lengths == 1)
     row = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     ends = jnp.where(early, settings.stop_tokens[:, :, -1], logits.shape[1])
@@ -391,20 +390,20 @@ def _put_off_the_end(logits: Array, settings: SamplingArrays, step: Array) -> Ar
 
 
 def _warp(logits: Array, settings: SamplingArrays) -> Array:
-    """What temperature, top-k, top-p and min-p leave; greedy rows as they are."""
+    """Applies temperature, top-k, top-p and min-p; greedy rows stay unchanged."""
     random = jnp.asarray(settings.temperature) > 0
-    # From the row's largest logit on, so that the smallest temperature cannot divide infinity by infinity.
+    # Relative to the row's largest logit: otherwise a tiny temperature could overflow it, and inf - inf is NaN.
     warped = logits - logits.max(axis=-1, keepdims=True)
     warped = warped / jnp.maximum(settings.temperature, _TINY)[:, None]
     sorts = random & ((settings.top_k > 0) | (settings.top_p < 1))
     kept = lax.cond(sorts.any(), lambda: _top_k_top_p(warped, settings), lambda: jnp.ones(logits.shape, jnp.bool_))
-    # The likeliest token has logit 0. What is not a number (no token was left) compares as false, and is not kept.
+    # The most likely token has logit 0. NaN (no token was left) compares false and is excluded.
     kept &= warped >= jnp.log(settings.min_p)[:, None]
     return jnp.where(random[:, None], jnp.where(kept, warped, -jnp.inf), logits)
 
 
 def _top_k_top_p(logits: Array, settings: SamplingArrays) -> Array:
-    """Which tokens top-k, and top-p after it, leave: bool ``[B, V]``, at least one per row."""
+    """Tokens kept by top-k and then top-p: bool ``[B, V]``, at least one per row."""
     batch_size, vocab_size = logits.shape
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True, dtype=jnp.int32)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
@@ -412,7 +411,7 @@ def _top_k_top_p(logits: Array, settings: SamplingArrays) -> Array:
     kept = rank < jnp.where(settings.top_k == 0, vocab_size, settings.top_k)[:, None]
     probability = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    # A sum of float32 can reach 1 before its last term, and a tiny top_p can round to 0: both ends need saying.
+    # The float32 sum can reach 1 before its last term, and a tiny top_p can round to 0: handle both ends explicitly.
     top_p = settings.top_p[:, None]
     kept &= (rank == 0) | (before < top_p) | (top_p == 1)
     row = lax.broadcasted_iota(jnp.int32, (batch_size, 1), 0)
@@ -420,44 +419,44 @@ def _top_k_top_p(logits: Array, settings: SamplingArrays) -> Array:
 
 
 def _draw(logits: Array, settings: SamplingArrays, step: Array) -> Array:
-    """One random token per row, int32 ``[B]``; what it gives for a greedy row means nothing."""
+    """One random token per row, int32 ``[B]``; meaningless in greedy rows."""
     noise = jax.vmap(lambda seed, step: jax.random.gumbel(_key(seed, step), logits.shape[1:], logits.dtype))
-    # As jax.random.categorical draws.
+    # The Gumbel-max trick, as in jax.random.categorical.
     return lax.argmax(noise(settings.seed, step) + logits, 1, jnp.int32)
 
 
 def _key(seed: Array, step: Array) -> Array:
-    # Named, as what other generators draw under vmap depends on the size of the batch.
+    # Fix the generator, because the numbers of some others depend on the batch size under vmap.
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
 
 def _top(logprobs: Array, settings: SamplingArrays) -> tuple[Array, Array]:
-    """``top_tokens`` and ``top_logprobs`` of :class:`Drawn`."""
+    """``top_tokens`` and ``top_logprobs`` of :class:`SampledTokens`."""
     batch_size, vocab_size = logprobs.shape
     limit = settings.limits.top_logprobs
-    wanted = jnp.asarray(settings.top_logprobs)
+    requested = jnp.asarray(settings.top_logprobs)
 
     def best() -> tuple[Array, Array]:
         values, tokens = lax.top_k(logprobs, min(limit, vocab_size))
-        asked = lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < wanted[:, None]
+        used = lax.broadcasted_iota(jnp.int32, tokens.shape, 1) < requested[:, None]
         room = ((0, 0), (0, limit - tokens.shape[1]))
-        tokens = jnp.pad(jnp.where(asked, tokens, -1), room, constant_values=-1)
-        return tokens, jnp.pad(jnp.where(asked, values, -jnp.inf), room, constant_values=-jnp.inf)
+        tokens = jnp.pad(jnp.where(used, tokens, -1), room, constant_values=-1)
+        return tokens, jnp.pad(jnp.where(used, values, -jnp.inf), room, constant_values=-jnp.inf)
 
     def none() -> tuple[Array, Array]:
         shape = (batch_size, limit)
         return jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf, jnp.float32)
 
-    return lax.cond((wanted > 0).any(), best, none)
+    return lax.cond((requested > 0).any(), best, none)
 
 
 def _biases(sampling: Sampling) -> dict[int, float]:
-    """What is added to the logits of which tokens; a forbidden one is forbidden whatever its bias."""
+    """Logit biases by token; forbidden tokens have ``-inf``, whatever their bias."""
     return {**(sampling.logit_bias or {}), **dict.fromkeys(sampling.forbidden_tokens, -math.inf)}
 
 
 def is_float32(value: Any) -> bool:
-    """Whether it is a number that float32 holds, though perhaps not exactly: neither as infinity nor, wrongly, as 0."""
+    """Whether it is a real number that float32 can represent, up to rounding, without overflow or underflow to 0."""
     return _is_real(value) and abs(value) <= _HUGE and (value == 0 or np.float32(value) != 0)
 
 
@@ -471,7 +470,7 @@ def _is_int(value: object) -> bool:
 
 def _is_sequence(value: object) -> bool:
     if isinstance(value, np.ndarray):
-        return value.ndim > 0 and not isinstance(value, np.ma.MaskedArray)  # whose mask would be lost
+        return value.ndim > 0 and not isinstance(value, np.ma.MaskedArray)  # its mask would be lost
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
@@ -481,7 +480,7 @@ def _require_int(name: str, value: Any, low: int, high: int = 2**31) -> None:
 
 
 def _require(name: str, value: Any, holds: Any, expected: str) -> None:
-    """A number that is finite, in float32 too, and for which the condition holds."""
+    """Raises ValueError unless the value is a finite float32 number that satisfies the condition."""
     if not is_float32(value) or not holds(value):
         raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
 

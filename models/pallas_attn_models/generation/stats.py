@@ -1,44 +1,50 @@
-"""What generation takes: time, KV blocks, steps."""
+"""Resources that generation used: time, KV blocks, steps."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
-class Spent(NamedTuple):
-    """What was spent so far.
+class UsageStats(NamedTuple):
+    """Running totals of a Generator.
 
     Attributes:
-      prefill_seconds, decode_seconds: on reading prompts, and on drawing tokens.
+      prefill_seconds, decode_seconds: time in prefill (and score) calls, and in decode calls.
       kv_blocks_visited: KV blocks that attention read, over all layers.
-      kv_blocks_total: KV blocks that attention would have read in the same rows and steps without block lists.
-      turns: how often a row was fed by decode; without speculation, once for each token drawn, twice if guided.
-      drafted, accepted: tokens that were drafted by speculation, and that were right.
+      kv_blocks_total: KV blocks that attention without block lists would have read in the same rows and steps.
+      row_steps: decode steps, summed over the running rows; without speculation one per sampled token, two if guided.
+      drafted, accepted: draft tokens, and those of them that were accepted.
     """
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     kv_blocks_visited: int = 0
     kv_blocks_total: int = 0
-    turns: int = 0
+    row_steps: int = 0
     drafted: int = 0
     accepted: int = 0
 
-    def since(self, before: "Spent") -> "Spent":
-        """The difference."""
-        return Spent._make(now - then for now, then in zip(self, before, strict=True))
+    def since(self, before: "UsageStats") -> "UsageStats":
+        """The totals minus those of ``before``."""
+        return UsageStats._make(now - then for now, then in zip(self, before, strict=True))
+
+    def of_run(self, **fields: Any) -> "GenerationStats":
+        """These totals as those of one run, with the remaining fields of :class:`GenerationStats`."""
+        totals = self._asdict()
+        return GenerationStats(turns=totals.pop("row_steps"), **totals, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationStats:
-    """What a run took.
+    """Resources that one run used.
 
     Attributes:
-      prompt_tokens, new_tokens: of all prompts together, negative ones too, each prompt once; tokens that end a row are
-        in neither.
-      compile_seconds: spent compiling in this run; 0 in every run of a Generator but its first.
-      executables: how many the Generator has compiled in its life.
-      prefill_seconds, decode_seconds, kv_blocks_visited, kv_blocks_total, turns, drafted, accepted: see :class:`Spent`;
-        with what other requests took meanwhile.
+      prompt_tokens, new_tokens: totals; each prompt counts once, negative prompts included, and the tokens of a stop
+        sequence do not count.
+      compile_seconds: time spent compiling in this run; 0 in every run of a Generator but its first.
+      executables: compiled by the Generator so far.
+      prefill_seconds, decode_seconds, kv_blocks_visited, kv_blocks_total, drafted, accepted: see :class:`UsageStats`;
+        including other requests served during the run.
+      turns: the ``row_steps`` of :class:`UsageStats`.
     """
 
     prompt_tokens: int

@@ -1,6 +1,6 @@
-"""The functions that a Generator compiles: prefill reads prompts, decode draws tokens, score does what its name says.
+"""The functions that a Generator compiles: prefill, decode and score.
 
-Whatever differs between calls (whose prompt is read, lengths, budgets, sampling, what ends a row) is data.
+Everything that differs between calls (rows, lengths, budgets, sampling settings, stop conditions) is data.
 """
 
 import dataclasses
@@ -15,22 +15,32 @@ from jax import Array, lax
 
 from pallas_attn.caches import row_index
 from pallas_attn_models.decoder import Decoder, DecoderOutput
-from pallas_attn_models.generation.drawing import draw
-from pallas_attn_models.generation.rows import CAPACITY, FREE, INVALID, READING, RUNNING, Report, Rows, State, Work
-from pallas_attn_models.generation.sampling import Drawn, count_prompt, sample
-from pallas_attn_models.generation.speculation import Speculation, Walk, ancestors, depths, speculated_rows
+from pallas_attn_models.generation.sampling import SampledTokens, count_prompt, sample
+from pallas_attn_models.generation.speculation import Speculation, TreeVerification, ancestors, depths, speculated_rows
+from pallas_attn_models.generation.state import (
+    CAPACITY,
+    FREE,
+    INVALID,
+    PREFILLING,
+    RUNNING,
+    DecodeOutput,
+    PrefillBatch,
+    RowState,
+    State,
+)
+from pallas_attn_models.generation.token_step import sample_step
 
-# New tokens of a row that one report can hold, so decode comes back to Python after as many steps.
-REPORT_WIDTH = 64
+# Capacity of a DecodeOutput in new tokens per row; decode returns to Python after at most this many steps.
+OUTPUT_WIDTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """A decoder without its weights, and where its caches are.
+class ModelSpec:
+    """A decoder without its weights, and the location of its caches.
 
     Attributes:
-      bind: from the weights, in whatever form they are passed to the executables, to the decoder.
-      caches: which of the state's caches are those of its layers.
+      bind: builds the decoder from weights, in the form in which the executables receive them.
+      caches: the slice of the state's caches that belongs to its layers.
       layer_hook: see :class:`~pallas_attn_models.decoder.Decoder`.
     """
 
@@ -38,61 +48,63 @@ class Network:
     caches: slice
     layer_hook: Callable[[int, Array], Array] | None = None
 
-    def with_weights(self, weights: Any) -> "Forward":
-        """Ready to run."""
-        return Forward(self, self.bind(weights))
+    def with_weights(self, weights: Any) -> "BoundModel":
+        """The decoder with these weights."""
+        return BoundModel(self, self.bind(weights))
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward:
-    """A decoder that reads tokens into the caches of a state."""
+class BoundModel:
+    """A decoder with weights that runs on the caches of a state."""
 
-    network: Network
-    model: Decoder
+    spec: ModelSpec
+    decoder: Decoder
 
     def __call__(self, tokens: Array, positions: Array, state: State, **options: Any) -> tuple[State, Array]:
-        """The state with these tokens in its caches, and ``[.., T, E]`` from the last layer; arguments of Decoder."""
-        caches, own = [*state.caches], self.network.caches
-        hook = self.network.layer_hook
-        out = self.model(tokens, positions, caches[own], layer_hook=hook, apply_head=False, **options)
+        """The state after these tokens, and the last layer's output ``[.., T, E]``; arguments as for Decoder."""
+        caches, own = [*state.caches], self.spec.caches
+        hook = self.spec.layer_hook
+        out = self.decoder(tokens, positions, caches[own], layer_hook=hook, apply_head=False, **options)
         caches[own] = out.caches or ()
         return _with_output(state, tuple(caches), out), out.hidden
 
 
-# --- prompts ---
+# --- prefill ---
 
 
-def prefill(networks: Sequence[Network], weights: Sequence[Any], state: State, work: Work) -> State:
-    """Does ``work``. The last token of a prompt is not read: it is the first that decode feeds."""
-    forwards = [network.with_weights(x) for network, x in zip(networks, weights, strict=True)]
-    state = _admit(state, work)
+def prefill(specs: Sequence[ModelSpec], weights: Sequence[Any], state: State, batch: PrefillBatch) -> State:
+    """Runs the batch. The last token of a prompt is left to decode, which feeds it first."""
+    models = [spec.with_weights(x) for spec, x in zip(specs, weights, strict=True)]
+    state = _admit(state, batch)
 
-    def read(_: Array, state: State) -> State:
-        for forward in forwards:
-            state, _ = _read(forward, state, work)
+    def run(_: Array, state: State) -> State:
+        for model in models:
+            state, _ = _prefill_chunk(model, state, batch)
         return state
 
-    # A loop of one turn or none: where nothing is to be read, nothing is computed.
-    turns = (jnp.asarray(work.count) > 0).any().astype(jnp.int32)
-    return _start(_note(lax.fori_loop(0, turns, read, state), work), work)
+    # A loop of at most one iteration: a batch without tokens costs nothing.
+    iterations = (jnp.asarray(batch.count) > 0).any().astype(jnp.int32)
+    return _start(_record_prompt(lax.fori_loop(0, iterations, run, state), batch), batch)
 
 
-def score(networks: Sequence[Network], weights: Sequence[Any], state: State, work: Work) -> tuple[State, Array, Array]:
-    """Like prefill; also the logits after each token ``[R, C, V]`` and what they give the next one ``[R, C]``, float32.
+def score(
+    specs: Sequence[ModelSpec], weights: Sequence[Any], state: State, batch: PrefillBatch
+) -> tuple[State, Array, Array]:
+    """Like prefill; also returns logits after each token ``[R, C, V]`` and log-probabilities of the next ``[R, C]``.
 
-    The latter are log-probabilities; they mean nothing after the last token.
+    Both are float32. The log-probability after the last token of a prompt is meaningless.
     """
-    forward = networks[0].with_weights(weights[0])
-    state, hidden = _read(forward, _admit(state, work), work)
-    logits = forward.model.logits(hidden)
-    following = _with_following(work)[:, 1:, None]
-    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), following, axis=-1)[..., 0]
-    return _start(_note(state, work), work), logits, logprobs
+    model = specs[0].with_weights(weights[0])
+    state, hidden = _prefill_chunk(model, _admit(state, batch), batch)
+    logits = model.decoder.logits(hidden)
+    targets = _with_next_token(batch)[:, 1:, None]
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets, axis=-1)[..., 0]
+    return _start(_record_prompt(state, batch), batch), logits, logprobs
 
 
-def _admit(state: State, work: Work) -> State:
-    """Empties the rows that are given back or begin anew, and says what the latter are asked for."""
-    admitted, emptied = jnp.asarray(work.admitted), jnp.asarray(work.admitted | work.released)
+def _admit(state: State, batch: PrefillBatch) -> State:
+    """Clears released and admitted rows, and stores the requests of the admitted ones."""
+    admitted, emptied = jnp.asarray(batch.admitted), jnp.asarray(batch.admitted | batch.released)
 
     def where_admitted(new: Array, old: Array) -> Array:
         return jnp.where(admitted.reshape(-1, *[1] * (old.ndim - 1)), new, old)
@@ -100,141 +112,141 @@ def _admit(state: State, work: Work) -> State:
     rows = state.rows
     rows = dataclasses.replace(
         rows,
-        status=jnp.where(admitted, READING, jnp.where(work.released, FREE, rows.status)),
+        status=jnp.where(admitted, PREFILLING, jnp.where(batch.released, FREE, rows.status)),
         length=jnp.where(emptied, 0, rows.length),
         counts=jnp.where(admitted[:, None], 0, rows.counts),
         matched=jnp.where(emptied, 0, rows.matched),
-        request=jax.tree.map(where_admitted, work.request, rows.request),
+        request=jax.tree.map(where_admitted, batch.request, rows.request),
     )
-    rows = _cleared(rows, jnp.asarray(work.released) & ~admitted)
+    rows = _cleared(rows, jnp.asarray(batch.released) & ~admitted)
     return dataclasses.replace(state, rows=rows, caches=_emptied(state.caches, emptied))
 
 
-def _read(forward: Forward, state: State, work: Work) -> tuple[State, Array]:
-    """Reads the prompts' next tokens into the caches of their rows."""
-    start = state.rows.length.at[work.rows].get(mode="fill", fill_value=0)[:, None]
-    index = jnp.arange(work.tokens.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(index < jnp.asarray(work.count)[:, None], start + index, -1)
-    return forward(jnp.asarray(work.tokens), positions, state, rows=jnp.asarray(work.rows))
+def _prefill_chunk(model: BoundModel, state: State, batch: PrefillBatch) -> tuple[State, Array]:
+    """Runs the decoder on the batch's chunks, which enter the caches of their rows."""
+    start = state.rows.length.at[batch.rows].get(mode="fill", fill_value=0)[:, None]
+    index = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(index < jnp.asarray(batch.count)[:, None], start + index, -1)
+    return model(jnp.asarray(batch.tokens), positions, state, rows=jnp.asarray(batch.rows))
 
 
-def _note(state: State, work: Work) -> State:
-    """Writes down the tokens that were read, and the one after them."""
-    rows, tokens = state.rows, _with_following(work)
+def _record_prompt(state: State, batch: PrefillBatch) -> State:
+    """Appends the prefilled tokens, and the one after them, to the rows."""
+    rows, tokens = state.rows, _with_next_token(batch)
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    count, following = (jnp.asarray(x)[:, None] for x in (work.count, work.following))
-    known = (index < count) | ((index == count) & (following >= 0))
+    count, next_token = (jnp.asarray(x)[:, None] for x in (batch.count, batch.next_token))
+    known = (index < count) | ((index == count) & (next_token >= 0))
     batch_size, max_length = rows.tokens.shape
 
-    def of_all(x: Array) -> Array:
-        return jnp.zeros((batch_size, *x.shape[1:]), x.dtype).at[work.rows].set(x, mode="drop")
+    def scatter(x: Array) -> Array:  # [R, ..] -> [B, ..]
+        return jnp.zeros((batch_size, *x.shape[1:]), x.dtype).at[batch.rows].set(x, mode="drop")
 
-    tokens, known = of_all(tokens), of_all(known)
-    place = jnp.where(known, rows.length[:, None] + index, max_length)  # beyond the last there is no place
-    row = lax.broadcasted_iota(jnp.int32, place.shape, 0)
+    tokens, known = scatter(tokens), scatter(known)
+    column = jnp.where(known, rows.length[:, None] + index, max_length)  # max_length is out of bounds: dropped
+    row = lax.broadcasted_iota(jnp.int32, column.shape, 0)
     rows = dataclasses.replace(
         rows,
-        tokens=rows.tokens.at[row, place].set(tokens, mode="drop"),
-        length=rows.length + of_all(count)[:, 0],
+        tokens=rows.tokens.at[row, column].set(tokens, mode="drop"),
+        length=rows.length + scatter(count)[:, 0],
         counts=count_prompt(rows.counts, tokens, known),
     )
     return dataclasses.replace(state, rows=rows)
 
 
-def _with_following(work: Work) -> Array:
-    """int32 ``[R, C + 1]``: the tokens, and after them the following one; the rest is 0."""
-    tokens = jnp.pad(jnp.asarray(work.tokens), ((0, 0), (0, 1)))
+def _with_next_token(batch: PrefillBatch) -> Array:
+    """int32 ``[R, C + 1]``: each chunk followed by its next token, then zeros."""
+    tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (0, 1)))
     index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    following = jnp.maximum(jnp.asarray(work.following), 0)[:, None]
-    return jnp.where(index == jnp.asarray(work.count)[:, None], following, tokens)
+    next_token = jnp.maximum(jnp.asarray(batch.next_token), 0)[:, None]
+    return jnp.where(index == jnp.asarray(batch.count)[:, None], next_token, tokens)
 
 
-def _start(state: State, work: Work) -> State:
-    """Copies rows for the samples that share a prompt, and lets those that have theirs draw."""
-    sources, targets = jnp.asarray(work.sources), jnp.asarray(work.targets)
-    caches = tuple(cache.copy_rows(sources, targets, jnp.asarray(work.num_copies)) for cache in state.caches)
+def _start(state: State, batch: PrefillBatch) -> State:
+    """Copies prefilled rows to the samples that share a prompt, and starts decoding in rows with a complete prompt."""
+    sources, targets = jnp.asarray(batch.sources), jnp.asarray(batch.targets)
+    caches = tuple(cache.copy_rows(sources, targets, jnp.asarray(batch.num_copies)) for cache in state.caches)
     rows = state.rows
-    read = (rows.status, rows.tokens, rows.length, rows.counts)
-    status, tokens, length, counts = row_index.copy(read, sources, targets, jnp.asarray(work.num_copies))
+    fields = (rows.status, rows.tokens, rows.length, rows.counts)
+    status, tokens, length, counts = row_index.copy(fields, sources, targets, jnp.asarray(batch.num_copies))
     rows = dataclasses.replace(
         rows,
-        status=jnp.where(work.started & (status == READING), RUNNING, status),
+        status=jnp.where(batch.started & (status == PREFILLING), RUNNING, status),
         tokens=tokens,
-        length=jnp.where(work.started, rows.request.prompt_length, length),
+        length=jnp.where(batch.started, rows.request.prompt_length, length),
         counts=counts,
     )
     return dataclasses.replace(state, rows=rows, caches=caches)
 
 
-# --- new tokens ---
+# --- decode ---
 
 
 def decode(
-    networks: Sequence[Network],
+    specs: Sequence[ModelSpec],
     speculation: Speculation | None,
     weights: Sequence[Any],
     state: State,
     steps: Array,
     eager: Array,
-) -> tuple[State, Report]:
-    """Takes up to ``steps`` (int32 scalar) steps with every row that is running, as long as the report has room.
+) -> tuple[State, DecodeOutput]:
+    """Takes up to ``steps`` (int32 scalar) decode steps with all running rows, while the output has room.
 
-    Ends as soon as none is running, or, if ``eager`` (bool scalar), as soon as one is done, to make room for another.
-    Rows that are done leave the caches.
+    Stops early when no row is running or, if ``eager`` (bool scalar), when a row finishes, so that a queued request can
+    take it. Clears the caches of finished rows.
     """
-    forwards = [network.with_weights(x) for network, x in zip(networks, weights, strict=True)]
+    models = [spec.with_weights(x) for spec, x in zip(specs, weights, strict=True)]
     before = state.rows.status == RUNNING
-    at_once = 1 if speculation is None else 1 + speculation.length
+    tokens_per_step = 1 if speculation is None else 1 + speculation.length
 
-    def step(carry: tuple[Array, State, Report]) -> tuple[Array, State, Report]:
-        number, state, report = carry
-        turns = (state.rows.status == RUNNING).sum(dtype=jnp.int32)
-        state = dataclasses.replace(state, tally=state.tally.plus(turns=turns))
+    def step(carry: tuple[Array, State, DecodeOutput]) -> tuple[Array, State, DecodeOutput]:
+        number, state, output = carry
+        running = (state.rows.status == RUNNING).sum(dtype=jnp.int32)
+        state = dataclasses.replace(state, counters=state.counters.plus(row_steps=running))
         if speculation is None:
-            state, report = _advance(forwards[0], state, report)
+            state, output = _advance(models[0], state, output)
         else:
-            state, report = _speculate(forwards, speculation, state, report)
-        return number + 1, state, report
+            state, output = _speculate(models, speculation, state, output)
+        return number + 1, state, output
 
-    def goes_on(carry: tuple[Array, State, Report]) -> Array:
-        number, state, report = carry
+    def should_continue(carry: tuple[Array, State, DecodeOutput]) -> Array:
+        number, state, output = carry
         running = state.rows.status == RUNNING
-        has_room = (state.rows.num_new - report.first).max() + at_once <= REPORT_WIDTH
+        has_room = (state.rows.num_new - output.first).max() + tokens_per_step <= OUTPUT_WIDTH
         return (number < steps) & has_room & running.any() & ~(eager & (before & ~running).any())
 
-    _, state, report = lax.while_loop(goes_on, step, (jnp.int32(0), state, _empty_report(state)))
+    _, state, output = lax.while_loop(should_continue, step, (jnp.int32(0), state, _empty_output(state)))
     done = before & (state.rows.status != RUNNING)
     caches = _emptied(state.caches, done)
     rows = _cleared(state.rows, done)
-    report = dataclasses.replace(
-        report, status=rows.status, num_new=rows.num_new, matched=rows.matched, tally=state.tally.digits()
+    output = dataclasses.replace(
+        output, status=rows.status, num_new=rows.num_new, matched=rows.matched, counters=state.counters.digits()
     )
-    return dataclasses.replace(state, caches=caches, rows=rows), report
+    return dataclasses.replace(state, caches=caches, rows=rows), output
 
 
-def _advance(forward: Forward, state: State, report: Report) -> tuple[State, Report]:
-    """One token more for every running row."""
+def _advance(model: BoundModel, state: State, output: DecodeOutput) -> tuple[State, DecodeOutput]:
+    """One new token for every running row."""
     rows = state.rows
     newest = jnp.maximum(rows.length - 1, 0)[:, None]
     tokens = jnp.take_along_axis(rows.tokens, newest, axis=1)
-    # A row that is not running feeds padding, so its cache stays as it is and its list of blocks is empty.
+    # Other rows feed padding, which leaves their caches unchanged and their lists of KV blocks empty.
     positions = jnp.where((rows.status == RUNNING)[:, None], newest, -1)
-    state, hidden = forward(tokens, positions, state)
-    return _drawn(state, report, forward.model.logits(hidden)[:, 0])
+    state, hidden = model(tokens, positions, state)
+    return _sample_next(state, output, model.decoder.logits(hidden)[:, 0])
 
 
 def _speculate(
-    forwards: Sequence[Forward], speculation: Speculation, state: State, report: Report
-) -> tuple[State, Report]:
-    """As many tokens more for every running row as its drafts are right, and one."""
-    state, drafts, found = speculation.draft(state, speculated_rows(state.rows, speculation), _feed(forwards[-1]))
-    forward, before = forwards[0], state.rows
+    models: Sequence[BoundModel], speculation: Speculation, state: State, output: DecodeOutput
+) -> tuple[State, DecodeOutput]:
+    """One new token for every running row, plus one for each accepted draft token."""
+    state, drafts, found = speculation.draft(state, speculated_rows(state.rows, speculation), _feed(models[-1]))
+    model, before = models[0], state.rows
     running, leader = before.status == RUNNING, before.request.leader
-    wanted = (len(running), speculation.num_candidates, speculation.length)
-    if (drafts.shape, drafts.dtype, found.shape, found.dtype) != (wanted, jnp.int32, running.shape, jnp.bool_):
+    shape = (len(running), speculation.num_candidates, speculation.length)
+    if (drafts.shape, drafts.dtype, found.shape, found.dtype) != (shape, jnp.int32, running.shape, jnp.bool_):
         got = f"{drafts.dtype} {list(drafts.shape)} and {found.dtype} {list(found.shape)}"
-        raise ValueError(f"speculation.draft: expected int32 {list(wanted)} and bool {list(running.shape)}, got {got}")
-    # Rows of a guided pair check the same drafts.
+        raise ValueError(f"speculation.draft: expected int32 {list(shape)} and bool {list(running.shape)}, got {got}")
+    # Both rows of a guided pair verify the leader's drafts.
     drafts, found = drafts[leader], found[leader] & running
 
     last = jnp.maximum(before.length - 1, 0)[:, None]
@@ -243,106 +255,114 @@ def _speculate(
     )
     depth = depths(speculation)[None]
     positions = jnp.where(running[:, None] & ((depth == 0) | found[:, None]), last + depth, -1)
-    state, hidden = forward(jnp.maximum(tokens, 0), positions, state, tree=ancestors(speculation))
-    logits = forward.model.logits(hidden)
+    state, hidden = model(jnp.maximum(tokens, 0), positions, state, tree=ancestors(speculation))
+    logits = model.decoder.logits(hidden)
 
-    def deeper(carry: tuple[Walk, State, Report]) -> tuple[Walk, State, Report]:
-        walk, state, report = carry
-        node = walk.node(speculation)[:, None, None]
-        state, report = _drawn(state, report, jnp.take_along_axis(logits, node, axis=1)[:, 0], walk.going)
+    def deeper(carry: tuple[TreeVerification, State, DecodeOutput]) -> tuple[TreeVerification, State, DecodeOutput]:
+        verification, state, output = carry
+        node = verification.node(speculation)[:, None, None]
+        state, output = _sample_next(
+            state, output, jnp.take_along_axis(logits, node, axis=1)[:, 0], verification.active
+        )
         newest = jnp.take_along_axis(state.rows.tokens, jnp.maximum(state.rows.length - 1, 0)[:, None], axis=1)[:, 0]
-        return walk.after(drafts, newest, state.rows.status == RUNNING), state, report
+        return verification.advance(drafts, newest, state.rows.status == RUNNING), state, output
 
-    right = jnp.broadcast_to(found[:, None], drafts.shape[:2])
-    start = Walk(jnp.int32(0), right, running & (state.rows.status == RUNNING)), state, report
-    walk, state, report = lax.while_loop(lambda carry: carry[0].going.any(), deeper, start)
+    accepted = jnp.broadcast_to(found[:, None], drafts.shape[:2])
+    start = TreeVerification(jnp.int32(0), accepted, running & (state.rows.status == RUNNING)), state, output
+    verification, state, output = lax.while_loop(lambda carry: carry[0].active.any(), deeper, start)
 
-    # Masked keys have probability 0, but 0 times NaN is NaN: a wrong draft may have spoiled what is right. The next
-    # step, without drafts, will tell.
+    # Masked keys have probability 0, but 0 * NaN is NaN: a rejected draft may have contaminated valid logits. Repeat
+    # the step without drafts to find out.
     doubtful = found & (state.rows.status == INVALID)
     rows = dataclasses.replace(state.rows, status=jnp.where(doubtful, RUNNING, state.rows.status), alone=doubtful)
     state = dataclasses.replace(state, rows=rows)
     new = state.rows.length - before.length
-    caches = _kept(state.caches, speculation, walk, before.length - 1, jnp.where(running, new, 0), running)
-    tally = state.tally.plus(
+    caches = _kept(state.caches, speculation, verification, before.length - 1, jnp.where(running, new, 0), running)
+    counters = state.counters.plus(
         drafted=found.sum(dtype=jnp.int32) * speculation.length,
         accepted=jnp.maximum(new - 1, 0).sum(dtype=jnp.int32),
     )
-    return dataclasses.replace(state, caches=caches, tally=tally), report
+    return dataclasses.replace(state, caches=caches, counters=counters), output
 
 
-def _feed(forward: Forward) -> Callable[[Array, Array, State], tuple[State, Array]]:
-    """How a draft model is run; see :class:`~pallas_attn_models.generation.speculation.Speculation`."""
+def _feed(model: BoundModel) -> Callable[[Array, Array, State], tuple[State, Array]]:
+    """Runs a draft model; see :class:`~pallas_attn_models.generation.speculation.Speculation`."""
 
     def feed(tokens: Array, positions: Array, state: State) -> tuple[State, Array]:
-        state, hidden = forward(tokens, positions, state)
-        return state, forward.model.logits(hidden[:, -1:])[:, 0]
+        state, hidden = model(tokens, positions, state)
+        return state, model.decoder.logits(hidden[:, -1:])[:, 0]
 
     return feed
 
 
-def _kept(caches: tuple, speculation: Speculation, walk: Walk, first: Array, new: Array, running: Array) -> tuple:
-    """The caches without the drafts that were wrong: ``new`` tokens stay, from number ``first`` on, int32 ``[B]``."""
+def _kept(
+    caches: tuple, speculation: Speculation, verification: TreeVerification, first: Array, new: Array, running: Array
+) -> tuple:
+    """The caches without rejected drafts: keeps ``new`` tokens from index ``first`` on, both int32 ``[B]``."""
     if speculation.num_candidates == 1:
         return tuple(cache.truncate(jnp.where(running, first + new, cache.lengths)) for cache in caches)
     path = jnp.arange(speculation.length + 1, dtype=jnp.int32)[None]
-    candidate = lax.argmax(walk.right, 1, jnp.int32)[:, None]
+    candidate = lax.argmax(verification.accepted, 1, jnp.int32)[:, None]
     path = jnp.where(path == 0, 0, path + candidate * speculation.length)
     return tuple(cache.keep(jnp.where(running, first, cache.lengths), path, new) for cache in caches)
 
 
-def _drawn(state: State, report: Report, logits: Array, live: Array | None = None) -> tuple[State, Report]:
-    """The state after a draw, and the report with it."""
+def _sample_next(
+    state: State, output: DecodeOutput, logits: Array, live: Array | None = None
+) -> tuple[State, DecodeOutput]:
+    """Samples the next token of the running (or ``live``) rows and records it in the output."""
     before = state.rows
-    rows, token, drawn = draw(before, logits, live)
-    report = _noted(report, drawn, token, rows.length > before.length, before.num_new)
-    return dataclasses.replace(state, rows=rows), report
+    rows, token, sampled = sample_step(before, logits, live)
+    output = _recorded(output, sampled, token, rows.length > before.length, before.num_new)
+    return dataclasses.replace(state, rows=rows), output
 
 
-def _empty_report(state: State) -> Report:
+def _empty_output(state: State) -> DecodeOutput:
     rows = state.rows
     batch_size, vocab_size = rows.counts.shape
     shape = jax.ShapeDtypeStruct((batch_size, vocab_size), jnp.float32)
-    drawn = jax.eval_shape(sample, shape, rows.request.sampling, rows.counts, rows.num_new)
+    sampled = jax.eval_shape(sample, shape, rows.request.sampling, rows.counts, rows.num_new)
 
     def wide(x: jax.ShapeDtypeStruct) -> Array:
-        return jnp.zeros((batch_size, REPORT_WIDTH, *x.shape[1:]), x.dtype)
+        return jnp.zeros((batch_size, OUTPUT_WIDTH, *x.shape[1:]), x.dtype)
 
-    return Report(
+    return DecodeOutput(
         status=rows.status,
         num_new=rows.num_new,
         matched=rows.matched,
         first=rows.num_new,
-        tokens=wide(drawn.tokens),
-        logprobs=wide(drawn.logprobs),
-        top_tokens=wide(drawn.top_tokens),
-        top_logprobs=wide(drawn.top_logprobs),
-        tally=state.tally.digits(),
+        tokens=wide(sampled.tokens),
+        logprobs=wide(sampled.logprobs),
+        top_tokens=wide(sampled.top_tokens),
+        top_logprobs=wide(sampled.top_logprobs),
+        counters=state.counters.digits(),
     )
 
 
-def _noted(report: Report, drawn: Drawn, token: Array, running: Array, number: Array) -> Report:
-    """The report with what was drawn as new token ``number`` int32 ``[B]`` of the running rows."""
+def _recorded(
+    output: DecodeOutput, sampled: SampledTokens, token: Array, running: Array, number: Array
+) -> DecodeOutput:
+    """The output after recording ``token`` as new token ``number``, int32 ``[B]``, of the running rows."""
     row = jnp.arange(token.shape[0], dtype=jnp.int32)
-    place = jnp.where(running, number - report.first, REPORT_WIDTH)
+    column = jnp.where(running, number - output.first, OUTPUT_WIDTH)
 
     def put(into: Array, x: Array) -> Array:
-        return into.at[row, place].set(x, mode="drop")
+        return into.at[row, column].set(x, mode="drop")
 
     return dataclasses.replace(
-        report,
-        tokens=put(report.tokens, token),
-        logprobs=put(report.logprobs, drawn.logprobs),
-        top_tokens=put(report.top_tokens, drawn.top_tokens),
-        top_logprobs=put(report.top_logprobs, drawn.top_logprobs),
+        output,
+        tokens=put(output.tokens, token),
+        logprobs=put(output.logprobs, sampled.logprobs),
+        top_tokens=put(output.top_tokens, sampled.top_tokens),
+        top_logprobs=put(output.top_logprobs, sampled.top_logprobs),
     )
 
 
 # --- caches ---
 
 
-def _cleared(rows: Rows, done: Array) -> Rows:
-    """The rows, of which those that are done ask for nothing and belong to nobody."""
+def _cleared(rows: RowState, done: Array) -> RowState:
+    """The rows after resetting guidance and sampling settings in those that are done."""
     request, own = rows.request, jnp.arange(done.shape[0], dtype=jnp.int32)
     request = dataclasses.replace(
         request,
@@ -354,26 +374,26 @@ def _cleared(rows: Rows, done: Array) -> Rows:
 
 
 def _emptied(caches: tuple, rows: Array) -> tuple:
-    """The caches without what is in ``rows`` bool ``[B]``; most calls have none, and touch nothing."""
-    turns = rows.any().astype(jnp.int32)
-    return lax.fori_loop(0, turns, lambda _, caches: tuple(cache.reset(rows) for cache in caches), caches)
+    """The caches after clearing ``rows`` bool ``[B]``; without such rows, as in most calls, nothing is computed."""
+    iterations = rows.any().astype(jnp.int32)
+    return lax.fori_loop(0, iterations, lambda _, caches: tuple(cache.reset(rows) for cache in caches), caches)
 
 
 def _with_output(state: State, caches: tuple, out: DecoderOutput) -> State:
-    """The state after a call of a model: the caches, and the KV blocks of its layers counted.
+    """The state after a decoder call: stores the caches and counts the KV blocks.
 
-    A row for which a cache had no room is done: what it would see from now on is not what it should.
+    A row whose cache overflowed is finished, because it lacks tokens that later queries must see.
     """
-    tally = state.tally
+    counters = state.counters
     for mask in out.block_masks:
         live = (mask.q_positions >= 0).any(-1).sum(dtype=jnp.int32)
-        tally = tally.plus(
+        counters = counters.plus(
             kv_blocks_visited=mask.num_active.sum(dtype=jnp.int32),
             kv_blocks_total=live * (mask.num_active.shape[1] * math.prod(mask.grid)),
         )
     rows, request = state.rows, state.rows.request
     overflowed = functools.reduce(jnp.logical_or, (cache.overflowed for cache in caches))
     overflowed = (overflowed | overflowed[request.partner])[request.leader]
-    ends = overflowed & ((rows.status == READING) | (rows.status == RUNNING))
+    ends = overflowed & ((rows.status == PREFILLING) | (rows.status == RUNNING))
     rows = dataclasses.replace(rows, status=jnp.where(ends, CAPACITY, rows.status))
-    return State(caches, rows, tally)
+    return State(caches, rows, counters)

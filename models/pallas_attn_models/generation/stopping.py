@@ -1,4 +1,4 @@
-"""Stop sequences: on the device, whether a row's new tokens end with one; on the host, what may yet become one."""
+"""Stop sequences: matching on the device, withholding possible prefixes on the host."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from pallas_attn_models.checks import shown
 from pallas_attn_models.generation.sampling import SamplingArrays
 
 
-def matched(tail: Array, settings: SamplingArrays, count: Array) -> Array:
-    """The length of the longest stop sequence with which the new tokens of a row end, int32 ``[B]``; 0: none does.
+def match_stop_sequences(tail: Array, settings: SamplingArrays, count: Array) -> Array:
+    """The length of the longest stop sequence at the end of each row, int32 ``[B]``; 0: no match.
 
-    A sequence counts if it is made of new tokens only and at least ``min_new_tokens`` others come before it.
+    A match consists of new tokens only and follows at least ``min_new_tokens`` others.
 
     Args:
-      tail: int32 ``[B, limits.stop_length]``, the last tokens of each row, newest last; what is older than the new
-        tokens can be anything.
+      tail: int32 ``[B, limits.stop_length]``, the last tokens of each row, newest last; entries older than the new
+        tokens are ignored.
       settings: of the rows.
-      count: int32 ``[B]``, how many new tokens the row has, the newest included.
+      count: int32 ``[B]``, number of new tokens, including the newest.
     """
     lengths = jnp.asarray(settings.stop_lengths)
     length = tail.shape[1]
@@ -29,13 +29,11 @@ def matched(tail: Array, settings: SamplingArrays, count: Array) -> Array:
     return jnp.where(same & fits, lengths, 0).max(axis=-1, initial=0)
 
 
-def held_back(tokens: Sequence[Any], sequences: Sequence[Sequence[Any]]) -> int:
-    """How many of the newest ``tokens`` may become the beginning of one of the ``sequences``.
-
-    The longest end of ``tokens`` that is a beginning of a sequence, but not all of it.
+def num_withheld(tokens: Sequence[Any], sequences: Sequence[Sequence[Any]]) -> int:
+    """The length of the longest suffix of ``tokens`` that is a proper prefix of one of the ``sequences``.
 
     Args:
-      tokens: a tuple, or a string.
+      tokens: a tuple or a string.
       sequences: of the same type, none empty.
     """
     longest = max(map(len, sequences), default=1) - 1
@@ -47,38 +45,38 @@ def held_back(tokens: Sequence[Any], sequences: Sequence[Sequence[Any]]) -> int:
 
 
 class StopStrings:
-    """Text that comes in pieces, up to the first stop string; what comes out does not depend on where the cuts are.
+    """Passes text through, piece by piece, up to the first stop string, wherever the pieces are cut.
 
     Attributes:
-      stopped: whether a stop string has come. It and all after it is cut.
+      stopped: whether a stop string was found. It and all text after it are dropped.
 
     Raises:
-      ValueError: an empty stop string, or something that is no string.
+      ValueError: an empty stop string, or an entry that is not a string.
     """
 
     def __init__(self, strings: Sequence[str]):
         is_sequence = isinstance(strings, Sequence) and not isinstance(strings, str)
         if not is_sequence or not all(isinstance(one, str) and one for one in strings):
-            raise ValueError(f"strings: expected a sequence of strings that are not empty, got {shown(strings)}")
+            raise ValueError(f"strings: expected a sequence of non-empty strings, got {shown(strings)}")
         self.stopped = False
         self._strings = tuple(strings)
         self._held = ""
 
     def feed(self, piece: str) -> str:
-        """The text that is certain by now and was not before."""
+        """The text that has become final with this piece."""
         if self.stopped:
             return ""
         text = self._held + piece
-        # The first to be complete is the first to stop; of several at once, the longest.
+        # The match that ends first wins; among equal ends, the longest.
         found = [(start + len(one), start) for one in self._strings if (start := text.find(one)) >= 0]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
-        certain = len(text) - held_back(text, self._strings)
+        certain = len(text) - num_withheld(text, self._strings)
         self._held = text[certain:]
         return text[:certain]
 
     def finish(self) -> str:
-        """The text that was held back, when no more comes."""
+        """The withheld text, once the input has ended."""
         text, self._held = self._held, ""
         return text

@@ -1,4 +1,4 @@
-"""Between text and tokens: tokenizers, chat templates, ``generation_config.json``."""
+"""Text to tokens and back: tokenizers, chat templates, ``generation_config.json``."""
 
 from pallas_attn_models.text.chat_template import ChatTemplate as ChatTemplate
 from pallas_attn_models.text.detokenizer import Detokenizer as Detokenizer

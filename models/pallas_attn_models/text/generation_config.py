@@ -1,4 +1,4 @@
-"""What a checkpoint asks for itself: the ``generation_config.json`` beside its weights."""
+"""Generation defaults of a checkpoint: its ``generation_config.json``."""
 
 import dataclasses
 import os
@@ -15,13 +15,13 @@ _NAME = "generation_config.json"
 _HUGE = float(np.finfo(np.float32).max)
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _ONLY_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-# Fields that ask for nothing that a row of new tokens could show.
+# Fields that do not affect the new tokens.
 _IRRELEVANT = {
     *("_commit_hash", "_from_model_config", "bos_token_id", "cache_implementation", "decoder_start_token_id"),
     *("do_sample", "eos_token_id", "max_length", "output_attentions", "output_hidden_states", "output_logits"),
     *("output_scores", "pad_token_id", "return_dict_in_generate", "transformers_version", "use_cache"),
 }
-# Fields that ask for nothing if they have this value.
+# Values with which a field has no effect.
 _NEUTRAL: dict[str, Any] = {
     **dict.fromkeys(("typical_p", "length_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
@@ -33,14 +33,13 @@ _NEUTRAL: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """Settings to use where a user has none.
+    """Settings to use where the user gives none.
 
     Attributes:
-      settings: of :class:`~pallas_attn_models.generation.Sampling`, by name: those that the file gives. A file whose
-        ``do_sample`` is not true wants the most likely token, whatever its temperature, as in transformers.
-      eos_token_ids: the tokens that end a text, besides those of the model's config.
-      unused: fields that ask for something that has no counterpart here, or that are out of their range and that greedy
-        decoding does not need.
+      settings: fields of :class:`~pallas_attn_models.generation.Sampling` that the file sets, by name. Unless
+        ``do_sample`` is true, decoding is greedy, whatever the file's temperature, as in transformers.
+      eos_token_ids: end tokens, in addition to those of the model's config.
+      unused: fields that have no counterpart here, or that are out of range and irrelevant for greedy decoding.
     """
 
     settings: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
@@ -49,11 +48,10 @@ class GenerationDefaults:
 
     @staticmethod
     def read(directory: str | os.PathLike[str]) -> "GenerationDefaults":
-        """What the directory of a checkpoint says; nothing if it has no such file.
+        """Reads the defaults in a checkpoint directory; empty without the file.
 
         Raises:
-          ValueError: a file that is no JSON object, or a field of the wrong kind, or out of its range where it
-            matters; named.
+          ValueError: not a JSON object, or a field of the wrong kind, or a relevant field out of range; named.
         """
         path = Path(directory) / _NAME
         if not path.exists():
@@ -63,13 +61,13 @@ class GenerationDefaults:
         if not isinstance(sample, bool):
             raise ValueError(f"{path}: do_sample: expected true or false, got {sample!r}")
         settings: dict[str, Any] = {}
-        unused = {name for name in fields if not _asks_for_nothing(name, fields[name])}
+        unused = {name for name in fields if not _has_no_effect(name, fields[name])}
         for name in _SETTINGS:
             if name in fields:
-                asked: dict[str, Any] = {name: _number(path, name, fields[name])}
+                setting: dict[str, Any] = {name: _number(path, name, fields[name])}
                 try:
-                    Sampling(**asked)
-                    settings |= asked
+                    Sampling(**setting)
+                    settings |= setting
                 except ValueError as error:
                     if sample or name not in _ONLY_FOR_SAMPLING:
                         raise ValueError(f"{path}: {error}") from error
@@ -78,34 +76,34 @@ class GenerationDefaults:
         return GenerationDefaults(settings, _tokens(path, fields.get("eos_token_id", [])), tuple(sorted(unused)))
 
     def __str__(self) -> str:
-        said = [f"{name} {value:g}" for name, value in self.settings.items()]
+        parts = [f"{name} {value:g}" for name, value in self.settings.items()]
         if self.eos_token_ids:
-            said.append(f"end tokens {' '.join(map(str, self.eos_token_ids))}")
+            parts.append(f"end tokens {' '.join(map(str, self.eos_token_ids))}")
         if self.unused:
-            said.append(f"not used: {' '.join(self.unused)}")
-        return f"{_NAME}: {', '.join(said)}"
+            parts.append(f"not used: {' '.join(self.unused)}")
+        return f"{_NAME}: {', '.join(parts)}"
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
+def _has_no_effect(name: str, value: Any) -> bool:
     return name in _IRRELEVANT or name in _SETTINGS or (name in _NEUTRAL and value == _NEUTRAL[name])
 
 
 def _number(path: Path, name: str, value: Any) -> int | float:
-    """A number as transformers takes it."""
+    """A number, normalized to the conventions of ``Sampling``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{path}: {name}: expected a number, got {value!r}")
     if not abs(value) <= _HUGE:
         raise ValueError(f"{path}: {name}: expected a finite number that fits float32, got {value}")
     if name == "top_k":
         value = int(value) if value == int(value) else value
-        return 0 if value == -1 else value  # both are off
+        return 0 if value == -1 else value  # -1 and 0 are off
     if name == "top_p" and value == 0:
-        return float(np.finfo(np.float32).tiny)  # the likeliest token alone
+        return float(np.finfo(np.float32).tiny)  # keeps only the most likely token
     return value
 
 
 def _tokens(path: Path, value: Any) -> tuple[int, ...]:
-    """Token ids; a negative one is none, as in transformers."""
+    """Token ids without negative ones, which transformers ignores."""
     tokens = value if isinstance(value, list) else [value]
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or token >= 2**31:

@@ -1,11 +1,11 @@
-"""Renders one chat template, as a program of its own: ``python template_process.py CPU_SECONDS BYTES < JSON > JSON``.
+"""Renders one chat template in its own process: ``python template_process.py CPU_SECONDS BYTES < JSON > JSON``.
 
-A template is someone's program. Jinja's sandbox keeps it from files and modules, and not from ``range(10**9)``, from
-``"x" * 10**10`` or from a regular expression that never ends; a process can be given a bound for all of these. Only
-Jinja and the standard library are imported here, so that it starts in a tenth of a second.
+A template is an untrusted program. Jinja's sandbox blocks files and modules, but not ``range(10**9)``, ``"x" * 10**10``
+or a regular expression that never ends; limits on a process bound all of these. Imports only Jinja and the standard
+library, and therefore starts in a tenth of a second.
 
-Input: ``{"source": .., "variables": {..} or null, "known": [..]}``; without variables the template is compiled and not
-rendered. Output: ``{"text": ..}``, or ``{"error": .., "line": .. or null}``.
+Input: ``{"source": .., "variables": {..} or null}``; with null, the template is compiled but not rendered. Output:
+``{"text": ..}``, or ``{"error": .., "line": .. or null}``.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ import jinja2.sandbox
 
 _MAX_OUTPUT = 2**24  # characters
 _MAX_ERROR = 1000  # characters
-_FILE = "<template>"  # what Jinja calls a template without a name
+_FILE = "<template>"  # Jinja's file name for an unnamed template
 
 
 def render(source: str, variables: dict[str, Any] | None) -> str:
-    """The text of a template, with Jinja as transformers sets it up; "" without variables."""
+    """Renders a template in transformers' Jinja environment; "" without variables."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -43,12 +43,12 @@ def render(source: str, variables: dict[str, Any] | None) -> str:
         pieces.append(piece)
         length += len(piece)
         if length > _MAX_OUTPUT:
-            raise jinja2.TemplateError(f"expected to write at most {_MAX_OUTPUT} characters")
+            raise jinja2.TemplateError(f"expected at most {_MAX_OUTPUT} characters of output")
     return "".join(pieces)
 
 
 def _assigned(tree: jinja2.nodes.Template) -> set[str]:
-    """The names that a template gives a value to, somewhere."""
+    """All names that the template assigns."""
     names = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx != "load"}
     names |= {node.name for node in tree.find_all(jinja2.nodes.Macro)}
     for node in tree.find_all(jinja2.nodes.FromImport):
@@ -57,9 +57,10 @@ def _assigned(tree: jinja2.nodes.Template) -> set[str]:
 
 
 def _undefined(assigned: set[str]) -> type[jinja2.Undefined]:
-    """What has no value is "", as in transformers, except for names that neither the caller nor the template defines.
+    """A type for undefined values, which render as "", as in transformers, unless the name is never defined at all.
 
-    These can be asked for (``is defined``, ``if``, ``default``), and not written: a prompt without its BOS is wrong.
+    Templates may test such names (``is defined``, ``if``, ``default``), but not write them: a prompt without its BOS is
+    wrong.
     """
 
     class Undefined(jinja2.Undefined):
@@ -72,17 +73,17 @@ def _undefined(assigned: set[str]) -> type[jinja2.Undefined]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %} .. {% endgeneration %}`` marks what the assistant said, for training; here it is its body."""
+    """``{% generation %} .. {% endgeneration %}`` marks assistant messages for training; renders its body."""
 
-    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+    tags = {"generation"}  # noqa: RUF012 (Jinja's declaration)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A block of its own, as in transformers: what is set in it is not seen after it.
-        return jinja2.nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+        # A scope of its own, as in transformers: assignments inside end with the block.
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
-    def _said(self, caller: Callable[[], str]) -> str:
+    def _body(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
@@ -93,16 +94,16 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes what HTML would misread.
+    # Replaces Jinja's filter, which escapes HTML characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-class _Refused(Exception):
-    """The template's own words."""
+class _Rejected(Exception):
+    """A call of ``raise_exception`` in the template."""
 
 
 def _raise(message: str) -> NoReturn:
-    raise _Refused(message)
+    raise _Rejected(message)
 
 
 def _now(form: str) -> str:
@@ -110,24 +111,24 @@ def _now(form: str) -> str:
 
 
 def _limit(cpu_seconds: int, num_bytes: int) -> None:
-    with contextlib.suppress(ImportError):  # Windows has only the time that the parent waits
+    with contextlib.suppress(ImportError):  # on Windows, only the parent's timeout applies
         import resource
 
         limits = {
-            resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + 1),  # a signal first, which says what it was
+            resource.RLIMIT_CPU: (cpu_seconds, cpu_seconds + 1),  # SIGXCPU, which identifies the cause, before SIGKILL
             resource.RLIMIT_AS: (num_bytes, num_bytes),
             resource.RLIMIT_CORE: (0, 0),
         }
         for kind, limit in limits.items():
-            with contextlib.suppress(ValueError, OSError):  # a lower limit holds already, or the system has none
+            with contextlib.suppress(ValueError, OSError):  # a lower limit applies already, or the system has none
                 resource.setrlimit(kind, limit)
 
 
-def _answer(asked: dict[str, Any]) -> dict[str, Any]:
+def _respond(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"text": render(asked["source"], asked["variables"])}
-    except _Refused as error:
-        return {"error": str(error) or "it refuses the conversation", "line": None}
+        return {"text": render(request["source"], request["variables"])}
+    except _Rejected as error:
+        return {"error": str(error) or "it rejects the conversation", "line": None}
     except jinja2.TemplateSyntaxError as error:
         return {"error": error.message, "line": error.lineno}
     except jinja2.TemplateError as error:
@@ -135,7 +136,7 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {"error": "it takes too much memory", "line": None}
     except RecursionError as error:
-        return {"error": "it is nested too deeply, or calls itself without end", "line": _line(error)}
+        return {"error": "it is nested too deeply, or recurses without end", "line": _line(error)}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "line": _line(error)}
 
@@ -146,9 +147,9 @@ def _line(error: Exception) -> int | None:
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin.buffer)
+    request = json.load(sys.stdin.buffer)
     _limit(*map(int, sys.argv[1:]))
-    answer = _answer(asked)
-    if "error" in answer:
-        answer["error"] = answer["error"][:_MAX_ERROR]
-    json.dump(answer, sys.stdout)
+    response = _respond(request)
+    if "error" in response:
+        response["error"] = response["error"][:_MAX_ERROR]
+    json.dump(response, sys.stdout)

@@ -1,8 +1,8 @@
-"""The tokenizer of a checkpoint, as transformers 5 loads it: ``tokenizer.json``, and what the files beside it change.
+"""Loads the tokenizer of a checkpoint like transformers 5: ``tokenizer.json``, modified by the files beside it.
 
-Where a class of transformers would build another pipeline than ``tokenizer.json`` has, this follows the class for the
-tokenizers of Llama 2, whose published files are of two kinds, and for the prefix space of byte-level ones. Everything
-else is as ``tokenizer.json`` says.
+If a class of transformers builds another pipeline than ``tokenizer.json`` describes, this follows the class for the
+tokenizers of Llama 2, whose published files are of two kinds, and for the prefix space of byte-level ones. In all other
+cases ``tokenizer.json`` decides.
 """
 
 import json
@@ -16,29 +16,29 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from pallas_attn_models.text.tokenizer_config import TOKENIZER, TOKENIZER_CONFIG, TokenizerConfig
 
 _T = TypeVar("_T")
-_SPACE = "\u2581"  # SentencePiece's mark
+_SPACE = "\u2581"  # SentencePiece's space marker
 _BYTE_LEVEL = {
     *("BarthezTokenizer", "BlenderbotTokenizer", "CodeGenTokenizer", "GPT2Tokenizer", "GPTNeoXTokenizer"),
     *("Qwen2Tokenizer", "Qwen3_5Tokenizer", "RobertaTokenizer", "WhisperTokenizer"),
 }
-# clean_up_tokenization_spaces undoes what splits at spaces and punctuation do to English.
+# clean_up_tokenization_spaces removes the spaces that word-level splits leave in English text.
 _CLEAN_UP = [(f" {mark}", mark) for mark in ".?!,"] + [(" ' ", "'")]
 _CLEAN_UP += [(f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")]
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a directory: what it makes of a text is what the model was trained with.
+    """Loads the tokenizer of a directory so that it tokenizes text as in training.
 
-    Truncation, padding and BPE dropout that a training run left in ``tokenizer.json`` are off. A post-processor writes
-    the tokens before and after a text, a BOS for instance, as ``tokenizer.json`` has it.
+    Disables truncation, padding and BPE dropout that a training run left in ``tokenizer.json``. Its post-processor adds
+    tokens around a text, such as a BOS.
 
     Raises:
-      FileNotFoundError: there is no ``tokenizer.json``.
-      ValueError: a file that is not what it should be; named.
+      FileNotFoundError: no ``tokenizer.json``.
+      ValueError: an invalid file; named.
     """
     path = Path(directory) / TOKENIZER
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the tokenizer of the model, found none")
+        raise FileNotFoundError(f"{path}: expected the model's tokenizer, found none")
     config = TokenizerConfig.read(directory)
     tokenizer = guarded(path, "expected a file of the tokenizers library", lambda: _build(path, config))
     if config.class_name == "CodeLlamaTokenizer":
@@ -53,27 +53,29 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def encode(path: Path, tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """The tokens of a text.
+    """Tokenizes a text.
 
     Args:
       path: of the tokenizer, for messages.
-      tokenizer: of :func:`load_tokenizer`.
-      text: any.
-      add_special_tokens: whether the post-processor writes its own.
+      tokenizer: from :func:`load_tokenizer`.
+      text: any text.
+      add_special_tokens: whether the post-processor adds its tokens.
 
     Raises:
-      ValueError: a text that is no Unicode, or that the tokenizer fails at.
+      ValueError: the text is not valid Unicode, or the tokenizer fails.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"expected text in UTF-8, got {text[error.start : error.end]!r} in it") from error
-    encoding = guarded(path, "failed at a text", lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    encoding = guarded(
+        path, "expected to tokenize the text", lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    )
     return encoding.ids
 
 
 def guarded(path: Path, what: str, call: Callable[[], _T]) -> _T:
-    """What the library gives, or a ValueError with the path: it raises nothing more special, and it panics."""
+    """Calls the tokenizers library; turns its errors, plain Exceptions and panics, into ValueErrors with the path."""
     try:
         return call()
     except Exception as error:
@@ -106,9 +108,9 @@ def _flag(config: TokenizerConfig, name: str) -> bool:
 
 
 def _add_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
-    """Those that the files beside ``tokenizer.json`` list, by id; then special ones that are not there yet."""
-    there = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
-    new = [token for _, token in sorted(config.added.items()) if repr(token) not in there]
+    """Adds the tokens listed in the files beside ``tokenizer.json``, by id, then missing special tokens."""
+    present = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    new = [token for _, token in sorted(config.added.items()) if repr(token) not in present]
     known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *new)}
     special = {token.content for token in config.named.values()}
     for token in new:
@@ -123,9 +125,9 @@ def _add_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
 
 
 def _llama(config: TokenizerConfig) -> dict[str, Any]:
-    """SentencePiece's BPE. A text begins with the mark of a space, unless it says otherwise.
+    """SentencePiece's BPE. A space marker precedes the text, unless ``add_prefix_space`` is false.
 
-    So does, in a "legacy" tokenizer, what comes after a special token.
+    In a "legacy" tokenizer it also precedes the text after each special token.
     """
     prefix = config.fields.get("add_prefix_space") is None or _flag(config, "add_prefix_space")
     code = config.class_name == "CodeLlamaTokenizer"
@@ -147,7 +149,7 @@ def _llama(config: TokenizerConfig) -> dict[str, Any]:
 
 
 def _byte_level(config: TokenizerConfig) -> dict[str, Any]:
-    """A text begins with a space only if ``tokenizer_config.json`` says so."""
+    """Byte-level BPE. A space precedes the text only if ``tokenizer_config.json`` sets ``add_prefix_space``."""
     prefix = _flag(config, "add_prefix_space")
 
     def changed(step: Any) -> Any:
@@ -167,7 +169,7 @@ _PIPELINES = {
 
 
 def _clean_up(tokenizer: Tokenizer) -> None:
-    # Without a decoder tokens are joined by spaces; a WordPiece decoder joins so all that have not its prefix.
+    # Without a decoder, spaces join the tokens; a WordPiece decoder does the same for tokens without its prefix.
     joined = tokenizer.decoder or decoders.WordPiece(prefix="\0", cleanup=False)
     replacements = [decoders.Replace(old, new) for old, new in _CLEAN_UP]
     tokenizer.decoder = decoders.Sequence([joined, decoders.Fuse(), *replacements])

@@ -1,9 +1,9 @@
-"""What the files beside ``tokenizer.json`` say about a tokenizer: its class, its special tokens, its added tokens.
+"""Reads the files beside ``tokenizer.json``: the tokenizer's class, special tokens and added tokens.
 
-Three generations of files say it, and transformers 5 has an order among them, which is kept here. The first is
-``tokenizer_config.json``. If it lists ``added_tokens_decoder``, that is all; otherwise ``special_tokens_map.json``
-overrides it, and ``added_tokens.json`` and the tokens of ``tokenizer.json`` are added. What is then not said, not even
-by null, is a default of the tokenizer's class (:data:`CLASS_TOKENS`).
+There are three generations of files, with the precedence of transformers 5. ``tokenizer_config.json`` comes first. If
+it lists ``added_tokens_decoder``, the others are ignored; otherwise ``special_tokens_map.json`` overrides it, and
+``added_tokens.json`` and the tokens of ``tokenizer.json`` are added. Fields still absent, not even null, get the
+defaults of the tokenizer's class (:data:`CLASS_TOKENS`).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP, _ADDED_TOKENS, _MODEL_CONFIG = "special_tokens_map.json", "added_tokens.json", "config.json"
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# Models whose tokenizer transformers takes from tokenizer.json, whatever class is written beside it.
+# Models for which transformers ignores the tokenizer class and uses tokenizer.json alone.
 _MISTRALS = {"mistral", "mistral3", "mixtral", "ministral", "ministral3", "pixtral", "voxtral"}
 
 
@@ -35,7 +35,7 @@ _QWEN = {"bos_token": None, **dict.fromkeys(("eos_token", "unk_token", "pad_toke
 _INFILLING = {"prefix": "\u2581<PRE>", "middle": "\u2581<MID>", "suffix": "\u2581<SUF>", "eot": "\u2581<EOT>"}
 _INFILLING |= {"fill": "<FILL_ME>"}
 
-# The special tokens that a class has where no file says otherwise; None: a name that it has without a token.
+# Default special tokens of each class; None: a name without a default token.
 CLASS_TOKENS: dict[str, dict[str, str | None]] = {
     "AlbertTokenizer": _tokens("[CLS]", "[SEP]", "<unk>", "[SEP]", "<pad>", "[CLS]", "[MASK]"),
     "BarthezTokenizer": _BART,
@@ -79,16 +79,16 @@ CLASS_TOKENS: dict[str, dict[str, str | None]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizerConfig:
-    """The files of a tokenizer, put together.
+    """The merged files of a tokenizer.
 
     Attributes:
-      directory: where they are.
-      definition: what ``tokenizer.json`` holds; empty if there is none.
-      fields: what ``tokenizer_config.json`` holds; empty if there is none.
-      class_name: of transformers' classes, without "Fast"; "" for the general one, which has no defaults.
-      named: special tokens by name, such as ``"bos_token"``; names of a model's own among them (``"image_token"``).
-      extra: special tokens that have no name.
-      added: tokens besides the vocabulary, by id.
+      directory: of the files.
+      definition: content of ``tokenizer.json``; empty without the file.
+      fields: content of ``tokenizer_config.json``; empty without the file.
+      class_name: class in transformers, without "Fast"; "" for the generic one, which has no defaults.
+      named: special tokens by name, such as ``"bos_token"`` or a model's own ``"image_token"``.
+      extra: special tokens without a name.
+      added: tokens outside the vocabulary, by id.
     """
 
     directory: Path
@@ -101,10 +101,10 @@ class TokenizerConfig:
 
     @staticmethod
     def read(directory: str | os.PathLike[str]) -> "TokenizerConfig":
-        """The files of a directory, each of which may be missing.
+        """Reads the files of a directory; any of them may be missing.
 
         Raises:
-          ValueError: a file that cannot be read, or a field of the wrong kind; the file is named.
+          ValueError: an unreadable file, or a field of the wrong kind; names the file.
         """
         directory = Path(directory)
         fields = _read_if_any(directory / TOKENIZER_CONFIG)
@@ -113,37 +113,37 @@ class TokenizerConfig:
         definition = parse_json(path, text)
         class_name = _class_name(directory, fields, text)
 
-        said, places = _special_tokens(directory, fields)
+        special, sources = _special_tokens(directory, fields)
         padding = definition.get("padding")
         for name, default in CLASS_TOKENS.get(class_name, {}).items():
-            said.setdefault(name, default)
+            special.setdefault(name, default)
         if isinstance(padding, dict):
-            said.setdefault("pad_token", padding.get("pad_token"))
+            special.setdefault("pad_token", padding.get("pad_token"))
         config = directory / TOKENIZER_CONFIG
-        added = _added_tokens(directory, fields, definition, said)
+        added = _added_tokens(directory, fields, definition, special)
         by_text = {token.content: token for token in added.values()}
         named = {}
-        for name, value in said.items():
+        for name, value in special.items():
             if value is not None and name != "extra_special_tokens":
-                token = as_token(places.get(name, config), name, value)
+                token = as_token(sources.get(name, config), name, value)
                 named[name] = by_text.get(token.content, token)
-        extra = said.get("extra_special_tokens") or ()
+        extra = special.get("extra_special_tokens") or ()
         tokens = tuple(as_token(config, "extra_special_tokens", value) for value in extra)
         return TokenizerConfig(directory, definition, fields, class_name, named, tokens, added)
 
 
 def as_token(path: Path, name: str, value: Any) -> AddedToken:
-    """A token as files say it: its text, or an object with its text as ``"content"`` and how it is found in a text.
+    """Parses a token: its text, or an object with its text as ``"content"`` and matching flags.
 
     Raises:
-      ValueError: it is neither; names the file and the field.
+      ValueError: neither of these; names the file and the field.
     """
     flags = {"special": True}
     if isinstance(value, dict):
         flags |= {flag: value[flag] for flag in _FLAGS if value.get(flag) is not None}
         value = value.get("content")
     if not isinstance(value, str) or not all(isinstance(flag, bool) for flag in flags.values()):
-        raise ValueError(f"{path}: {name}: expected the text of a token or an object with it, got {value!r}")
+        raise ValueError(f"{path}: {name}: expected the text of a token or an object with its content, got {value!r}")
     return AddedToken(value, **flags)
 
 
@@ -157,38 +157,38 @@ def _class_name(directory: Path, fields: Mapping[str, Any], definition: str) -> 
     if not isinstance(name, str):
         raise ValueError(f"{directory / TOKENIZER_CONFIG}: tokenizer_class: expected a name, got {name!r}")
     name = name.removesuffix("Fast")
-    # Llama 3 calls its tokenizer by the class of Llama 2, which it is not.
+    # Llama 3 files wrongly name the tokenizer class of Llama 2.
     misnamed = name == "LlamaTokenizer" and '"ByteLevel"' in definition
     return "" if misnamed or str(model.get("model_type")) in _MISTRALS or name not in CLASS_TOKENS else name
 
 
 def _special_tokens(directory: Path, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Values by name, ``"extra_special_tokens"`` (a list) among them; and the file of those not in the first."""
+    """Values by name, including the list ``"extra_special_tokens"``, and the file that each name comes from."""
     path = directory / _SPECIAL_TOKENS_MAP
     overriding = {} if "added_tokens_decoder" in fields else _read_if_any(path)
-    said: dict[str, Any] = {}
-    places = {}
+    special: dict[str, Any] = {}
+    sources = {}
     for source, values in ((directory / TOKENIZER_CONFIG, fields), (path, overriding)):
         extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
         if not isinstance(extra, list | dict):
             raise ValueError(f"{source}: extra_special_tokens: expected a list or an object, got {extra!r}")
         own = {name: value for name, value in values.items() if _is_token(name, value)}
         own |= extra if isinstance(extra, dict) else {}
-        said |= own
-        places |= dict.fromkeys(own, source)
+        special |= own
+        sources |= dict.fromkeys(own, source)
         if isinstance(extra, list) and extra:
-            before = said.get("extra_special_tokens", [])
-            said["extra_special_tokens"] = before + [one for one in extra if one not in before]
-    return said, places
+            before = special.get("extra_special_tokens", [])
+            special["extra_special_tokens"] = before + [one for one in extra if one not in before]
+    return special, sources
 
 
 def _is_token(name: str, value: Any) -> bool:
-    """Other fields may end in _token, too: add_bos_token is a bool."""
+    """Whether a field holds a token. Not every name in ``_token`` does: ``add_bos_token`` is a bool."""
     return name in _NAMES or (name.endswith("_token") and isinstance(value, str | dict))
 
 
 def _added_tokens(
-    directory: Path, fields: Mapping[str, Any], definition: Mapping[str, Any], said: Mapping[str, Any]
+    directory: Path, fields: Mapping[str, Any], definition: Mapping[str, Any], special: Mapping[str, Any]
 ) -> dict[int, AddedToken]:
     config = directory / TOKENIZER_CONFIG
     if "added_tokens_decoder" in fields:
@@ -198,11 +198,11 @@ def _added_tokens(
         return {int(id): _plain_token(config, "added_tokens_decoder", token) for id, token in listed.items()}
     added = {}
     path = directory / _ADDED_TOKENS
-    special = _texts(said)
+    texts = _texts(special)
     for text, id in _read_if_any(path).items():
         if not isinstance(id, int) or isinstance(id, bool):
             raise ValueError(f"{path}: {text}: expected a token id, got {id!r}")
-        added[id] = AddedToken(text, special=text in special, normalized=text not in special)
+        added[id] = AddedToken(text, special=text in texts, normalized=text not in texts)
     path = directory / TOKENIZER
     listed = definition.get("added_tokens") or []
     for token in listed if isinstance(listed, list) else [listed]:
@@ -213,11 +213,11 @@ def _added_tokens(
 
 
 def _plain_token(path: Path, name: str, value: Any) -> AddedToken:
-    """A token that is special only if it says so."""
+    """Parses a token that is special only if flagged so."""
     return as_token(path, name, {"special": False} | value if isinstance(value, dict) else value)
 
 
-def _texts(said: Mapping[str, Any]) -> set[str]:
-    named = [value for name, value in said.items() if name != "extra_special_tokens"]
-    texts = (v.get("content") if isinstance(v, dict) else v for v in named + said.get("extra_special_tokens", []))
+def _texts(special: Mapping[str, Any]) -> set[str]:
+    named = [value for name, value in special.items() if name != "extra_special_tokens"]
+    texts = (v.get("content") if isinstance(v, dict) else v for v in named + special.get("extra_special_tokens", []))
     return {text for text in texts if isinstance(text, str)}

@@ -1,4 +1,4 @@
-"""The training of the checkpoint that ships with the package."""
+"""Trains the checkpoint that ships with the package."""
 
 from pallas_attn_models.training.tasks import END as END
 from pallas_attn_models.training.tasks import Batch as Batch

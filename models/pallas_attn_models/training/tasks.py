@@ -1,4 +1,4 @@
-"""Three small tasks whose answers can be checked, written as text of one byte per token.
+"""Three small tasks with verifiable answers, as text with one byte per token.
 
 =========  ======================  ==========
 task       prompt                  answer
@@ -8,10 +8,10 @@ reversal   ``reverse:hello=``      ``olleh\\n``
 recall     ``a=7;k=2;x=5;k?``      ``2\\n``
 =========  ======================  ==========
 
-A prompt is either for training or held out, for good: :func:`is_held_out` decides by a hash. Nothing that
-:func:`training_batch` makes contains a prompt that :func:`held_out_prompts` gives.
+A hash assigns each prompt permanently to training or to the held-out set (:func:`is_held_out`). No batch of
+:func:`training_batch` contains a prompt of :func:`held_out_prompts`.
 
-Reads downwards: one prompt of each task, the split, documents of several prompts, batches of packed documents.
+Reads downwards: prompts of each task, the split, documents of several prompts, batches of packed documents.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ MAX_WORD = 8
 MAX_PAIRS = 90
 _LETTERS = np.array(list(string.ascii_lowercase))
 _LETTER_PAIRS = np.array([first + second for first in _LETTERS for second in _LETTERS])
-# A document of recall needs at least this many bytes: two pairs, a question and its answer, with keys of two letters.
+# Minimum size in bytes of a recall document: two pairs, a question and its answer, with two-letter keys.
 _MIN_ROOM = 16
 
 
 class Example(NamedTuple):
-    """A prompt, and the one answer that is right; the answer includes the end of line."""
+    """A prompt and its only right answer, which includes the end of line."""
 
     prompt: str
     answer: str
 
 
 def addition(rng: Generator) -> Example:
-    """The sum of two numbers of one or two digits; numbers of either length are equally frequent."""
+    """The sum of two numbers of one or two digits, equally often."""
     a, b = (int(rng.integers(10**digits)) for digits in rng.integers(1, MAX_DIGITS + 1, size=2))
     return Example(f"{a}+{b}=", f"{a + b}{END}")
 
@@ -56,11 +56,11 @@ def reversal(rng: Generator) -> Example:
 
 
 def recall(rng: Generator, *, min_pairs: int = 1, max_pairs: int = MAX_PAIRS) -> Example:
-    """The value of one key of a list, which takes four bytes per pair, or five where keys have two letters.
+    """Recall of one key's value from a list with four bytes per pair, or five with two-letter keys.
 
     Args:
-      rng: where randomness comes from.
-      min_pairs, max_pairs: how long the list is; the length is uniform between them.
+      rng: random generator.
+      min_pairs, max_pairs: bounds of the list length, which is uniform between them.
 
     Raises:
       ValueError: not ``1 <= min_pairs <= max_pairs <= 90``.
@@ -77,12 +77,12 @@ def recall(rng: Generator, *, min_pairs: int = 1, max_pairs: int = MAX_PAIRS) ->
 
 
 def _key_letters(rng: Generator, min_pairs: int) -> int:
-    """One letter names a key in three of ten lists, where one letter is enough."""
+    """The number of letters per key: 1 in 30% of the lists, if one letter suffices, else 2."""
     return 1 if rng.random() < 0.3 and min_pairs <= len(_LETTERS) else 2
 
 
 def _pairs(rng: Generator, names: np.ndarray, count: int) -> dict[str, str]:
-    """A list of ``count`` pairs, as an ordered dict from distinct keys, out of ``names``, to digits."""
+    """A list of ``count`` pairs, as an ordered dict from distinct keys among ``names`` to digits."""
     keys = rng.choice(names, size=count, replace=False)
     return {str(key): str(value) for key, value in zip(keys, rng.integers(10, size=count), strict=True)}
 
@@ -99,10 +99,10 @@ TASKS: dict[str, Callable[..., Example]] = {"addition": addition, "reversal": re
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt, of any of the tasks, is kept from training: one in ten are.
+    """Whether a prompt of any task is excluded from training; 10% are.
 
-    Prompts that differ only in the order of the numbers, or in which key of the same list they ask for, share a fate.
-    Sums of two numbers below ten are all for training: they are too few to tell a rule from what is learnt by heart.
+    Prompts that differ only in the order of the numbers, or in the key requested from the same list, are on the same
+    side. All sums of two numbers below ten are for training: too few to distinguish a rule from memorization.
     """
     if prompt.endswith("?"):
         problem = prompt.rpartition(";")[0]
@@ -117,13 +117,13 @@ def is_held_out(prompt: str) -> bool:
 
 
 def held_out_prompts(task: str, count: int, seed: int, **options: int) -> list[Example]:
-    """Examples that are never in training; an example may occur twice.
+    """Examples that never occur in training; may contain duplicates.
 
     Args:
       task: ``"addition"``, ``"reversal"`` or ``"recall"``.
-      count: how many.
-      seed: the same seed gives the same examples.
-      **options: those of the task: ``min_pairs`` and ``max_pairs`` of :func:`recall`.
+      count: number of examples.
+      seed: determines the examples.
+      **options: of the task: ``min_pairs`` and ``max_pairs`` of :func:`recall`.
 
     Raises:
       ValueError: an unknown task, or a count or an option out of range.
@@ -137,33 +137,33 @@ def held_out_prompts(task: str, count: int, seed: int, **options: int) -> list[E
 
 
 def _draw(sample: Callable[[], Example], *, held_out: bool) -> Example:
-    """Samples until an example is on the wanted side of the split."""
+    """Samples until an example is on the requested side of the split."""
     while is_held_out((example := sample()).prompt) != held_out:
         pass
     return example
 
 
 def encode(text: str) -> list[int]:
-    """The tokens of a text: its bytes."""
+    """The bytes of a text as tokens."""
     return list(text.encode())
 
 
 def decode(tokens: list[int]) -> str:
-    """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+    """The text of tokens; invalid UTF-8 becomes U+FFFD."""
     return bytes(tokens).decode(errors="replace")
 
 
-# A document is a sequence of examples, each of which sees those before it.
+# A sequence of examples; each sees those before it.
 Document = list[Example]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """What training documents are about.
+    """The distribution of training documents.
 
     Attributes:
-      addition, reversal, recall: shares of the documents; they add up to 1.
-      max_pairs: the length of the longest lists.
+      addition, reversal, recall: shares of the tasks; sum to 1.
+      max_pairs: maximum list length.
     """
 
     addition: float = 0.0
@@ -173,7 +173,7 @@ class Mix:
 
     def __post_init__(self):
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(f"addition, reversal, recall: expected shares that add up to 1, got {self.shares}")
+            raise ValueError(f"addition, reversal, recall: expected shares that sum to 1, got {self.shares}")
         if not 2 <= self.max_pairs <= MAX_PAIRS:
             raise ValueError(f"max_pairs: expected 2 to {MAX_PAIRS}, got {self.max_pairs}")
 
@@ -183,7 +183,7 @@ class Mix:
 
 
 def training_document(rng: Generator, mix: Mix, room: int) -> Document:
-    """Draws a document that is not held out. Those about recall take at most ``room`` bytes, if that is at least 16."""
+    """Samples a training document. A recall document has at most ``room`` bytes, if that is at least 16."""
     kind = rng.choice(3, p=mix.shares)
     if kind == 0:
         return [_draw(lambda: addition(rng), held_out=False)]
@@ -193,9 +193,9 @@ def training_document(rng: Generator, mix: Mix, room: int) -> Document:
 
 
 def _alike(rng: Generator, count: int) -> np.ndarray:
-    """Little more than ``count`` keys of two letters, of which each letter is in many.
+    """Slightly more than ``count`` two-letter keys that share their letters.
 
-    Where keys are drawn from all pairs of letters, one letter nearly tells them apart, and training stops there.
+    If keys came from all pairs of letters, one letter would almost identify a key, and training would stop there.
     """
     side = int(np.ceil(np.sqrt(count))) + rng.integers(2)
     first, second = (rng.choice(_LETTERS, size=side, replace=False) for _ in range(2))
@@ -203,9 +203,9 @@ def _alike(rng: Generator, count: int) -> np.ndarray:
 
 
 def _recall_document(rng: Generator, max_pairs: int, room: int) -> Document:
-    """A list and many questions about it: what makes a list worth its bytes in a batch.
+    """A list and many questions about it, which make the list worth its bytes in a batch.
 
-    Questions are drawn with replacement: without, all but the first could be answered in part by elimination.
+    Samples questions with replacement; otherwise elimination would help to answer all but the first.
     """
     letters = _key_letters(rng, 1)
     size = letters + 3  # bytes of a pair, and of a question with its answer
@@ -226,13 +226,13 @@ def _recall_document(rng: Generator, max_pairs: int, room: int) -> Document:
 
 
 class Batch(NamedTuple):
-    """Rows of documents, each of which sees only itself.
+    """Rows of packed documents that do not see each other.
 
     Attributes:
       tokens: int32 ``[B, T]``.
       positions: int32 ``[B, T]``, from 0 in each document; -1 is padding.
       segment_ids: int32 ``[B, T]``, one number per document of a row.
-      is_answer: bool ``[B, T]``, which tokens belong to an answer, including its end.
+      is_answer: bool ``[B, T]``, True for tokens of an answer, including its end.
     """
 
     tokens: np.ndarray
@@ -242,16 +242,16 @@ class Batch(NamedTuple):
 
 
 def training_batch(rng: Generator, mix: Mix, *, rows: int, length: int) -> Batch:
-    """Draws documents and packs them into rows.
+    """Samples documents and packs them into rows.
 
     Args:
-      rng: where randomness comes from.
-      mix: what they are about.
+      rng: random generator.
+      mix: distribution of the documents.
       rows: B.
       length: T, at least 32.
 
     Raises:
-      ValueError: a size that is too small.
+      ValueError: a size is too small.
     """
     if rows < 1:
         raise ValueError(f"rows: expected at least 1, got {rows}")
@@ -261,7 +261,7 @@ def training_batch(rng: Generator, mix: Mix, *, rows: int, length: int) -> Batch
 
 
 def _fill(rng: Generator, mix: Mix, length: int) -> list[Document]:
-    """Documents for one row: as many as are drawn before one does not fit."""
+    """Documents for one row; stops at the first that does not fit."""
     documents: list[Document] = []
     room = length
     while room >= _MIN_ROOM:
@@ -273,10 +273,10 @@ def _fill(rng: Generator, mix: Mix, length: int) -> list[Document]:
 
 
 def pack(documents: list[Document], length: int) -> Batch:
-    """One row, ``[T]``: the documents one after another, then padding.
+    """One row, ``[T]``: the concatenated documents, then padding.
 
     Raises:
-      ValueError: they take more than ``length`` bytes.
+      ValueError: the documents exceed ``length`` bytes.
     """
     row = Batch(
         tokens=np.zeros(length, np.int32),

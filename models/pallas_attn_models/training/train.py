@@ -1,13 +1,13 @@
-"""Trains the small checkpoint that comes with the package: ``python -m pallas_attn_models.train --out DIR``.
+"""Trains the small checkpoint that ships with the package: ``python -m pallas_attn_models.train --out DIR``.
 
-Three things make it fast enough for two CPU cores. Documents are packed, and ``pa.attention``, forward and backward,
-skips the blocks of a row in which no document meets itself (``python -m bench.training`` measures it). The heads of the
-first layer start as a short convolution: each attends to a fixed number of tokens back, which is what takes longest to
-form where recall is learnt (Olsson et al. 2022, arXiv:2209.11895; Arora et al. 2023, arXiv:2312.04927). And the
-matrices learn by Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Lists grow from a few pairs to
-the longest (:data:`PHASES`).
+Three choices make training feasible on two CPU cores. Documents are packed, and ``pa.attention``, forward and backward,
+skips the blocks between different documents (``python -m bench.training`` measures it). The heads of the first layer
+start as a short convolution, each attending a fixed number of tokens back: the pattern that takes longest to form when
+recall is learned (Olsson et al. 2022, arXiv:2209.11895; Arora et al. 2023, arXiv:2312.04927). Muon trains the matrices
+(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Lists grow from a few pairs to the longest
+(:data:`PHASES`).
 
-All randomness comes from the seed, and the work does not depend on how fast the machine is.
+The seed determines all randomness, and the number of steps does not depend on the machine's speed.
 
 Reads downwards: model, curriculum, one step, training, evaluation, tokenizer, command line.
 """
@@ -56,19 +56,19 @@ CONFIG = DecoderConfig(
     num_kv_heads=2,
     head_dim=64,
     rms_norm_eps=1e-5,
-    # Slow enough that half of a head's features do not turn within a prompt: keys are matched by those.
+    # Slow enough that half of a head's features barely rotate within a prompt; these match keys.
     rope=RopeConfig(theta=1e6),
     tie_word_embeddings=True,
     max_position_embeddings=1024,
     eos_token_ids=(END_TOKEN,),
 )
 
-# The first layer's start: how many rotary frequencies carry it, how strongly, and how much randomness stays beside it.
+# Initialization of the first layer: number of rotary frequencies that carry it, its strength, and the remaining noise.
 FAST_FREQUENCIES = 8
 LOOK_BACK_SIZE = 7.0
 LOOK_BACK_NOISE = 0.3
 
-# Most documents are shorter than the default blocks, which are made for long ones.
+# Most documents are shorter than the default blocks, which suit long ones.
 CPU_BLOCK_SIZES = pa.BlockSizes(64, 32)
 
 MUON_LEARNING_RATE = 0.02
@@ -84,11 +84,11 @@ TOKENIZER = "tokenizer.json"
 
 
 def new_model(seed: int, implementation: str | None = None) -> Decoder:
-    """A decoder whose first layer looks at the last few tokens, and whose other layers start as the identity.
+    """A decoder whose first layer attends to the last few tokens, and whose other layers start as the identity.
 
     Args:
-      seed: where its weights come from.
-      implementation: of ``pa.attention``; default: the best that can serve.
+      seed: determines the weights.
+      implementation: of ``pa.attention``; default: the best available.
     """
     rngs = nnx.Rngs(seed)
     block_sizes = CPU_BLOCK_SIZES if jax.default_backend() == "cpu" else None
@@ -110,15 +110,17 @@ def new_model(seed: int, implementation: str | None = None) -> Decoder:
 
 
 def _look_back(model: Decoder) -> None:
-    """Lets head h of the first layer start by attending to the token h + 1 places back, whatever the tokens are.
+    """Initializes head h of the first layer to attend to the token h + 1 positions back, whatever the tokens.
 
-    Every embedding gets the same first feature. Through it a query and a key are constant vectors, and their product
-    after rotation (RoFormer, arXiv:2104.09864, eq. 16) is a sum of ``cos(frequency * (distance - offset))``, largest
-    where the distance is the offset. Only the fast frequencies tell neighbours apart; the others stay random.
+    Every embedding gets the same first feature, which contributes constant vectors to queries and keys. Their product
+    after rotation (RoFormer, arXiv:2104.09864, eq. 16) is a sum of ``cos(frequency * (distance - offset))``, maximal
+    at distance = offset. Only the fast frequencies distinguish neighbors; the others stay random.
     """
     table = model.embedding.table
     table.set_value(table.get_value().at[:, 0].set(1.0))
-    feature = CONFIG.hidden_size**0.5 / 2**0.5  # its size after the norm, as the other features together have size 1
+    feature = (
+        CONFIG.hidden_size**0.5 / 2**0.5
+    )  # its size after the norm, because the other features together have norm 1
     half = CONFIG.head_dim // 2
     frequencies = CONFIG.rope.theta ** (-np.arange(FAST_FREQUENCIES) / half)
     fast = np.concatenate([np.arange(FAST_FREQUENCIES), half + np.arange(FAST_FREQUENCIES)])
@@ -137,13 +139,13 @@ def _look_back(model: Decoder) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of training.
+    """A phase of the curriculum.
 
     Attributes:
-      steps: how many batches.
+      steps: number of batches.
       rows, length: the size of a batch.
-      mix: what its documents are about; ``mix.max_pairs`` is reached at the end of the phase.
-      first_pairs: ``max_pairs`` at the start of the phase, from where it grows evenly.
+      mix: distribution of the documents at the end of the phase.
+      first_pairs: ``max_pairs`` at the start of the phase; it grows linearly to ``mix.max_pairs``.
     """
 
     steps: int
@@ -153,7 +155,7 @@ class Phase:
     first_pairs: int
 
     def mix_at(self, step: int) -> Mix:
-        """The mix of one step of the phase."""
+        """The mix at one step of the phase."""
         growth = (self.mix.max_pairs - self.first_pairs) * step // self.steps
         return dataclasses.replace(self.mix, max_pairs=self.first_pairs + growth)
 
@@ -166,7 +168,7 @@ PHASES = (
 
 
 def scaled(phases: Sequence[Phase], steps: int) -> tuple[Phase, ...]:
-    """The same curriculum in ``steps`` steps altogether.
+    """The same curriculum, scaled to ``steps`` steps in total.
 
     Raises:
       ValueError: fewer steps than phases.
@@ -181,7 +183,7 @@ def scaled(phases: Sequence[Phase], steps: int) -> tuple[Phase, ...]:
 
 
 def batches(phases: Sequence[Phase], seed: int) -> Iterator[Batch]:
-    """The batches of all phases. Each has a random stream of its own, so that none depends on those before it."""
+    """The batches of all phases. Each has its own random stream, so none depends on earlier ones."""
     index = 0
     for phase in phases:
         for step in range(phase.steps):
@@ -191,7 +193,7 @@ def batches(phases: Sequence[Phase], seed: int) -> Iterator[Batch]:
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
-    """Muon for the matrices that map one layer's features to another's, AdamW for the embedding and the norms."""
+    """Muon for the linear maps, AdamW for the embedding and the norms."""
 
     def schedule(peak: float) -> optax.Schedule:
         warmup = min(WARMUP_STEPS, steps // 2)
@@ -209,10 +211,7 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def loss_and_accuracy(model: Decoder, batch: Batch) -> tuple[Array, Array]:
-    """Mean cross-entropy in nats, and share of tokens predicted right, over the tokens of answers.
-
-    Prompts are random, so there is nothing to learn from predicting them.
-    """
+    """Mean cross-entropy in nats and accuracy, over the tokens of answers; random prompts cannot be predicted."""
     hidden = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids, apply_head=False).hidden
     logits = model.logits(hidden)[:, :-1]
     targets, is_answer = batch.tokens[:, 1:], batch.is_answer[:, 1:].astype(jnp.float32)
@@ -223,14 +222,14 @@ def loss_and_accuracy(model: Decoder, batch: Batch) -> tuple[Array, Array]:
 
 @nnx.jit
 def train_step(model: Decoder, optimizer: nnx.Optimizer, batch: Batch) -> tuple[Array, Array]:
-    """Updates model and optimizer in place; returns the loss and accuracy that the batch had before."""
+    """Updates model and optimizer in place; returns the batch's loss and accuracy before the update."""
     (loss, accuracy), gradients = nnx.value_and_grad(loss_and_accuracy, has_aux=True)(model, batch)
     optimizer.update(model, gradients)
     return loss, accuracy
 
 
 def train(phases: Sequence[Phase], seed: int, console: Console) -> Decoder:
-    """Trains a new model; the console shows how far it is."""
+    """Trains a new model, with progress on the console."""
     steps = sum(phase.steps for phase in phases)
     model = new_model(seed)
     state = nnx.Optimizer(model, optimizer(steps), wrt=nnx.Param)
@@ -246,13 +245,13 @@ def train(phases: Sequence[Phase], seed: int, console: Console) -> Decoder:
         for step, batch in enumerate(batches(phases, seed), start=1):
             loss, accuracy = map(float, train_step(model, state, batch))
             progress.update(bar, advance=1, loss=loss, accuracy=accuracy)
-            if not console.is_terminal and step % LOG_EVERY == 0:  # a bar shows nothing in a log file
+            if not console.is_terminal and step % LOG_EVERY == 0:  # a log file cannot show the progress bar
                 console.print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.3f}")
     return model
 
 
 def exact_answers(generator: Generator, examples: Sequence[Example]) -> float:
-    """The share of examples whose whole answer is right under greedy decoding."""
+    """The share of examples answered exactly under greedy decoding."""
     right = 0
     sampling = Sampling(max_new_tokens=MAX_WORD + len(END))
     for start in range(0, len(examples), generator.batch_size):
@@ -264,7 +263,7 @@ def exact_answers(generator: Generator, examples: Sequence[Example]) -> float:
 
 
 def evaluate(model: Decoder, count: int) -> Table:
-    """Exact answers to ``count`` held-out prompts of each task, and to as many with lists of 300 bytes or more."""
+    """Exact-answer rates on ``count`` held-out prompts per task, and on as many with lists of at least 300 bytes."""
     generator = Generator(model, batch_size=EVALUATION_ROWS, capacity=EVALUATION_CAPACITY)
     table = Table("task", "bytes", "prompts", "exact", title="Held-out prompts, greedy decoding")
     rows = {
@@ -281,8 +280,8 @@ def evaluate(model: Decoder, count: int) -> Table:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A tokenizer whose 256 tokens are the bytes, each with its value as its id."""
-    # Every byte is written as one visible character: itself where it is one, else one from beyond the first 256.
+    """A tokenizer with the 256 bytes as tokens; the id of a token is the byte's value."""
+    # A visible character represents each byte: the byte's own, or else one beyond the first 256.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     visible = {ord(char): char for char in alphabet if ord(char) < 256}
     replacements = iter(char for char in alphabet if ord(char) >= 256)
@@ -294,7 +293,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:
-    """For ``argparse``: an int in this range."""
+    """An ``argparse`` type for an int in this range."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -307,22 +306,22 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains, saves, evaluates and prints; see ``--help``. Whether ``--out`` can be written is tried before all."""
+    """Trains, saves and evaluates the checkpoint; see ``--help``. Checks first that ``--out`` is writable."""
     total = sum(phase.steps for phase in PHASES)
     parser = argparse.ArgumentParser(
         prog="python -m pallas_attn_models.train",
-        description="Trains the small checkpoint that comes with the package.",
+        description="Train the small checkpoint that ships with the package.",
     )
     parser.add_argument("--out", required=True, help="directory for the checkpoint")
-    parser.add_argument("--seed", type=_between(0, 2**32 - 1), default=0, help="of all randomness (default: 0)")
+    parser.add_argument("--seed", type=_between(0, 2**32 - 1), default=0, help="determines all randomness (default: 0)")
     length = parser.add_mutually_exclusive_group()
     steps = _between(len(PHASES), 2**31 - 1)
-    length.add_argument("--steps", type=steps, default=total, help=f"length of the whole curriculum (default: {total})")
-    quick = f"{QUICK_STEPS} steps and {QUICK_PROMPTS} prompts, to see that everything runs"
+    length.add_argument("--steps", type=steps, default=total, help=f"length of the curriculum (default: {total})")
+    quick = f"{QUICK_STEPS} steps and {QUICK_PROMPTS} prompts, for a smoke test"
     length.add_argument("--quick", action="store_true", help=quick)
     options = parser.parse_args(arguments)
     try:
-        out = writable_directory("--out", options.out, TOKENIZER)  # now, not after hours
+        out = writable_directory("--out", options.out, TOKENIZER)  # fail now, not after hours
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -1,4 +1,4 @@
-"""save_hf over an older checkpoint: killed, failing, or at the same time as others, it leaves one of the two, whole."""
+"""save_hf over an older checkpoint: killed, failing or concurrent, it leaves the complete old or new one."""
 
 import concurrent.futures
 import contextlib
@@ -30,7 +30,7 @@ ONE_FILE, SHARDS = 10**9, 1200
 
 
 def make_model(seed: int) -> Decoder:
-    """All models have the same names and shapes, so that a mixture of two would load; their configs differ, too."""
+    """The models have equal names and shapes, so that a mixture of two would load; their configs differ."""
     config = DecoderConfig(num_layers=1, rope=RopeConfig(theta=100.0 + seed), tie_word_embeddings=True, **SIZES)
     return Decoder(config, rngs=nnx.Rngs(seed))
 
@@ -39,7 +39,7 @@ OLDER, OLD, NEW = map(make_model, range(3))
 
 
 def contents(directory: Path) -> tuple:
-    """What load_hf makes a decoder of; much faster, as nothing is traced."""
+    """The input of load_hf, without tracing a decoder: much faster."""
     with reading(directory) as checkpoint:
         tensors = {name: tensor.read().tobytes() for name, tensor in checkpoint.tensors.items()}
     return config_from_hf(checkpoint.fields), tensors
@@ -55,7 +55,7 @@ def files(directory: Path) -> set[str]:
 
 
 def clean(directory: Path, *foreign: str) -> bool:
-    """Whether there is nothing but one checkpoint, and files that have nothing to do with it."""
+    """Whether the directory holds only one checkpoint and unrelated files."""
     found = files(directory) - {*foreign}
     if "model.safetensors" in found:
         return found == {"config.json", "model.safetensors"}
@@ -64,7 +64,7 @@ def clean(directory: Path, *foreign: str) -> bool:
 
 
 class Killed(BaseException):
-    """What a killed process does: nothing more."""
+    """Stands for the death of the process."""
 
 
 OPERATIONS = ("chmod", "fsync", "mkdir", "open", "remove", "rename", "replace", "rmdir", "scandir", "unlink")
@@ -72,11 +72,11 @@ OPERATIONS = ("chmod", "fsync", "mkdir", "open", "remove", "rename", "replace", 
 
 @pytest.fixture
 def stopped(monkeypatch):
-    """Calls a function whose file operation number ``at`` raises, and then, if it was killed, all that follow it."""
+    """Calls a function whose file operation number ``at`` raises, and all later ones, too, if it is killed."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # the disk would take most of the time
 
     def stopped(function, at: int, error: type[BaseException]) -> bool:
-        """Whether there was an operation of that number."""
+        """Whether the function reached that operation."""
         count = 0
 
         def watched(operation):
@@ -107,7 +107,7 @@ def stopped(monkeypatch):
 
 
 def prepared(kind: str, directory: Path) -> Path:
-    """A directory in which OLD was saved last, or nothing."""
+    """A directory with the checkpoint OLD, or an empty one."""
     directory.mkdir()
     if kind == "one file":
         save_hf(OLD, directory)
@@ -121,7 +121,7 @@ def prepared(kind: str, directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def older_old_new(tmp_path_factory):
-    """The contents of the three models."""
+    """The content of the three models."""
     directory = tmp_path_factory.mktemp("contents")
     for number, model in enumerate([OLDER, OLD, NEW]):
         save_hf(model, directory / f"{number}")
@@ -148,7 +148,7 @@ def test_stopped_at_every_file_operation(error, over, max_shard_bytes, stopped, 
         is_new.append(loaded == new)
         if error is not Killed and not is_new[-1]:
             assert files(directory) == files(before), at
-        # The next save, of whatever size, needs no help, and takes away what is left of the one that was stopped.
+        # The next save, of any size, succeeds and removes what the stopped one left.
         save_hf(OLDER, directory, max_shard_bytes=(ONE_FILE, SHARDS)[at % 2])
         assert clean(directory), (at, files(directory))
         assert contents(directory) == older
@@ -163,7 +163,7 @@ def test_stopped_at_every_file_operation(error, over, max_shard_bytes, stopped, 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the numbers of files")
 @pytest.mark.parametrize(("over", "max_shard_bytes"), OVER)
 def test_every_step_is_on_the_disk_before_the_next(over, max_shard_bytes, monkeypatch, tmp_path):
-    """A disk that loses power keeps what was synced, and of what was not any part."""
+    """After a power loss, a disk has all synced data and any part of the rest."""
     directory = prepared(over, tmp_path / "saved")
     unsynced, renamed = set(), []
 
@@ -259,8 +259,8 @@ def test_a_shard_of_another_save_is_refused(tmp_path):
         load_hf(tmp_path / "new")
 
 
-def test_where_there_are_no_locks(monkeypatch, stopped, older_old_new, tmp_path):
-    """As on Windows: no save can tell what others left, and each has names of its own."""
+def test_without_file_locks(monkeypatch, stopped, older_old_new, tmp_path):
+    """As on Windows: a save cannot recover others, and uses its own names."""
     monkeypatch.setattr(checkpoint_files, "fcntl", None)
     old, new = older_old_new[1:]
     before = prepared("shards", tmp_path / "before")
@@ -308,7 +308,7 @@ models = [load_hf(directory, "float32") for directory in sys.argv[2:]]
 for turn in itertools.count():
     save_hf(models[turn % 2], sys.argv[1], max_shard_bytes=SHARDS)
     print(turn, flush=True)
-    time.sleep(0.001)  # an unfair lock would keep the other process out
+    time.sleep(0.001)  # an unfair lock could starve the other process
 """
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint that ships with the package answers prompts that its training never saw."""
+"""The shipped checkpoint answers held-out prompts."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,7 @@ def test_its_tokens_are_bytes():
 
 @pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_held_out_prompts_of_unequal_length(count, generator):
-    """So many of each task, mixed in every batch."""
+    """Prompts of all tasks, mixed in every batch."""
     examples = {task: tasks.held_out_prompts(task, count, seed=2026) for task in tasks.TASKS}
     prompts = [(task, example) for task, drawn in examples.items() for example in drawn]
     assert all(tasks.is_held_out(example.prompt) for _, example in prompts)

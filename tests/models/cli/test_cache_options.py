@@ -1,4 +1,4 @@
-"""Policies and storages in words, and ``pallas-attn cache-size``."""
+"""Policies and storages as text, and ``pallas-attn cache-size``."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_storages(text, storage):
     "text",
     ["", "windows(3)", "window", "window(3", "window(size=3, size=4)", "window(**x)", "3", "window(__import__('os'))"],
 )
-def test_what_says_no_policy_is_refused(text):
+def test_invalid_text_is_refused(text):
     with pytest.raises(ValueError, match=re.escape("cache: expected one of dense, window(size: int, sinks: int = 0)")):
         cache_options.policy(text)
 
@@ -74,19 +74,19 @@ def test_cache_size_is_that_of_the_caches(cache, storage, capsys):
     assert found["bytes"] == 3 * layer.nbytes
 
 
-def test_cache_size_in_words(capsys):
+def test_cache_size_as_a_table(capsys):
     assert cli.main(["cache-size", "--capacity", "128", "--storage", "int8"]) == 0
     shown = capsys.readouterr().out
     assert "Int8()" in shown
     assert re.search(r"[\d,]+ bytes for 1 rows", shown)
 
 
-def test_a_model_that_is_not_there(capsys, tmp_path):
+def test_a_missing_model(capsys, tmp_path):
     assert cli.main(["cache-size", "--capacity", "128", "--model", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
 
 
-def test_generate_with_a_bounded_quantised_cache(capsys):
+def test_generate_with_a_bounded_quantized_cache(capsys):
     prompt = "a=7;k=2;k?"
     arguments = ["--prompt", prompt, "--max-new-tokens", "4", "--batch-size", "1", "--json"]
     arguments += ["--cache", "h2o(recent=4)", "--storage", "int8", "--capacity", "64"]

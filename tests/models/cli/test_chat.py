@@ -1,4 +1,4 @@
-"""The conversation: what the model is given, what is kept, what a user can type."""
+"""Conversations: the model's input, the messages kept, and user commands."""
 
 import io
 import json
@@ -42,7 +42,7 @@ CONFIG = DecoderConfig(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A model with a chat template that has learnt nothing. Its tokenizer would begin every text with a BOS."""
+    """An untrained model with a chat template. Its tokenizer adds a BOS to every text."""
     directory = tmp_path_factory.mktemp("checkpoint")
     save_hf(Decoder(CONFIG, rngs=nnx.Rngs(0)), directory)
     tokenizer = byte_tokenizer(SPECIAL)
@@ -65,7 +65,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def talk(checkpoint, monkeypatch, capsys):
-    """Types lines at a conversation whose answers are known: ``(the generator, the chat, stdout, stderr)``."""
+    """Sends lines to a conversation with scripted answers: ``(generator, chat, stdout, stderr)``."""
 
     def talk(lines: list[str], answers: list[str], *, terminal: bool = False, max_length: int = 1000, **options):
         generator = ScriptedGenerator([encode(answer) for answer in answers], max_length)
@@ -79,7 +79,7 @@ def talk(checkpoint, monkeypatch, capsys):
     return talk
 
 
-def test_the_model_is_given_all_that_was_said(talk):
+def test_the_model_sees_the_whole_conversation(talk):
     generator, one, out, err = talk(["Hello", "", "  And you? "], ["Hi.\nWell?", "Me too"], system="Be brief")
     first = "<s><system>Be brief<end><user>Hello<end><assistant>"
     second = first + "Hi.\nWell?<end><user>And you?<end><assistant>"
@@ -102,7 +102,7 @@ def test_commands(talk):
         encode("<s><user>/etc/hosts is a file<end><assistant>"),
     ]
     assert out == "x\ny\n"
-    assert err.splitlines() == ["a new conversation", "/what: expected a message, /reset or /exit"]
+    assert err.splitlines() == ["new conversation", "/what: expected a message, /reset or /exit"]
 
 
 def test_a_reset_keeps_the_system_message(talk):
@@ -110,7 +110,7 @@ def test_a_reset_keeps_the_system_message(talk):
     assert one.messages == [{"role": "system", "content": "Be brief"}]
 
 
-def test_a_stop_string_is_no_part_of_the_conversation(talk):
+def test_a_stop_string_is_not_part_of_the_conversation(talk):
     _, one, out, _ = talk(["a"], ["One. Two."], stop=["."])
     assert out == "One\n"
     assert one.messages[-1]["content"] == "One"
@@ -124,7 +124,7 @@ def test_control_characters_do_not_reach_the_terminal(talk):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_conversation_longer_than_the_cache(talk, terminal, capsys):
-    message = r"the conversation has 28 tokens and the cache holds 20: /reset begins a new one, and --capacity makes"
+    message = r"the conversation has 28 tokens and the cache holds 20: /reset starts a new one, and --capacity makes"
     lines, answers = ["short", "longer than it", "b"], ["x", "y"]
     if not terminal:
         with pytest.raises(ValueError, match=message):
@@ -136,7 +136,7 @@ def test_a_conversation_longer_than_the_cache(talk, terminal, capsys):
     assert generator.asked[1][0] == encode("<s><user>short<end><assistant>x<end><user>b<end><assistant>")
 
 
-def test_what_the_template_refuses_is_not_kept(talk):
+def test_a_rejected_message_is_not_kept(talk):
     _, one, _, err = talk(["refuse", "a"], ["x"], terminal=True)
     assert "/tokenizer_config.json: chat template: this is refused" in err
     assert [message["content"] for message in one.messages] == ["a", "x"]
@@ -203,7 +203,7 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_the_answer_is_what_the_model_makes_of_the_rendered_template(run, checkpoint, monkeypatch):
+def test_the_answer_continues_the_rendered_template(run, checkpoint, monkeypatch):
     asked, submit = [], Generator.submit
     monkeypatch.setattr(Generator, "submit", lambda self, *request: asked.append(request[0]) or submit(self, *request))
     code, out, err = run("Hi\n", "--model", checkpoint, "--max-new-tokens", 12, "--temperature", 1.5, "--seed", 5)
@@ -239,7 +239,7 @@ def test_generation_config_and_the_end_of_a_turn(run, checkpoint, tmp_path, monk
 def test_a_long_answer_says_that_the_cache_is_full(run, checkpoint):
     code, _, err = run("Hi\n", "--model", checkpoint, "--capacity", 32, "--min-new-tokens", 100)
     assert code == 0
-    assert "cut, as the cache holds 32 tokens: /reset begins a new conversation" in err.splitlines()[-1]
+    assert "cut: the cache holds 32 tokens; /reset starts a new conversation" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_long_answer_says_that_the_cache_is_full(run, checkpoint):
             "tokenizer_config.json",
             "expected a chat template (chat_template.jinja, or chat_template in tokenizer_co",
         ),
-        ("tokenizer.json", "expected the tokenizer of the model, found none"),
+        ("tokenizer.json", "expected the model's tokenizer, found none"),
         ("config.json", "expected a JSON file, found none"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_directory_without_something(run, checkpoint, tmp_path, missing, messa
     ("argv", "message"),
     [
         ([], "the following arguments are required: --model (see pallas-attn chat --help)"),
-        (["--model", ".", "--stop", ""], "--stop: expected text, got ''"),
+        (["--model", ".", "--stop", ""], "--stop: expected a non-empty string, got ''"),
         (["--model", ".", "--top-p", "2"], "top_p: expected a number in (0, 1], got 2.0"),
     ],
     ids=" ".join,

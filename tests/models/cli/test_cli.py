@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit code."""
+"""The command line: output, streams and exit codes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ CONFIG = DecoderConfig(
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A decoder of one byte per token that has learnt nothing."""
+    """An untrained byte-level decoder."""
     directory = tmp_path_factory.mktemp("checkpoint")
     save_hf(Decoder(CONFIG, rngs=nnx.Rngs(0)), directory)
     tokenizer = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
@@ -85,9 +85,8 @@ def test_json_is_all_that_is_printed_and_batches_share_two_executables(run, chec
     assert 0 < stats["kv_blocks_visited"] <= stats["kv_blocks_total"]
 
 
-def test_without_a_model_the_shipped_one_answers_its_own_tasks(run, checkpoint, monkeypatch, tmp_path):
-    (tmp_path / "checkpoint").symlink_to(checkpoint)
-    monkeypatch.setattr(loading.importlib.resources, "files", {"pallas_attn_models": tmp_path}.__getitem__)
+def test_the_shipped_model_answers_its_own_tasks(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(loading.weights, "DIRECTORY", checkpoint)
     code, out, err = run("generate", "--max-new-tokens", 1)
     assert code == 0
     assert "completing 8 prompts" in err
@@ -107,8 +106,8 @@ def test_without_a_model_the_shipped_one_answers_its_own_tasks(run, checkpoint, 
 def test_the_table_shows_what_was_written_and_no_more(capsys):
     completions.print_table(
         [
-            completions.Completion("a [bold] prompt", "[red]two\nlines", None, "stop", [], []),
-            completions.Completion("a" * 20 + "b" * 1100 + "\x1b", "\x1b[2J", None, "length", [], []),
+            completions.CompletionRow("a [bold] prompt", "[red]two\nlines", None, "stop", [], []),
+            completions.CompletionRow("a" * 20 + "b" * 1100 + "\x1b", "\x1b[2J", None, "length", [], []),
         ]
     )
     out = capsys.readouterr().out
@@ -157,7 +156,7 @@ def test_doctor_reports_what_is_wrong(run, monkeypatch, wrong):
     assert {"numbers": "1.0e-01 (WRONG)", "nan": "nan (WRONG)", "failure": "FAILED: no such"}[wrong] in out
 
 
-# --- what a user can set right ---
+# --- user errors ---
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_doctor_reports_what_is_wrong(run, monkeypatch, wrong):
         (["generate", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["generate", "--prompt", "a", "--prompts-file", "b"], "not allowed with argument"),
         (["generate", "--prompts-file", "nowhere.txt"], "nowhere.txt"),
-        (["generate", "--model", "nowhere"], "--model: expected --prompt or --prompts-file with it, got neither"),
+        (["generate", "--model", "nowhere"], "--model: expected also --prompt or --prompts-file, got neither"),
         (
             ["generate", "--model", "nowhere", "--prompt", "a"],
             "--model: expected the directory of a checkpoint, got nowhere",

@@ -1,4 +1,4 @@
-"""Whatever the files of a checkpoint hold, a command ends with one line that names the file, and exit code 2."""
+"""For any broken file of a checkpoint, a command prints one line that names the file, and exits with 2."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tokenizers import Regex, pre_tokenizers
 from pallas_attn_models import cli
 from pallas_attn_models.checkpoints.hf import load_hf, save_hf
 from pallas_attn_models.cli import chat, generate, loading
-from pallas_attn_models.cli.completions import Completion, to_json
+from pallas_attn_models.cli.completions import CompletionRow, to_json
 from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.decoder.decoder import Decoder
 from pallas_attn_models.generation.generator import GenerationResult
@@ -71,7 +71,7 @@ def damaged(checkpoint, tmp_path):
 
 @pytest.fixture
 def run(capfd, monkeypatch):
-    """Runs a command that would generate nothing: ``(exit code, stdout, stderr)``."""
+    """Runs a command with a mocked Generator: ``(exit code, stdout, stderr)``."""
 
     class Silent(ScriptedGenerator):
         def __init__(self, model, **options):
@@ -166,7 +166,7 @@ def test_the_same_in_a_process_of_its_own(damaged):
     assert (finished.returncode, finished.stdout) == (2, "")
     assert (
         finished.stderr.splitlines()[-1]
-        == f"error: {directory}/config.json: expected JSON, got objects or arrays that are nested too deeply"
+        == f"error: {directory}/config.json: expected JSON, got objects or arrays nested too deeply"
     )
     assert "Traceback" not in finished.stderr
 
@@ -187,11 +187,11 @@ def test_a_tokenizer_that_panics(run, damaged, argv):
     directory = damaged("tokenizer.json", tokenizer.to_str())
     code, out, err = run(*argv, "--model", directory, stdin="a" * 50 + "!\n")
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1].startswith(f"error: {directory}/tokenizer.json: failed at a text, got: ")
+    assert err.splitlines()[-1].startswith(f"error: {directory}/tokenizer.json: expected to tokenize the text, got: ")
     assert "panicked" not in err
 
 
-# --- files that are as they should be ---
+# --- valid files ---
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_tokenizer_that_panics(run, damaged, argv):
     ],
     ids=str,
 )
-def test_a_generation_config_as_transformers_takes_it(run, damaged, monkeypatch, fields, expected):
+def test_generation_config_like_transformers(run, damaged, monkeypatch, fields, expected):
     asked = []
     make = loading.make_generator
     directory = damaged("generation_config.json", json.dumps(fields))
@@ -245,7 +245,7 @@ def test_stdin_with_a_byte_order_mark(run, checkpoint, monkeypatch):
     assert asked == ["Hi", "\ufeffyou"]
 
 
-# --- what else a user can get wrong ---
+# --- other user errors ---
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_stdin_with_a_byte_order_mark(run, checkpoint, monkeypatch):
     ],
     ids=lambda x: " ".join(x)[:50] if isinstance(x, list) else "",
 )
-def test_arguments_that_cannot_be(capsys, argv, message):
+def test_invalid_arguments(capsys, argv, message):
     code = cli.main(argv)
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
@@ -295,8 +295,8 @@ def test_text_that_is_not_utf8(run, checkpoint):
 
 
 @pytest.mark.parametrize("closed", ["pipe", "disk"])
-def test_a_stdout_that_takes_nothing(closed):
-    """Nobody reads it any more, or it is full: no traceback, not even from Python's last flush."""
+def test_a_closed_or_full_stdout(closed):
+    """A closed or full stdout: no traceback, not even from Python's last flush."""
     command = [sys.executable, "-m", "pallas_attn_models.cli", "show-mask", "causal", "--q", "1000", "--block-q", "4"]
     if closed == "disk":
         if not Path("/dev/full").exists():
@@ -316,21 +316,21 @@ def test_a_stdout_that_takes_nothing(closed):
     assert b"Exception ignored" not in finished.stderr
 
 
-# --- logits that are no numbers ---
+# --- NaN and infinite logits ---
 
 
 @pytest.mark.parametrize("form", [["--json", "--logprobs", 1], []])
-def test_completions_that_ended_for_want_of_numbers(run, checkpoint, monkeypatch, form):
+def test_completions_that_end_with_nan_logits(run, checkpoint, monkeypatch, form):
     result = GenerationResult([[1], []], [[-1.0], []], ["invalid", "length"], [[[(0, float("-inf"))]], []], STATS)
     monkeypatch.setattr(generate.Generator, "generate", lambda *_, **__: result)
     monkeypatch.setattr(generate.Generator, "warmup", lambda *_: 0.0)
     code, out, err = run("generate", "--prompt", "a", "--prompt", "b", "--model", checkpoint, *form, silent=False)
     assert code == 1
-    assert err.splitlines()[-1] == "1 of 2 completions ended where the model's logits were no numbers"
+    assert err.splitlines()[-1] == "1 of 2 completions ended because the model's logits were NaN or infinite"
     assert "invalid" in out
 
 
-def test_an_answer_that_ended_for_want_of_numbers(checkpoint, monkeypatch, capfd):
+def test_an_answer_that_ends_with_nan_logits(checkpoint, monkeypatch, capfd):
     class Broken(ScriptedGenerator):
         def step(self, interval: int = 64) -> None:
             first = self._running[0][0]
@@ -346,13 +346,13 @@ def test_an_answer_that_ended_for_want_of_numbers(checkpoint, monkeypatch, capfd
     assert one.run() == 1
     out, err = capfd.readouterr()
     assert out.splitlines()[-1] == "ok", "the conversation goes on"
-    assert err.splitlines() == ["cut, as the model's logits are no numbers"]
+    assert err.splitlines() == ["cut: the model's logits are NaN or infinite"]
     assert [message["content"] for message in one.messages] == ["b", "ok"], "without the question that had no answer"
 
 
 @pytest.mark.parametrize("form", ["--json", "--stream"])
-def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, form):
-    """Whoever meets the broken token is ended, and his neighbor goes on."""
+def test_a_model_with_nan_weights(run, checkpoint, tmp_path, form):
+    """A row that meets the broken token ends; its neighbor continues."""
     directory = tmp_path / "copy"
     shutil.copytree(checkpoint, directory)
     model = load_hf(directory, "float32")
@@ -362,15 +362,15 @@ def test_a_model_with_weights_that_are_no_numbers(run, checkpoint, tmp_path, for
     argv = ["--prompt", "bx", "--prompt", "hi", "--max-new-tokens", 3, "--capacity", 64, form]
     code, out, err = run("generate", "--model", directory, *argv, silent=False)
     assert code == 1
-    assert err.count("1 of 2 completions ended where the model's logits were no numbers") == 1
+    assert err.count("1 of 2 completions ended because the model's logits were NaN or infinite") == 1
     if form == "--json":
         first, second = json.loads(out, parse_constant=pytest.fail)["completions"]
         assert (first["finish_reason"], first["tokens"]) == ("invalid", [])
         assert second["finish_reason"] == "length"
 
 
-def test_json_has_no_number_that_is_none(tmp_path):
-    completion = Completion("a", "b", None, "invalid", [1], [float("nan")], [[(0, float("-inf"))]])
+def test_json_has_null_for_nan_and_infinity(tmp_path):
+    completion = CompletionRow("a", "b", None, "invalid", [1], [float("nan")], [[(0, float("-inf"))]])
     text = to_json(tmp_path, [completion], STATS, with_top=True)
 
     def refuse(constant):

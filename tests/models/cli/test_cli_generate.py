@@ -1,4 +1,4 @@
-"""``pallas-attn generate``: what its options ask for, and text that is shown, or cut, while it comes."""
+"""``pallas-attn generate``: the effect of its options, streaming and stop strings."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 from pallas_attn_models import cli
 from pallas_attn_models.checkpoints.hf import save_hf
 from pallas_attn_models.cli import generate, loading
-from pallas_attn_models.cli.completions import Completion, figures, show_growing
+from pallas_attn_models.cli.completions import CompletionRow, figures, show_growing
 from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.decoder.decoder import Decoder
 from pallas_attn_models.generation.generator import GenerationResult
@@ -38,7 +38,7 @@ STATS = GenerationStats(1, 2, 0.0, 2, 0.5, 0.5, 1, 2, 2, 0, 0)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A decoder of small letters that has learnt nothing; z ends a text."""
+    """An untrained decoder of lower-case letters; z is the end token."""
     directory = tmp_path_factory.mktemp("checkpoint")
     save_hf(Decoder(CONFIG, rngs=nnx.Rngs(0)), directory)
     letters = {letter: index for index, letter in enumerate(string.ascii_lowercase)}
@@ -61,7 +61,7 @@ def run(checkpoint, capsys):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a Generator would have been made with and asked for; it does nothing."""
+    """Records the arguments of a Generator and of its requests, without serving them."""
     calls = {}
 
     class Recorder:
@@ -80,7 +80,7 @@ def asked(monkeypatch):
     return calls
 
 
-# --- what is asked for ---
+# --- options ---
 
 
 def test_every_sampling_option(run, asked):
@@ -108,7 +108,7 @@ def test_every_sampling_option(run, asked):
     assert json.loads(out)["completions"][0]["top_logprobs"] == [[[0, -1.0]]]
 
 
-def test_nothing_asked_for_is_greedy(run, asked):
+def test_the_default_is_greedy(run, asked):
     code, out, _ = run("--prompt", "abc", "--json")
     assert code == 0
     assert asked["samplings"] == [Sampling()]
@@ -129,7 +129,7 @@ def test_guidance_samples_and_speculation(run, asked):
     assert out.count("length") == 10
 
 
-def test_an_option_wins_over_the_models_own_wish(run, asked, checkpoint, tmp_path):
+def test_an_option_overrides_the_generation_config(run, asked, checkpoint, tmp_path):
     for file in checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
     fields = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [25, 4], "num_beams": 2}
@@ -144,7 +144,7 @@ def test_an_option_wins_over_the_models_own_wish(run, asked, checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--logprobs 2", "--logprobs: expected --json with it, which shows them"),
+        ("--logprobs 2", "--logprobs: expected --json, the only output that shows them"),
         ("--guidance 2", "--guidance, --negative-prompt: expected both or neither, got one"),
         ("--negative-prompt a", "--guidance, --negative-prompt: expected both or neither, got one"),
         ("--num-samples 0", "--num-samples: expected at least 1, got 0"),
@@ -161,17 +161,19 @@ def test_errors_are_one_line(run, argv, message):
 
 
 def test_errors_of_empty_texts(run):
-    assert run("--prompt", "a", "--stop", "")[2].splitlines()[-1] == "error: --stop: expected text, got ''"
+    assert (
+        run("--prompt", "a", "--stop", "")[2].splitlines()[-1] == "error: --stop: expected a non-empty string, got ''"
+    )
     err = run("--prompt", "a", "--guidance", 2, "--negative-prompt", "")[2]
     assert err.splitlines()[-1] == "error: negative_prompts[0]: expected at least one token, got none"
 
 
-# --- text that comes ---
+# --- streaming ---
 
 
 @pytest.fixture(scope="module")
 def plain(checkpoint):
-    """Two completions of two prompts each, all at once: one object."""
+    """Two completions of each of two prompts, as one JSON object."""
     return json.loads(_output(checkpoint, *PROMPTS, "--json", "--logprobs", 2))
 
 
@@ -204,18 +206,18 @@ def test_a_stop_string_cuts_the_text_and_ends_the_work(checkpoint, plain):
     assert found["stats"]["prompt_tokens"] == plain["stats"]["prompt_tokens"]
 
 
-def test_guesses_change_nothing(checkpoint, plain):
+def test_speculation_changes_nothing(checkpoint, plain):
     found = json.loads(_output(checkpoint, *PROMPTS, "--json", "--speculate"))
     assert [one["tokens"] for one in found["completions"]] == [one["tokens"] for one in plain["completions"]]
     assert found["stats"]["drafted"] > 0
 
 
-def test_a_growing_table_ends_with_what_came(capsys):
-    shown = [Completion("ab", "", None, "", [], [])]
+def test_a_growing_table_ends_with_the_completions(capsys):
+    shown = [CompletionRow("ab", "", None, "", [], [])]
 
     def events():
         yield
-        shown[0] = Completion("ab", "cd", None, "stop", [], [])
+        shown[0] = CompletionRow("ab", "cd", None, "stop", [], [])
         yield
 
     show_growing(events(), lambda: shown)
@@ -224,9 +226,9 @@ def test_a_growing_table_ends_with_what_came(capsys):
     assert "stop" in out
 
 
-def test_figures_say_how_many_guesses_were_right():
+def test_figures_report_the_acceptance_rate():
     stats = GenerationStats(1, 2, 0.0, 2, 0.5, 0.5, 1, 2, 2, 16, 4)
-    assert figures(stats).endswith("drafted tokens accepted 4 of 16 (25.0%)")
+    assert figures(stats).endswith("draft tokens accepted 4 of 16 (25.0%)")
     assert "drafted" not in figures(STATS)
 
 

@@ -1,4 +1,4 @@
-"""Text from outside, as it may be printed; and errors, of which there is one line."""
+"""Escaping of untrusted text, and one-line errors."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def test_text_is_printed_as_it_is(name):
     assert printable(TEXTS[name]) == TEXTS[name]
 
 
-def test_what_acts_on_a_terminal_is_escaped_and_nothing_else():
+def test_only_control_characters_are_escaped():
     acts = {c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) in ("Cc", "Cs")}
     acts |= {c for c in map(chr, range(0x3000)) if unicodedata.bidirectional(c) in OVERRIDES}
     for c in map(chr, range(sys.maxunicode + 1)):

@@ -1,4 +1,4 @@
-"""Mask expressions, and the command that shows what they describe."""
+"""Mask expressions, and the command that shows them."""
 
 import re
 
@@ -21,7 +21,7 @@ TOKENS = LENGTH - 2
 
 
 def meaning(expression: str) -> np.ndarray:
-    """Who sees whom, ``[T, S]``."""
+    """The mask, bool ``[T, S]``."""
     mask = parse(expression, QUERIES, KEYS)
     return np.asarray(mask.dense_array(jnp.asarray(QUERIES)[None], jnp.asarray(KEYS)[None]))[0, 0]
 
@@ -34,7 +34,7 @@ def expected(mask: oracle.Mask) -> np.ndarray:
 
 
 def segments(lengths: list[int]) -> oracle.Mask:
-    """Documents one after the other from position 0 on, by counting."""
+    """Packed documents from position 0 on, by counting."""
     document = [number for number, length in enumerate(lengths) for _ in range(length)]
     document += [len(lengths)] * (TOKENS - len(document))
     q_ids, kv_ids = ([document[at] if at >= 0 else 99 for at in x] for x in (QUERIES, KEYS))
@@ -42,7 +42,7 @@ def segments(lengths: list[int]) -> oracle.Mask:
 
 
 def calls(name: str, primitive, *arguments) -> st.SearchStrategy:
-    """A primitive, written in one of the ways there are, with what it means."""
+    """A primitive in one of its spellings, with its meaning."""
 
     def build(drawn):
         values, style, keyword = drawn
@@ -69,13 +69,13 @@ LEAVES = st.one_of(
 
 
 def in_parentheses(part: tuple[str, oracle.Mask, int], least: int, more: bool) -> str:
-    """Around what binds less than ``least``; around anything if ``more``."""
+    """Adds parentheses if the operator binds less than ``least``, or always if ``more``."""
     text, _, strength = part
     return f"({text})" if strength < least or more else text
 
 
 def combined(parts: st.SearchStrategy) -> st.SearchStrategy:
-    """Operators with no more parentheses than Python needs, or with some more."""
+    """Operators with the parentheses that Python needs, or with extra ones."""
 
     def pair(symbol: str, strength: int, operator):
         def build(left, right, space, more):
@@ -132,24 +132,24 @@ def test_precedence_and_spelling(text, same):
         ("casual & sink(4)", "unknown mask 'casual': did you mean causal?", "casual"),
         ("causal & window(4)", "unknown mask 'window': did you mean sliding_window?", "window"),
         ("causal & foo(3)", "unknown mask 'foo': expected one of full, causal, sliding_window, prefix", "foo"),
-        ("sink(4) & dense(3)", "'dense' needs an array, which cannot be written here", "dense"),
+        ("sink(4) & dense(3)", "'dense' needs an array, which an expression cannot contain", "dense"),
         ("causal & sliding_window", "missing a required argument: 'left' (expected sliding_win", "sliding_window"),
         ("causal(3)", "causal: too many positional arguments (expected causal)", "causal(3)"),
         ("full & sink(m=3)", "sink: missing a required argument: 'n' (expected sink(n))", "sink(m=3)"),
         ("sliding_window(left=1, left=2)", "given twice", "sliding_window(left=1, left=2)"),
         ("full & sink(-4)", "sink: n: expected at least 0, got -4 (int) (expected sink(n))", "sink(-4)"),
-        ("prefix(99999999999)", "prefix: n: expected a whole number of at least 0 and less than 2^31", "prefix(99"),
-        ("sink(2.5)", "expected a whole number", "2.5"),
-        ("sink(True)", "expected a whole number", "True"),
-        ("sink(sink)", "expected a whole number", "sink)"),
+        ("prefix(99999999999)", "prefix: n: expected an integer in [0, 2^31)", "prefix(99"),
+        ("sink(2.5)", "expected an integer", "2.5"),
+        ("sink(True)", "expected an integer", "True"),
+        ("sink(sink)", "expected an integer", "sink)"),
         ("sink([4])", "sink: n: expected an int, got list", "sink([4])"),
         ("chunked(0)", "chunked: size: expected at least 1", "chunked(0)"),
         ("sliding_window(0)", "sliding_window: expected left + right >= 1", "sliding_window(0)"),
         ("segments(5)", "segments: expected a list of at least one length", "segments(5)"),
         ("segments([])", "segments: expected a list of at least one length", "segments([])"),
-        ("segments([5, 0])", "segments: expected lengths of at least 1 that sum to at most the 10", "segments([5, 0])"),
-        ("segments([5, 6])", "that sum to at most the 10 tokens there are", "segments([5, 6])"),
-        ("segments([5, [1]])", "expected a whole number", "[1]"),
+        ("segments([5, 0])", "segments: expected lengths of at least 1 that sum to at most 10", "segments([5, 0])"),
+        ("segments([5, 6])", "that sum to at most 10, the number of tokens", "segments([5, 6])"),
+        ("segments([5, [1]])", "expected an integer", "[1]"),
         ("causal and full", "expected & instead of 'and'", "causal and full"),
         ("causal or full", "expected | instead of 'or'", "causal or full"),
         ("full & (not causal)", "expected ~ instead of 'not'", "not causal"),
@@ -185,7 +185,7 @@ def test_errors_say_what_was_expected_and_point_at_the_place(text, message, plac
         assert shown[carets.index("^") :].startswith(place)
 
 
-def test_what_may_be_nested_may_be_nested():
+def test_nesting_within_the_limit():
     np.testing.assert_array_equal(meaning("~" * 98 + "causal"), meaning("causal"))
     np.testing.assert_array_equal(meaning(" & ".join(["causal"] * 99)), meaning("causal"))
 
@@ -248,8 +248,8 @@ def test_draws_into_a_file(run, tmp_path, suffix):
         (["causal", "--q", "0"], "--q: expected at least 1, got 0"),
         (["causal", "--q", "many"], "--q: invalid int value: 'many'"),
         (["causal", "--q", "8", "--kv", "7"], "--kv: expected at least as many keys as queries (8), got 7"),
-        (["causal", "--q", "8", "--left-pad", "8"], "--left-pad: expected from 0 to one less than the 8 keys, got 8"),
-        (["causal", "--q", "8", "--left-pad", "-1"], "--left-pad: expected from 0"),
+        (["causal", "--q", "8", "--left-pad", "8"], "--left-pad: expected at least 0 and less than the 8 keys, got 8"),
+        (["causal", "--q", "8", "--left-pad", "-1"], "--left-pad: expected at least 0"),
         (["causal", "--q", "8", "--block-q", "0"], "BlockSizes.q: expected at least 1, got 0"),
         (["causal", "--q", "8", "--out", "mask.gif"], "expected a file that ends in .png or .svg, got 'mask.gif'"),
         (["causal", "--q", "8", "--out", "nowhere/mask.png"], "expected a directory that exists, got 'nowhere'"),

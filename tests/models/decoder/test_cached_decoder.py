@@ -1,4 +1,4 @@
-"""CachedDecoder: the caches as state of a module."""
+"""CachedDecoder: caches as module state."""
 
 import dataclasses
 import re
@@ -45,7 +45,7 @@ def test_it_goes_on_where_it_stopped(model):
     assert not decoder.overflowed.any()
 
 
-def test_padding_takes_no_place(model):
+def test_padding_is_not_stored(model):
     decoder = cached(model)
     real = np.array([[False, True, True, True], [True, True, False, False]])
     first = step(decoder, TOKENS[:, :4], real)
@@ -61,7 +61,7 @@ def test_positions_must_be_the_next_ones(model):
     decoder = cached(model)
     decoder(TOKENS[:, :4], np.arange(4, dtype=np.int32)[None])
     again = np.array([[-1, 4, 5, 6], [4, 5, 7, 8]], np.int32)
-    message = "positions: expected row 1 to go on at 4, one by one, got [4, 5, 7, 8]"
+    message = "positions: expected consecutive positions from 4 in row 1, got [4, 5, 7, 8]"
     with pytest.raises(ValueError, match=re.escape(message)):
         decoder(TOKENS[:, 4:8], again)
     assert decoder.next_positions.tolist() == [4, 4], "what is refused changes nothing"
@@ -96,7 +96,7 @@ def test_real_is_a_bool_for_every_token_and_stands_alone(model):
         decoder(TOKENS[:, :2], np.arange(2, dtype=np.int32)[None], real=np.ones((B, 2), bool))
 
 
-def test_rows_are_emptied_taken_back_and_forked(model):
+def test_reset_truncate_and_fork(model):
     decoder = cached(model, storage=caches.Paged(16, 4))
     step(decoder, TOKENS[:, :8])
     decoder.truncate([8, 5])

@@ -1,4 +1,4 @@
-"""DecoderConfig: every field of a config.json is used, known to be irrelevant, or refused by name."""
+"""DecoderConfig: every field of a config.json is used, known to be irrelevant, or an error."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ LLAMA3_SCALING = {
 
 
 def id_of(value) -> str:
-    """Short, and there for an int of any length."""
+    """A short representation, even of an int of any length."""
     return shown(value, 12)
 
 
@@ -273,8 +273,8 @@ def test_a_rope_type_of_the_wrong_kind(kind):
 @pytest.mark.parametrize(
     ("kind", "theta", "factor"), [("default", 1e-30, 1.0), ("linear", 1e4, 1e-30), ("linear", 1e-16, 1e-16)]
 )
-def test_angles_that_float32_cannot_hold(kind, theta, factor):
-    with pytest.raises(ValueError, match="rope theta, factor: expected angles that float32 can hold"):
+def test_angles_beyond_float32(kind, theta, factor):
+    with pytest.raises(ValueError, match="rope theta, factor: expected angles within float32"):
         RopeConfig(theta, kind, factor)
 
 
@@ -283,13 +283,13 @@ def test_heads_together_are_a_size():
         dataclasses.replace(FULL, num_heads=2**16, num_kv_heads=1, head_dim=2**16)
 
 
-def test_extreme_numbers_that_fit_are_taken():
+def test_extreme_numbers_within_range_are_accepted():
     config = dataclasses.replace(FULL, rms_norm_eps=1.2e-38, vocab_size=2**31 - 1, rope=RopeConfig(theta=3e38))
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
     assert np.isfinite(np.float32(inverse_frequencies(config.head_dim, config.rope))).all()
 
 
-# In config.json, every number can be anything that JSON can say; what Python's json reads of 1e999 is infinite.
+# Numbers in config.json can be anything in JSON; Python's json reads 1e999 as infinity.
 FROM_JSON = [
     "1e-300",
     "1e308",
@@ -320,7 +320,7 @@ NUMBERS = {
 }
 
 
-# A token of 0 and a list of tokens are right.
+# Token 0 and a list of tokens are valid.
 RIGHT = {("eos_token_id", "0"), ("eos_token_id", "[]")}
 WRONG = [case for case in itertools.product(NUMBERS, FROM_JSON) if case not in RIGHT]
 
@@ -348,7 +348,7 @@ def test_rotary_settings_are_an_object_or_nothing(field, value):
 
 
 @pytest.mark.parametrize("fields", [None, 3, "config.json", [("vocab_size", 3)], DecoderConfig])
-def test_what_is_no_mapping(fields):
+def test_fields_that_are_not_a_mapping(fields):
     with pytest.raises(TypeError, match=f"fields: expected the mapping .*, got {type(fields).__name__}"):
         config_from_hf(fields)
 
@@ -368,7 +368,7 @@ def test_sizes_must_be_there(field):
         config_from_hf(fields)
 
 
-def test_a_rope_factor_that_nothing_reads_is_refused():
+def test_an_unused_rope_factor_is_refused():
     with pytest.raises(ValueError, match="rope factor: expected no value"):
         RopeConfig(type="default", factor=2.0)
 
@@ -415,9 +415,9 @@ def test_windows_are_one_for_each_layer(windows):
         dataclasses.replace(config, sliding_windows=windows)
 
 
-def test_a_llama_has_no_window_and_a_file_only_one():
+def test_a_llama_has_no_window_and_a_file_at_most_one():
     with pytest.raises(ValueError, match="sliding_window: expected None for a Llama, got 16"):
         config_from_hf({**SMALL, "sliding_window": 16})
     config = config_from_hf({**SMALL, "num_hidden_layers": 2})
-    with pytest.raises(ValueError, match="sliding_windows: expected the same for all layers of a file"):
+    with pytest.raises(ValueError, match="sliding_windows: expected the same value for all layers"):
         config_to_hf(dataclasses.replace(config, sliding_windows=(8, None)))

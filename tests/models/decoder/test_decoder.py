@@ -1,4 +1,4 @@
-"""Decoder: the logits of transformers, whatever the padding, packing, chunking or cache."""
+"""Decoder: the logits of transformers for any padding, packing, chunking or cache."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ SMALL = DecoderConfig(
 
 @pytest.fixture(autouse=True)
 def _exact_products():
-    """On a GPU, products of float32 matrices would otherwise have the ten bits of TensorFloat-32."""
+    """Otherwise float32 products on a GPU have the ten bits of TensorFloat-32."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -125,7 +125,7 @@ def test_logits_are_those_of_mistral_with_a_sliding_window(tmp_path):
 
 
 def widen(model: Decoder, seed: int) -> None:
-    """Replaces every weight by a wide random one, so that every part of the model shows in the logits."""
+    """Replaces every weight by a wide random one, so that every part of the model affects the logits."""
     generator = np.random.default_rng(seed)
     state = nnx.state(model)
     nnx.update(model, jax.tree.map(lambda x: jnp.asarray(generator.normal(x.ndim == 1, 0.3, x.shape), x.dtype), state))
@@ -136,7 +136,7 @@ def test_padding_changes_nothing_at_real_tokens(implementation):
     model = load_hf(FIXTURES / "gqa_llama3_tied", dtype=jnp.float32, implementation=implementation)
     lengths, width = (3, 11, 1, 3), 11
     rows = [random_tokens(seed, length) for seed, length in enumerate(lengths)]
-    tokens = np.full((len(rows), width), 2**31 - 1, np.int32)  # no token at all, nor any memory of one
+    tokens = np.full((len(rows), width), 2**31 - 1, np.int32)  # outside any vocabulary and any memory
     positions = np.full_like(tokens, -1)
     for row, real in enumerate(rows):
         where = slice(0, len(real)) if row == 3 else slice(width - len(real), width)  # one row is padded on the right
@@ -151,7 +151,7 @@ def test_padding_changes_nothing_at_real_tokens(implementation):
         assert_close(out.hidden[row, positions[row] >= 0], alone.hidden[0], tolerances.PADDED_LOGITS)
 
 
-def test_a_token_outside_the_vocabulary_does_not_go_unnoticed(model):
+def test_a_token_outside_the_vocabulary_gives_nan(model):
     run = compiled(model)
     for token in (-1, model.config.vocab_size):
         assert np.isnan(run(jnp.full((1, 1), token, jnp.int32)).logits).all()
@@ -167,7 +167,7 @@ def test_chunks_through_caches_equal_one_uncached_call(implementation):
         caches = model.init_caches(batch_size=2, capacity=16)
         logits = []
         for chunk in np.split(tokens, np.cumsum(chunks)[:-1], axis=1):
-            out = run(chunk, caches=caches)  # positions go on after what the caches hold
+            out = run(chunk, caches=caches)  # positions continue after the cached tokens
             caches = out.caches
             logits.append(out.logits)
         assert len(caches) == model.config.num_layers
@@ -176,7 +176,7 @@ def test_chunks_through_caches_equal_one_uncached_call(implementation):
 
 
 def test_rows_of_unequal_length_share_caches(model):
-    """Left-padded prompts, then one token for each row."""
+    """Left-padded prompts, then one token per row."""
     run = compiled(model)
     rows = [random_tokens(seed, length) for seed, length in enumerate((9, 2, 9))]
     tokens, positions = np.zeros((3, 8), np.int32), np.full((3, 8), -1, np.int32)
@@ -225,7 +225,7 @@ def test_the_block_mask_says_what_was_visited(model):
     np.testing.assert_array_equal(out.block_masks[0].num_active, [[[1, 2, 3]]])
     assert_close(out.logits, compiled(model)(tokens).logits, tolerances.PADDED_LOGITS)
     cached = run(tokens, caches=small.init_caches(batch_size=1, capacity=400))
-    assert cached.block_masks[0].num_active.sum() == 6  # of 300: what is empty in the cache is not read
+    assert cached.block_masks[0].num_active.sum() == 6  # of 300: empty slots are not read
 
 
 def test_layer_hooks_come_before_each_layer(model):
@@ -380,7 +380,7 @@ def test_wrong_kinds_of_objects_are_refused_at_once(option, value, kind, message
         Decoder(**arguments)
 
 
-def test_weights_are_drawn_with_the_keys_of_the_stream():
+def test_weights_use_the_keys_of_the_stream():
     rngs, other = nnx.Rngs(7, params=3), nnx.Rngs(7, params=3)
     models = [Decoder(SMALL, rngs=rngs) for _ in range(2)]
     for model in models:
@@ -402,7 +402,7 @@ def test_weights_are_drawn_with_the_keys_of_the_stream():
 
 
 def test_a_decoder_is_described_in_time_linear_in_its_layers():
-    """By the calls of Python functions, of which a busy machine makes no more."""
+    """Counts Python function calls, which do not depend on the load of the machine."""
 
     def calls(num_layers: int) -> int:
         config, count = dataclasses.replace(SMALL, num_layers=num_layers), itertools.count()

@@ -1,4 +1,4 @@
-"""Decoders with every policy and storage: what the cache must not change, and what it does."""
+"""Decoders with every policy and storage: what the cache must preserve, and what it changes."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def decoder(seed: int = 0, dtype=jnp.float32, **fields) -> Decoder:
 
 
 def read(model: Decoder, tokens: np.ndarray, at_once: int, **options):
-    """Logits ``[B, T, V]`` of tokens read so many at a time, the last ones left-padded, and the caches."""
+    """Logits ``[B, T, V]`` of tokens fed in chunks, the last ones left-padded, and the caches."""
     run = compiled(model)
     layers = model.init_caches(batch_size=tokens.shape[0], **options)
     logits = []
@@ -67,7 +67,7 @@ def tokens() -> np.ndarray:
 
 
 @pytest.mark.parametrize("policy", quick(POLICIES, "window", "q-hitter"))
-def test_with_room_for_all_every_policy_equals_the_uncached_forward(policy, tokens):
+def test_with_enough_room_every_policy_equals_the_uncached_forward(policy, tokens):
     model = decoder()
     uncached = compiled(model)(tokens).logits
     for chunk in CHUNKS.values():
@@ -87,7 +87,7 @@ def test_in_bfloat16_the_cache_adds_no_error(tokens):
         assert np.abs(logits - expected).max() <= 2 * plain
 
 
-# What the default suite runs of all pairs; -m slow runs the others.
+# The pairs that the default suite runs; -m slow runs the others.
 QUICK = {("window", "paged"), ("q-hitter", "int4")}
 
 
@@ -99,7 +99,7 @@ QUICK = {("window", "paged"), ("q-hitter", "int4")}
         for storage in ("int8", "int4", "float8", "paged", "paged int8")
     ],
 )
-def test_what_a_storage_holds_does_not_depend_on_policy_or_chunks(policy, storage, tokens):
+def test_stored_values_do_not_depend_on_policy_or_chunks(policy, storage, tokens):
     model = decoder()
     dense, _ = read(model, tokens, CHUNKS["at once"], capacity=CAPACITY, storage=STORAGES[storage])
     for chunk in (CHUNKS["in chunks"], CHUNKS["token by token"]):
@@ -144,7 +144,7 @@ def test_a_prompt_much_longer_than_the_cache(policy):
         assert (cache.positions >= 0).all()
         assert (cache.positions.max(-1) == 299).all()
     if isinstance(policy, caches.Window):
-        # Of one layer it is known what its queries see; so a model of one layer equals masked attention on all tokens.
+        # The mask of a single layer is known, so a model of one layer equals masked attention over all tokens.
         shallow = decoder(num_layers=1)
         chunked, _ = read(shallow, tokens, 5, capacity=16, policy=policy)
         whole, _ = read(shallow, tokens, 300, capacity=300, policy=policy)
@@ -196,7 +196,7 @@ ROWS_OF = {
 
 
 @pytest.mark.parametrize("name", quick(ROWS_OF, "window, int8", "h2o, paged"))
-def test_some_rows_of_the_caches_get_what_they_get_in_the_whole_batch(name):
+def test_some_rows_of_the_caches_equal_the_whole_batch(name):
     policy, storage = ROWS_OF[name]
     rows_in_all, length = 5, 7
     model = decoder(sliding_windows=(8, None))
@@ -215,7 +215,7 @@ def test_some_rows_of_the_caches_get_what_they_get_in_the_whole_batch(name):
         all_tokens, all_positions = (np.full((rows_in_all, length), fill, np.int32) for fill in (0, -1))
         all_tokens[rows], all_positions[rows] = tokens[:2], positions[:2]
         expected = run(all_tokens, all_positions, whole)
-        # The third entry is unused, and what stands there does not matter.
+        # The third entry is unused, and its content is irrelevant.
         entries = np.append(rows, rng.choice([-1, rows_in_all, 99])).astype(np.int32)
         out = run_rows(tokens, positions, some, rows=entries)
         np.testing.assert_allclose(out.logits[:2], expected.logits[rows], rtol=0, atol=tolerances.CACHED_LOGITS)
@@ -245,7 +245,7 @@ DEPTHS = [0, 1, 1, 2, 2, 3]
 
 @pytest.mark.parametrize("storage", quick(["plain", "paged int8"], "paged int8"))
 def test_a_tree_is_verified_as_each_of_its_paths(storage, tokens):
-    """And what is kept of it is what the path alone would have left."""
+    """The caches then equal those after feeding the path alone."""
     model = decoder(sliding_windows=(8, None))
     run = compiled(model)
     graph, state = nnx.split(model)
@@ -295,14 +295,14 @@ TREE = np.eye(4, dtype=bool)
         (lambda: _bad_call(rows=ROWS[:1]), "rows: expected int32 [2], as tokens, got int32 [1]"),
         (lambda: _bad_call(rows=ROWS > 0), "rows: expected int32 [2], as tokens, got bool [2]"),
         (lambda: decoder()(AT, rows=ROWS), "rows: expected None without caches, got int32 [2]"),
-        (lambda: decoder()(AT, AT, tree=TREE), "tree: expected caches that are Dense in every layer, got no caches"),
+        (lambda: decoder()(AT, AT, tree=TREE), "tree: expected Dense caches in every layer, got no caches"),
         (
             lambda: _bad_call(rows=ROWS, tree=TREE),
-            "tree: expected positions with it, of each node by its depth, got None",
+            "tree: expected also positions, which follow the depth of each node, got None",
         ),
         (
             lambda: _bad_call(rows=ROWS, tree=TREE, positions=AT, policy=[caches.Dense(), caches.H2O(4)]),
-            "tree: expected caches that are Dense in every layer, got Dense, H2O",
+            "tree: expected Dense caches in every layer, got Dense, H2O",
         ),
         (
             lambda: _bad_call(rows=ROWS, tree=TREE[:3], positions=AT),
@@ -341,7 +341,7 @@ def test_one_policy_for_each_layer(tokens):
         ({"capacity": 40, "storage": caches.Paged(16, 4)}, "capacity: expected a multiple of page_size=16, got 40"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, message):
+def test_invalid_requests_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         decoder().init_caches(batch_size=1, **options)
 
@@ -355,7 +355,7 @@ def test_a_mask_is_built_once_for_layers_that_agree(tokens):
 
 
 def compiled_masks(model: Decoder, tokens: np.ndarray, layers: tuple[pa.caches.KVCache, ...]) -> list[int]:
-    """Which layers share a BlockMask, by the number of the first that has it."""
+    """For each layer, the number of the first layer with the same BlockMask object."""
     found: list[list[int]] = []
 
     @jax.jit

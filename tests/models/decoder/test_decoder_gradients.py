@@ -1,4 +1,4 @@
-"""Gradients of weights through a Decoder's caches: those of the same tokens read at once, without a cache."""
+"""Gradients of weights through a Decoder's caches equal those of one call without caches."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ def pieces(x) -> jax.Array:
 
 
 def in_chunks(graph, weights, rows=None, **options) -> jax.Array:
-    """The loss of chunks in a scan whose body is not kept for the backward pass: the caches are the carry."""
+    """The loss of chunks in a rematerialized scan with the caches as carry."""
     batch_size = B if rows is None else B + 2
     layers = nnx.merge(graph, weights).init_caches(batch_size=batch_size, **options)
     body = jax.checkpoint(functools.partial(step, graph, rows, weights))
@@ -87,7 +87,7 @@ def test_weights_have_the_gradients_of_a_decoder_without_caches(name):
 
 
 def test_the_choice_of_heavy_hitters_is_a_constant(monkeypatch):
-    """Caches that lose tokens, against the decoder without caches under masks that say which of them were there."""
+    """Caches that evict tokens, against the decoder without caches under equivalent masks."""
     graph, weights = split()
     options = {"capacity": 16, "policy": caches.H2O(recent=3)}
     gradients = jax.jit(jax.grad(functools.partial(in_chunks, graph, **options)))(weights)
@@ -111,7 +111,7 @@ def test_the_choice_of_heavy_hitters_is_a_constant(monkeypatch):
 
 
 def test_a_prefix_that_caches_hold_has_gradients():
-    """Prefix tuning: what the caches held before is what is differentiated, here by a factor of all values."""
+    """Prefix tuning: differentiates the earlier cache content, here by a factor of all values."""
     graph, weights = split()
     model = nnx.merge(graph, weights)
     layers = jax.jit(lambda layers: model(READ[:, :CHUNK], caches=layers).caches)(
@@ -147,7 +147,7 @@ STORAGES = {"int8": caches.Int8(), "float8": caches.Float8(), "paged int4": cach
 
 
 @pytest.mark.parametrize("name", quick(STORAGES, "int8"))
-def test_weights_below_a_quantised_cache_have_no_gradient_and_those_above_do(name):
+def test_only_weights_above_a_quantized_cache_have_gradients(name):
     graph, weights = split()
     options = {"capacity": T, "storage": STORAGES[name], "policy": caches.H2O(recent=4)}
     loss = functools.partial(in_chunks, graph, **options)

@@ -1,4 +1,4 @@
-"""Generator: two executables for life, rows that do not see each other, and the tokens of a plain loop."""
+"""Generator: exactly two executables, independent rows, and the tokens of a plain loop."""
 
 import dataclasses
 import math
@@ -17,8 +17,8 @@ from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.decoder.decoder import Decoder
 from pallas_attn_models.generation import steps
 from pallas_attn_models.generation.generator import Generator
-from pallas_attn_models.generation.rows import Count
 from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays, sample
+from pallas_attn_models.generation.state import Count
 
 EOS = 7
 BATCH, CAPACITY, CHUNK, KV_BLOCK = 3, 48, 16, 8
@@ -36,7 +36,7 @@ ONE_EACH = {"prefill": 1, "decode": 1}
 
 
 def make_model() -> Decoder:
-    """Weights so wide that tokens attend unevenly and the likeliest token is well ahead."""
+    """Wide weights: uneven attention and a clear most likely token."""
     model = Decoder(CONFIG, rngs=nnx.Rngs(3), implementation="xla", block_sizes=pa.BlockSizes(CHUNK, KV_BLOCK))
     nnx.update(model, jax.tree.map(lambda x: x * 8.0 if x.ndim == 2 else x, nnx.state(model)))
     return model
@@ -44,8 +44,8 @@ def make_model() -> Decoder:
 
 @pytest.fixture(scope="module")
 def generator():
-    """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
-    chex.clear_trace_counter()  # which counts by name, in other modules of tests too
+    """Shared by the tests of this file. Tracing one of its functions a second time is an error."""
+    chex.clear_trace_counter()  # counts by name, across test modules
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
             patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))
@@ -62,7 +62,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def plain_loop(generator):
-    """Greedy continuation that recomputes the whole sequence for every token, without cache or Generator."""
+    """Greedy continuation that recomputes the whole sequence for every token, without caches or Generator."""
     graph, weights = nnx.split(generator.model)
 
     @jax.jit
@@ -129,7 +129,7 @@ def test_a_seed_decides_and_nothing_else(generator):
 
 
 def test_the_random_stream_counts_the_new_tokens(generator):
-    """So hot that the logits do not matter: what is left is the noise, by seed and index alone."""
+    """So hot that only the noise matters, which depends on seed and index alone."""
     hot = Sampling(16, temperature=1e30, seed=10)
     logits = jnp.zeros((16, CONFIG.vocab_size), jnp.float32)
     settings = SamplingArrays.stack([hot] * 16, limits=Limits(), vocab_size=CONFIG.vocab_size)
@@ -140,7 +140,7 @@ def test_the_random_stream_counts_the_new_tokens(generator):
         assert generator.generate([prompt_of(1), prompt_of(length)], [Sampling(2), hot]).tokens[1] == expected.tolist()
 
 
-def test_weights_are_those_of_the_moment(generator):
+def test_weights_are_read_when_a_run_starts(generator):
     sampling = Sampling(10)
     before = generator.generate([prompt_of(6)], sampling)
     table = generator.model.embedding.table
@@ -187,7 +187,7 @@ def test_no_call_compiles_again(generator, compilations):
 
 
 class Interrupted:
-    """Runs a jitted function, whose donated state is gone then, and is interrupted before it gives back the new one."""
+    """Runs a jitted function, which consumes the donated state, and is interrupted before returning the new one."""
 
     def __init__(self, jitted):
         self.jitted = jitted
@@ -199,7 +199,7 @@ class Interrupted:
 
 
 @pytest.mark.parametrize("name", ["_prefill", "_decode"])
-def test_nor_does_one_after_an_interrupt(generator, monkeypatch, name):
+def test_an_interrupt_compiles_nothing(generator, monkeypatch, name):
     expected = generator.generate([prompt_of(9)], Sampling(10)).tokens
     with monkeypatch.context() as patch:
         patch.setattr(generator._engine, name, Interrupted(getattr(generator._engine, name)))
@@ -209,7 +209,7 @@ def test_nor_does_one_after_an_interrupt(generator, monkeypatch, name):
     assert generator.compile_counts == ONE_EACH
 
 
-def test_nor_does_a_run_that_comes_back_to_python_often(generator):
+def test_returning_to_python_often_compiles_nothing(generator):
     prompts, samplings = [prompt_of(3), prompt_of(20)], [Sampling(17), Sampling(9, temperature=1.0, seed=2)]
     expected = generator.generate(prompts, samplings)
     handles = [generator.submit(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
@@ -220,8 +220,8 @@ def test_nor_does_a_run_that_comes_back_to_python_often(generator):
 
 
 def test_caches_are_updated_in_place():
-    """Also: a model whose weights are bound to a device, as after ``jax.device_put``, compiles as often."""
-    capacity = 9984  # a number that no other array has
+    """A model with committed weights, as after ``jax.device_put``, compiles equally often."""
+    capacity = 9984  # a size that no other array has
     model = Decoder(dataclasses.replace(CONFIG, num_layers=1), rngs=nnx.Rngs(0), implementation="xla")
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
     generator = Generator(model, batch_size=4, capacity=capacity, prefill_chunk=CHUNK)
@@ -232,7 +232,7 @@ def test_caches_are_updated_in_place():
     engine = generator._engine
     weights, state = engine._weights(), engine.abstract_state()
     for lowered in (
-        engine._prefill.lower(weights, state, engine.no_work()),
+        engine._prefill.lower(weights, state, engine.empty_batch()),
         engine._decode.lower(weights, state, np.int32(1), np.bool_(False)),
     ):
         compiled = lowered.compile()
@@ -243,7 +243,7 @@ def test_caches_are_updated_in_place():
         assert not re.search(rf"= \w+\[4,{capacity},2,8\]\S* copy\(", text)
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= sum(cache.nbytes for cache in state.caches)
-        # Prefill copies rows where samples share a prompt, one at a time.
+        # Prefill copies rows for samples that share a prompt, one at a time.
         assert memory.temp_size_in_bytes < math.prod(state.caches[0].key.shape) * 4
 
 
@@ -294,12 +294,12 @@ def test_the_longest_prompt_has_room_for_one_token(generator):
     assert (len(result.tokens[0]), result.finish_reasons) == (1, ["capacity"])
 
 
-def test_the_cache_of_a_row_does_not_grow_when_it_is_done(generator):
+def test_the_cache_of_a_finished_row_does_not_grow(generator):
     generator.submit(prompt_of(3), Sampling(1))
     running = generator.submit(prompt_of(4), Sampling(12))
     generator.step(6)
     for cache in generator._engine._state.caches:
-        # The first row is done and empty. The newest token is not in the cache, and nobody is in the third row.
+        # The first row is finished and empty, the third one free. The cache lacks the newest token.
         assert cache.lengths.tolist() == [0, 4 + 5, 0]
         assert (cache.positions[0] == -1).all()
         assert not cache.overflowed.any()
@@ -308,7 +308,7 @@ def test_the_cache_of_a_row_does_not_grow_when_it_is_done(generator):
         assert cache.lengths.tolist() == [0, 0, 0]
 
 
-# --- figures ---
+# --- statistics ---
 
 
 def test_visited_blocks_are_counted(generator):
@@ -339,7 +339,7 @@ def test_figures_of_a_run(generator):
     assert stats.tokens_per_second == 8 / (stats.prefill_seconds + stats.decode_seconds)
 
 
-# --- what is refused, before anything runs ---
+# --- errors before anything runs ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Generation with every kind of cache: two executables, rows longer than the cache, pools that are spent."""
+"""Generation with every kind of cache: two executables, rows longer than the cache, exhausted pools."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ def generator(model: Decoder, **options) -> Generator:
 
 
 def greedy_of_the_uncached(model: Decoder, prompt: list[int], count: int) -> list[int]:
-    """Everything anew for each token, in one padded row."""
+    """Recomputes the whole padded row for every token."""
     tokens = np.zeros((1, 40), np.int32)
     tokens[0, : len(prompt)] = prompt
     graph, weights = nnx.split(model)
@@ -57,7 +57,7 @@ ROOM_FOR_ALL = {
 
 
 @pytest.mark.parametrize("name", quick(ROOM_FOR_ALL, "one for each layer, paged"))
-def test_with_room_for_all_tokens_are_those_of_dense(name):
+def test_with_enough_room_tokens_equal_dense(name):
     model, options = decoder(), ROOM_FOR_ALL[name]
     dense = generator(model, capacity=80).generate(PROMPTS, SAMPLING)
     result = generator(model, capacity=80, **options).generate(PROMPTS, SAMPLING)
@@ -90,7 +90,7 @@ def test_rows_may_be_longer_than_a_bounded_cache(name):
     assert generate.compile_counts == {"prefill": 1, "decode": 1}
 
 
-def test_a_row_does_not_depend_on_who_shares_the_batch():
+def test_a_row_does_not_depend_on_other_rows():
     generate = generator(decoder(), capacity=16, policy=caches.H2O(recent=4), max_length=100)
     together = generate.generate(PROMPTS, SAMPLING)
     for row, prompt in enumerate(PROMPTS):
@@ -116,16 +116,16 @@ def test_requests_wait_for_pages():
     assert result.tokens == plain.tokens
 
 
-def test_a_pool_that_is_too_small_ends_a_row_and_says_so():
+def test_an_exhausted_pool_ends_the_row_with_capacity():
     generate = generator(decoder(), capacity=64, storage=caches.Paged(16, 2))
     result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
     assert result.finish_reasons == ["capacity", "length", "length"]
-    # What was handed out before is what the row would have had with room.
+    # The tokens before that equal those with enough room.
     plain = generator(decoder(), capacity=64).generate(PROMPTS, Sampling(max_new_tokens=10))
     assert result.tokens == [plain.tokens[0][: 2 * 16 + 1 - len(PROMPTS[0])], *plain.tokens[1:]]
 
 
-def test_layers_with_a_window_hold_no_more_than_it_takes():
+def test_window_layers_hold_only_the_window():
     model = decoder(sliding_windows=(8, None))
     generate = generator(model, capacity=64)
     all_dense = [caches.Dense()] * 2
@@ -140,7 +140,10 @@ def test_layers_with_a_window_hold_no_more_than_it_takes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"capacity": 16, "max_length": 17}, "max_length: expected at most capacity=16, as layer 0 keeps every token"),
+        (
+            {"capacity": 16, "max_length": 17},
+            "max_length: expected at most capacity=16, because layer 0 keeps every token",
+        ),
         (
             {"capacity": 16, "max_length": 99, "policy": caches.Window(12, 2)},
             "prefill_chunk: expected at most 3, for Window(size=12, sinks=2) of capacity=16 in layer 0, got 4",
@@ -154,6 +157,6 @@ def test_layers_with_a_window_hold_no_more_than_it_takes():
         ({"capacity": [16, -1]}, "capacity: expected an int of at least 1, got -1"),
     ],
 )
-def test_what_cannot_work_is_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         generator(decoder(), **options)

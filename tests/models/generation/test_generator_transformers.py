@@ -1,4 +1,4 @@
-"""The greedy tokens of transformers' generate, with the options that both have."""
+"""The greedy tokens of transformers' generate, with the options common to both."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "gqa"
 VOCAB_SIZE, BUDGET = 96, 20
 LENGTHS = (1, 2, 8, 9, 17, 40)
 PROMPTS = [np.random.default_rng(length).integers(3, VOCAB_SIZE, length).tolist() for length in LENGTHS]
-# Tokens that these prompts go on with.
+# Tokens in the continuations of these prompts.
 COMMON = (3, 23, 32, 43, 65, 70, 81)
 ENDS = [30, 36, 45, 76, 92]
 
@@ -46,7 +46,7 @@ def theirs():
     model = transformers.LlamaForCausalLM.from_pretrained(FIXTURE, dtype=torch.float32).eval()
 
     def generate(prompt: list[int], ends: list[int], stops=(), **fields) -> list[int]:
-        """New tokens, with those that ended them."""
+        """New tokens, including the stop sequence."""
 
         def stopped(tokens, *_, **__):
             new = tokens[0, len(prompt) :].tolist()
@@ -68,7 +68,7 @@ def theirs():
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(generator, theirs, name):
-    """To the budget, and to the first of some end tokens."""
+    """Up to the budget, and up to the first end token."""
     ours, fields = OPTIONS[name]
     ends = [*generator.model.config.eos_token_ids]
     for more in ([], ENDS):
@@ -81,7 +81,7 @@ def test_options(generator, theirs, name):
 
 
 def test_options_do_something(generator):
-    """Each option but the minimum changes the tokens, and that keeps rows from ending early."""
+    """Every option but the minimum changes the tokens; the minimum keeps rows from ending early."""
     results = {name: generator.generate(PROMPTS, Sampling(BUDGET, **ours)) for name, (ours, _) in OPTIONS.items()}
     for name, result in results.items():
         assert name in ("greedy", "minimum") or result.tokens != results["greedy"].tokens
@@ -91,7 +91,7 @@ def test_options_do_something(generator):
 
 
 def test_stop_sequences(generator, theirs):
-    """Of one to four tokens that the row does go on with, and some that it does not."""
+    """Stop sequences of one to four tokens, some of which occur in the row."""
     free = generator.generate(PROMPTS, Sampling(BUDGET)).tokens
     ends = [*generator.model.config.eos_token_ids]
     for size in (1, 2, 3, 4):

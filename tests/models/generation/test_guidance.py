@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the logits of transformers' processor, and rows that do not see who is guided."""
+"""Classifier-free guidance: the logits of transformers' processor; other rows are unaffected."""
 
 import dataclasses
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from pallas_attn_models import Generator, Limits, Sampling, load_hf
-from pallas_attn_models.generation.drawing import _guided
 from pallas_attn_models.generation.sampling import SamplingArrays, count_new, count_prompt, sample
+from pallas_attn_models.generation.token_step import _guided
 from tests import tolerances
 from tests.models.small_model import Ask, completions
 
@@ -27,7 +27,7 @@ run_sample = jax.jit(sample)
 
 @pytest.fixture(scope="module")
 def generator():
-    """It can report the log-probabilities of all tokens."""
+    """A Generator that reports the log-probabilities of all tokens."""
     model = load_hf(FIXTURE, dtype=jnp.float32)
     generator = Generator(model, batch_size=4, capacity=CAPACITY, prefill_chunk=8, limits=LIMITS)
     assert generator.model.config.vocab_size == VOCAB_SIZE
@@ -36,7 +36,7 @@ def generator():
 
 @pytest.fixture(scope="module")
 def last_logits(generator):
-    """From tokens to the logits after the last, of the model without a cache."""
+    """The model's logits after the last token, without a cache."""
     graph, weights = nnx.split(generator.model)
 
     @jax.jit
@@ -102,7 +102,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     ids=["greedy", "penalties", "random"],
 )
 def test_a_plain_loop_that_runs_both_prompts(generator, last_logits, sampling):
-    """Penalties know the prompt and not the negative one, and both rows go on with the token that is drawn."""
+    """Penalties use the prompt but not the negative one, and both rows append the sampled token."""
     settings = SamplingArrays.stack(
         [sampling], limits=LIMITS, vocab_size=VOCAB_SIZE, eos_token_ids=generator.model.config.eos_token_ids
     )
@@ -125,12 +125,12 @@ def test_a_plain_loop_that_runs_both_prompts(generator, last_logits, sampling):
 
 
 def test_the_processor_of_transformers(generator, last_logits):
-    """With this model behind it: the same distribution from the same logits, at every step."""
+    """The distribution of transformers' processor with this model, at every step."""
     torch = pytest.importorskip("torch", reason="compares with transformers' own processor")
     transformers = pytest.importorskip("transformers", reason="compares with transformers' own processor")
 
     class Behind:
-        """What the processor needs of a model: the logits after the last of the tokens that it is given."""
+        """The model interface of the processor: the logits after the last token."""
 
         def __init__(self):
             self.tokens: list[int] = []
@@ -159,12 +159,12 @@ def test_the_processor_of_transformers(generator, last_logits):
 
 
 def test_the_same_logits_as_the_processor_of_transformers(generator):
-    """Rows 0 and 2 are guided, by rows 3 and 1."""
+    """Rows 0 and 2 have the partners 3 and 1."""
     torch = pytest.importorskip("torch", reason="compares with transformers' own processor")
     transformers = pytest.importorskip("transformers", reason="compares with transformers' own processor")
     logits = np.random.default_rng(0).normal(0, 3, (4, 50)).astype(np.float32)
     request = dataclasses.replace(
-        generator._engine.no_work().request,
+        generator._engine.empty_batch().request,
         partner=np.array([3, 1, 1, 3], np.int32),
         guidance=np.array([1.5, 1, 0.25, 1], np.float32),
     )
@@ -209,8 +209,8 @@ def test_a_scale_of_one_is_no_guidance_and_zero_is_the_negative_prompt(generator
             np.testing.assert_allclose(result.logprobs, plain.logprobs, rtol=0, atol=tolerances.PROCESSED_LOGITS)
 
 
-def test_neighbours_do_not_see_it(generator):
-    """Guided and other requests in the rows of one batch are, to the bit, what each is alone."""
+def test_neighbors_are_unaffected(generator):
+    """Guided and other requests in one batch give the same bits as alone."""
     mixed = [*asks(Sampling(10)), *(Ask(prompt_of(length, 2), Sampling(10, seed=length)) for length in (3, 20, 5, 30))]
     mixed[::2] = [Ask(ask.prompt, Sampling(10, 1.0), ask.negative, ask.scale) for ask in mixed[::2]]
     alone = [ask.generate(generator)[0] for ask in mixed]
@@ -219,8 +219,8 @@ def test_neighbours_do_not_see_it(generator):
         assert [handle.result() for handle in handles] == [alone[index] for index in order]
 
 
-def test_both_rows_are_given_back(generator):
-    """By who ends and by who is cancelled, queued, reading or running; a negative prompt can fill its row, too."""
+def test_both_rows_are_freed(generator):
+    """Requests end, fill the row of their negative prompt, or are cancelled while queued, prefilling or running."""
     long = prompt_of(CAPACITY - 3, 1)
     (result,) = Ask(prompt_of(5), Sampling(20), long, 1.5).generate(generator)
     assert (len(result.tokens), result.finish_reason) == (3, "capacity")

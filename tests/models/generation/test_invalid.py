@@ -1,4 +1,4 @@
-"""Logits that are not numbers: the row ends, with what it had before, and nobody else notices."""
+"""NaN and infinite logits: the row ends and keeps its earlier tokens; other rows are unaffected."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from tests.models.generation.test_serving import assert_nothing_is_held
 from tests.models.small_model import ONE_EACH, Ask, make_model, prompt_of, random_ask
 
 BATCH, CAPACITY, CHUNK = 3, 48, 8
-BAD = 49  # the token whose vector is NaN
+BAD = 49  # the token with a NaN embedding
 ENDLESS = {"logit_bias": {7: -50.0}}
 
 
 def poisoned(model: Decoder, value: float = math.nan) -> Decoder:
-    """The model, of which one token's vector is no number; its output head is sound."""
+    """The model with a NaN embedding for one token; its output head is intact."""
     table = np.array(model.embedding.table[...])
     table[BAD, 0] = value
     model.embedding.table.set_value(jnp.asarray(table))
@@ -32,7 +32,7 @@ def poisoned(model: Decoder, value: float = math.nan) -> Decoder:
 
 
 class Nonsense:
-    """Drafts numbers that are no tokens."""
+    """Drafts values outside the vocabulary."""
 
     length, num_candidates, draft_model = 3, 1, None
 
@@ -85,7 +85,7 @@ def without_bad(tokens: list[int]) -> list[int]:
 
 
 def bad_asks() -> list[Ask]:
-    """The vector that is NaN at every place of a prompt, with every kind of neighbour in its own request."""
+    """The NaN token at every position of a prompt, with other requests in the batch."""
     sampling = Sampling(6, temperature=1.0, top_logprobs=2)
     asks = [Ask([BAD], sampling), Ask([3, BAD], Sampling(6, stop=[[1, 2]], repetition_penalty=1.3))]
     asks += [Ask([BAD, *prompt_of(length)], sampling) for length in (1, 7, 20)]
@@ -96,7 +96,7 @@ def bad_asks() -> list[Ask]:
 
 
 def good_asks() -> list[Ask]:
-    """Without the bad token, neither in prompts nor drawn."""
+    """Requests without the bad token in prompt or output."""
 
     def without(ask: Ask) -> Ask:
         forbidden = {*ask.sampling.forbidden_tokens, BAD}
@@ -109,13 +109,13 @@ def good_asks() -> list[Ask]:
 
 
 @pytest.mark.parametrize("name", quick(GENERATORS, "plain", "paged int8", "h2o", "drafts that read NaN"))
-def test_a_row_that_is_not_a_number_ends_and_leaves_nothing_behind(name):
-    """Good requests before, beside and after bad ones, which fill every row several times over."""
+def test_a_nan_row_ends_and_leaves_nothing_behind(name):
+    """Valid requests before, beside and after invalid ones, several times the number of rows."""
     one = generator(name)
     asks = good_asks()
     expected = [ask.generate(one)[0] for ask in asks]
     assert all(result.finish_reason != "invalid" for result in expected)
-    for _ in range(2):  # so that good ones have rows that bad ones had
+    for _ in range(2):  # so that valid requests get rows of invalid ones
         good, bad = [], []
         for index, ask in enumerate(asks):
             good.append(ask.submit(one))
@@ -134,7 +134,7 @@ DENSE = ["plain", *(name for name, options in GENERATORS.items() if "speculation
 
 @functools.cache
 def as_it_would_go_on() -> list[tuple[Ask, Completion]]:
-    """Requests that draw the bad token now and then, and what a model for which it is a number makes of them."""
+    """Requests that sometimes sample the bad token, and their results with the intact model."""
     sound = Generator(make_model(), batch_size=BATCH, capacity=CAPACITY, prefill_chunk=CHUNK)
     bias = {BAD: 2.5, 7: -50.0}
     samplings = [Sampling(16, temperature=1.0, seed=seed, logit_bias=bias, top_logprobs=2) for seed in range(16)]
@@ -146,7 +146,7 @@ def as_it_would_go_on() -> list[tuple[Ask, Completion]]:
 
 @pytest.mark.parametrize("name", quick(DENSE, "plain", "drafts that read NaN"))
 def test_the_tokens_before_are_kept(name):
-    """The bad token is drawn from logits that are numbers, so it is the last of its row. Drafts change nothing."""
+    """The bad token is sampled from finite logits, so it is the last of its row. Drafts change nothing."""
     one = generator(name)
     wanted = as_it_would_go_on()
     handles = [ask.submit(one) for ask, _ in wanted]
@@ -174,13 +174,13 @@ def test_a_stream_ends_with_the_reason():
     events = list(one.stream([[4]], Sampling(3, logit_bias={BAD: 1e6})))
     assert events == [(0, BAD, None), (0, None, "invalid")]
     assert list(one.submit([4], Sampling(3, logit_bias={BAD: 1e6}))) == [BAD]
-    # What could have become a stop sequence is told when it is certain that it does not.
+    # Withheld tokens are delivered once they cannot become a stop sequence.
     events = list(one.stream([[4]], Sampling(3, logit_bias={BAD: 1e6}, stop=[[BAD, 3]])))
     assert events == [(0, BAD, "invalid")]
 
 
-def test_scores_say_where_they_are_no_numbers():
-    """From the bad token on, and before it as far as attention multiplies what it masks: never in another prompt."""
+def test_scores_are_nan_where_the_logits_are():
+    """NaN from the bad token on, and where attention multiplies masked values by 0, but never in another prompt."""
     one = generator("plain")
     sound, bad, after = one.score([[3, 4, 5], [3, 4, BAD, 5, 6], [3, 4, 5]], logits=True)
     assert np.isfinite(sound.logprobs).all()
@@ -192,7 +192,7 @@ def test_scores_say_where_they_are_no_numbers():
     assert len(bad.logprobs) == 4
 
 
-def test_infinities_in_the_weights_are_no_numbers_either():
+def test_infinite_weights():
     one = generator("plain")
     for value in (math.inf, -math.inf, math.nan):
         poisoned(one.model, value)
@@ -201,7 +201,7 @@ def test_infinities_in_the_weights_are_no_numbers_either():
         assert result.tokens[0] == []
 
 
-# --- one draw ---
+# --- one sampling step ---
 
 LIMITS = Limits(logit_bias=4, stop_sequences=2, stop_length=2, top_logprobs=2)
 VOCAB = 8
@@ -240,8 +240,8 @@ def sound_logits() -> np.ndarray:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("places", [*([n] for n in range(VOCAB)), [1, 4], range(VOCAB)], ids=str)
-def test_no_token_is_drawn_from_what_is_no_number(name, value, places):
-    """Wherever it stands: at a forbidden token, at an end that has to wait, at one that top-k would leave out."""
+def test_no_token_is_sampled_from_nan(name, value, places):
+    """Anywhere: at a forbidden token, at a withheld end token, at one that top-k excludes."""
     logits = np.stack([sound_logits()] * 3)
     logits[1, list(places)] = value
     counts, steps = np.ones((3, VOCAB), np.int32), np.zeros(3, np.int32)
@@ -253,8 +253,8 @@ def test_no_token_is_drawn_from_what_is_no_number(name, value, places):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("left", "forbidden"), [((), ()), ((1, 2), (1, 2)), ((0, 3), (0, 1, 3)), ((5,), ())])
-def test_no_token_is_drawn_where_none_is_left(temperature, left, forbidden):
-    """The model's own -inf excludes a token, and settings exclude more."""
+def test_no_token_is_sampled_if_all_are_excluded(temperature, left, forbidden):
+    """The model's own -inf excludes a token, and settings exclude others."""
     logits = np.full((2, VOCAB), -np.inf, np.float32)
     logits[0], logits[1, list(left)] = sound_logits(), 1.0
     settings = stacked(*[{"temperature": temperature, "forbidden_tokens": forbidden}] * 2)
@@ -282,7 +282,7 @@ HUGE = float(np.finfo(np.float32).max)
 )
 @pytest.mark.parametrize("scale", [1.0, 1e30, HUGE])
 def test_settings_that_overflow_together_give_numbers(settings, temperature, scale):
-    """A token that is not forbidden keeps a finite logit; one that is has none."""
+    """Only forbidden tokens lose their finite logits."""
     logits = np.clip(np.stack([sound_logits()] * 2).astype(np.float64) * scale, -HUGE, HUGE).astype(np.float32)
     counts = np.stack([np.arange(VOCAB, dtype=np.int32)] * 2)
     arrays, steps = stacked(settings, {**settings, "temperature": temperature}), np.full(2, 5, np.int32)

@@ -1,4 +1,4 @@
-"""PromptLookup: its drafts are those of a search place by place."""
+"""PromptLookup: its drafts equal those of a sequential search."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ look_up = {
 @settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=17), min_size=3, max_size=3))
 def test_look_up_finds_the_longest_agreement_then_the_latest(rows):
-    tokens = np.full((3, 17), 2, np.int32)  # what a row held before means nothing
+    tokens = np.full((3, 17), 2, np.int32)  # earlier content of a row is irrelevant
     for row, known in enumerate(rows):
         tokens[row, : len(known)] = known
     for speculation, run in look_up.items():

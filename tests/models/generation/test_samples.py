@@ -1,4 +1,4 @@
-"""Several continuations of one prompt: those of as many requests, and the prompt is read, and with pages held, once."""
+"""Several continuations of one prompt equal separate requests; the prompt is prefilled, and its pages stored, once."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ def generator(request):
         assert cache.pages is None or not cache.pages.users.any()
 
 
-def test_each_is_what_its_seed_gives_alone(generator):
+def test_each_sample_equals_a_request_with_its_seed(generator):
     rng = np.random.default_rng(3)
     for _ in range(12):
         ask = random_ask(rng, 30, budget=8)
@@ -49,7 +49,7 @@ def test_seeds_go_on_from_the_last_to_the_first(generator):
     assert last.generate(generator)[1] == first.generate(generator)[0]
 
 
-def test_results_are_prompt_after_prompt(generator):
+def test_results_are_grouped_by_prompt(generator):
     prompts = [prompt_of(length) for length in (3, 20, 9)]
     samplings = [dataclasses.replace(RANDOM, seed=seed) for seed in (1, 5, 9)]
     result = generator.generate(prompts, samplings, num_samples=3)
@@ -65,7 +65,7 @@ def test_results_are_prompt_after_prompt(generator):
 
 
 @pytest.mark.parametrize("negative", [None, prompt_of(12, 1)], ids=["plain", "guided"])
-def test_the_prompt_is_read_once(generator, monkeypatch, negative):
+def test_the_prompt_is_prefilled_once(generator, monkeypatch, negative):
     generator.warmup()
     read = []
     prefill = generator._engine.prefill
@@ -77,13 +77,13 @@ def test_the_prompt_is_read_once(generator, monkeypatch, negative):
     monkeypatch.setattr(generator._engine, "prefill", count)
     Ask(prompt_of(30), RANDOM, negative, 1.0 if negative is None else 1.5, num_samples=2).generate(generator)
     tokens, copies = np.sum(read, axis=0)
-    # All but the last, which the first step of decode feeds.
+    # All but the last, which the first decode step feeds.
     assert tokens == 29 + (0 if negative is None else 11)
     assert copies == (1 if negative is None else 2)
 
 
 def test_pages_of_the_prompt_are_shared(paged):
-    """40 tokens fill two pages and a half: four rows share the two, and each has a copy of the half of its own."""
+    """40 tokens fill two and a half pages: four rows share two, and each has its own copy of the half."""
     handles = paged.submit_samples(prompt_of(40), 3, Sampling(6, temperature=1.0))
     most = 0
     while not all(handle.done for handle in handles):
@@ -92,14 +92,14 @@ def test_pages_of_the_prompt_are_shared(paged):
         most = max(most, int((cache.pages.users > 0).sum()))
         running = [row for row in range(ROWS) if cache.lengths[row] > 40]
         assert all((cache.pages.table[row, :2] == cache.pages.table[running[0], :2]).all() for row in running)
-    # Two that are shared, three copies, and for a moment the page that was copied.
+    # Two shared pages, three copies, and temporarily the copied page.
     assert most <= 2 + 3 + 1
     assert all(handle.finish_reason in ("length", "stop") for handle in handles)
 
 
 @pytest.mark.parametrize("rounds", range(5))
 def test_one_that_is_cancelled_leaves_the_others(generator, rounds):
-    """Queued; while the prompt is read, which takes three rounds; and running."""
+    """Queued; during prefill, which takes three rounds; and running."""
     ask = Ask(prompt_of(22), RANDOM, num_samples=3)
     expected = ask.generate(generator)
     for index in range(3):
@@ -115,7 +115,7 @@ def test_one_that_is_cancelled_leaves_the_others(generator, rounds):
 
 
 @pytest.mark.parametrize("rounds", range(5))
-def test_all_that_are_cancelled_leave_nothing(generator, rounds):
+def test_cancelled_samples_leave_nothing(generator, rounds):
     handles = generator.submit_samples(prompt_of(22), 4, RANDOM)
     for _ in range(rounds):
         generator.step(1)

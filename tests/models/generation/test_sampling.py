@@ -1,4 +1,4 @@
-"""Sampling: every setting does what the literature says, and a row's token is its own affair."""
+"""Sampling: every setting follows its definition in the literature, and rows are independent."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ from tests import tolerances
 
 DRAWS = 20_000
 LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 2.0, -3.0, 0.9, 1.6], np.float32)
-# Of token 6 the row has had two, of which one is in the prompt.
+# Token 6 occurs twice, once in the prompt.
 PROMPT, NEW = [1, 6, 1], [6, 0, 0]
 LIMITS = Limits(logit_bias=4, stop_sequences=3, stop_length=4, top_logprobs=3)
 
@@ -39,7 +39,7 @@ def arrays(samplings: list[Sampling], vocab_size: int = len(LOGITS), eos_token_i
 
 
 def counted(vocab_size: int, prompts: list[list[int]], new: list[list[int]]) -> np.ndarray:
-    """int32 ``[B, V]``, of the definition."""
+    """int32 ``[B, V]``, from the definition."""
     counts = np.zeros((len(prompts), vocab_size), np.int32)
     for row, (prompt, tokens) in enumerate(zip(prompts, new, strict=True)):
         counts[row, prompt] = 1
@@ -48,12 +48,12 @@ def counted(vocab_size: int, prompts: list[list[int]], new: list[list[int]]) -> 
 
 
 def draw(logits: np.ndarray, samplings: list[Sampling], steps: list[int] | None = None) -> np.ndarray:
-    """One token for each sampling, from the same logits ``[V]``."""
+    """One token per sampling, from the same logits ``[V]``."""
     return draw_rows(logits, arrays(samplings), np.array(steps or [0] * len(samplings), np.int32))
 
 
 def draw_many(logits: np.ndarray, sampling: Sampling, *, varied: str = "seed") -> np.ndarray:
-    """Many tokens from the same logits ``[V]``, each with another seed or at another step."""
+    """Many tokens from the same logits ``[V]``, with different seeds or steps."""
     settings = jax.tree.map(lambda x: np.broadcast_to(x, (DRAWS, *x.shape[1:])), arrays([sampling]))
     numbers, zeros = np.arange(DRAWS), np.zeros(DRAWS, np.int32)
     if varied == "seed":
@@ -132,7 +132,7 @@ EVERYTHING = Sampling(
     ids=str,
 )
 @pytest.mark.parametrize("varied", ["seed", "step"])
-def test_draws_follow_the_distribution(sampling, varied):
+def test_samples_follow_the_distribution(sampling, varied):
     counts = np.bincount(draw_many(LOGITS, sampling, varied=varied), minlength=len(LOGITS))
     expected = expected_distribution(LOGITS, sampling) * DRAWS
     possible = expected > 0
@@ -156,7 +156,7 @@ def test_temperature_zero_takes_the_first_of_the_largest():
     ids=str,
 )
 def test_the_narrowest_filter_is_greedy(sampling):
-    """Equal logits included: tokens 2 and 4 are, and the smaller id counts as more likely."""
+    """Including equal logits: of tokens 2 and 4, the smaller id counts as more likely."""
     assert set(draw_many(LOGITS, sampling).tolist()) == {2}
 
 
@@ -166,13 +166,13 @@ def test_the_smallest_temperatures_are_greedy(temperature):
     assert set(draw_many(logits, Sampling(temperature=temperature)).tolist()) == {1}
 
 
-def test_a_token_without_probability_is_never_drawn():
+def test_a_token_without_probability_is_never_sampled():
     logits = np.where(np.isin(np.arange(8), [0, 5]), LOGITS, -np.inf).astype(np.float32)
     assert set(draw_many(logits, Sampling(temperature=1e30)).tolist()) == {0, 5}
 
 
 def test_a_filter_that_is_off_keeps_every_token_of_its_row():
-    """Also one after the running sum has rounded to 1: or a row's tokens would depend on its neighbour's top-p."""
+    """Including tokens after the running sum rounds to 1; otherwise a row would depend on its neighbor's top-p."""
     logits = np.tile(np.array([0.0, -18.0, -40.0, -80.0], np.float32), (2, 1))
     settings = arrays([Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.9)], vocab_size=4)
     assert _top_k_top_p(logits, settings).tolist() == [[True] * 4, [True, False, False, False]]
@@ -203,7 +203,7 @@ def random_batch(seed: int, batch_size: int, vocab_size: int) -> tuple[np.ndarra
 @pytest.mark.parametrize("compute", [run, run_process], ids=["sample", "process"])
 @pytest.mark.parametrize("others", ["none", "plain", "any"])
 def test_every_row_has_its_own_settings(compute, others):
-    """To the last bit what it is in another batch, whatever the other rows ask for."""
+    """The same bits in any batch, whatever the settings of the other rows."""
     logits, counts, steps = random_batch(0, len(ROWS), 37)
     together = compute(logits, arrays(ROWS, 37), counts, steps)
     for row, sampling in enumerate(ROWS):
@@ -257,7 +257,7 @@ def test_logprobs_are_the_models_own():
 
 
 def test_the_most_likely_tokens():
-    """As many as each row asks for, best first, under the model's own distribution; of equal ones the smaller."""
+    """The requested number per row, best first, under the model's own distribution; smaller ids first among equals."""
     logits, counts, steps = random_batch(1, 4, 20)
     logits[:, 4] = logits[:, 17] = 50
     samplings = [dataclasses.replace(EVERYTHING, top_logprobs=n, forbidden_tokens=(4,)) for n in range(4)]
@@ -273,7 +273,7 @@ def test_the_most_likely_tokens():
 
 @pytest.mark.parametrize(("limit", "vocab_size"), [(0, 8), (8, 2)])
 def test_the_number_of_most_likely_tokens_is_the_limit(limit, vocab_size):
-    """None at all, and more than there are tokens."""
+    """None, and more than the vocabulary."""
     sampling = Sampling(top_logprobs=min(limit, vocab_size))
     settings = SamplingArrays.stack([sampling], limits=Limits(top_logprobs=limit), vocab_size=vocab_size)
     logits = np.arange(vocab_size, dtype=np.float32)[None]
@@ -297,7 +297,7 @@ def test_the_number_of_most_likely_tokens_is_the_limit(limit, vocab_size):
     ],
     ids=str,
 )
-def test_what_becomes_of_the_logits(sampling):
+def test_processed_logits(sampling):
     rng = np.random.default_rng(0)
     logits = rng.normal(scale=2, size=(6, 8)).astype(np.float32)
     prompts = [rng.integers(0, 8, 4).tolist() for _ in range(6)]
@@ -308,7 +308,7 @@ def test_what_becomes_of_the_logits(sampling):
 
 
 def test_end_tokens_wait_for_the_minimum():
-    """Those of the model too; a longer sequence can begin, as its tokens may mean something else."""
+    """Including the model's; longer sequences may begin."""
     settings = arrays([Sampling(min_new_tokens=3, stop=[2, (4, 5)])] * 2, eos_token_ids=(7,))
     logits = np.tile(LOGITS, (2, 1))
     processed = run_process(logits, settings, np.zeros(logits.shape, np.int32), np.array([2, 3], np.int32))
@@ -316,8 +316,8 @@ def test_end_tokens_wait_for_the_minimum():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_without_any_token_left_has_none_to_draw(temperature):
-    """The model excludes what settings leave; its neighbour draws as ever."""
+def test_a_row_without_possible_tokens_is_invalid(temperature):
+    """The model excludes the tokens that the settings leave; the neighbor row is unaffected."""
     narrow = Sampling(temperature=temperature, top_k=2, top_p=0.5, min_p=0.1, forbidden_tokens=(0, 1, 2))
     other = Sampling(temperature=temperature, seed=3)
     logits, counts, steps = random_batch(0, 2, 4)
@@ -329,14 +329,14 @@ def test_a_row_without_any_token_left_has_none_to_draw(temperature):
     assert drawn.tokens[1] == expected.tokens[1]
 
 
-def test_counts_say_what_a_row_has_had():
+def test_counts_of_a_rows_tokens():
     rng = np.random.default_rng(0)
     prompts: list[list[int]] = [[] for _ in range(3)]
     new: list[list[int]] = [[] for _ in range(3)]
     counts = jnp.zeros((3, 11), jnp.int32)
     for _ in range(6):
         tokens, real = rng.integers(-2, 13, (3, 5), dtype=np.int32), rng.random((3, 5)) < 0.5
-        tokens = np.where(real, tokens.clip(0, 10), tokens)  # padding may be any number
+        tokens = np.where(real, tokens.clip(0, 10), tokens)  # padding may have any value
         counts = count_prompt(counts, tokens, real)
         for row in range(3):
             prompts[row] += tokens[row][real[row]].tolist()
@@ -374,7 +374,7 @@ def test_counts_are_updated_in_place():
 
 
 def primitives(jaxpr, *, branch: int | None) -> set[str]:
-    """The operations of a jaxpr and all within it; of a cond only this branch, or every one."""
+    """The operations of a jaxpr and its sub-jaxprs; of a cond, only the given branch, or all."""
     names = set()
     for equation in jaxpr.eqns:
         names.add(equation.primitive.name)
@@ -387,7 +387,7 @@ def primitives(jaxpr, *, branch: int | None) -> set[str]:
 
 
 def test_a_batch_that_is_all_greedy_takes_one_argmax():
-    """It neither sorts nor draws, and reads no counts."""
+    """The branch neither sorts nor samples, and reads no counts."""
     logits, counts, steps = random_batch(0, 2, 8)
     jaxpr = jax.make_jaxpr(sample)(logits, arrays([Sampling()] * 2), counts, steps).jaxpr
     costly = {"sort", "random_bits", "top_k", "scatter", "shift_right_arithmetic"}
@@ -404,7 +404,7 @@ def test_a_batch_that_is_all_greedy_takes_one_argmax():
         ([Sampling(repetition_penalty=1.1)], {"_penalize"}),
         ([Sampling(presence_penalty=0.1)], {"_penalize"}),
         ([Sampling(frequency_penalty=0.1)], {"_penalize"}),
-        ([Sampling(min_new_tokens=3)], {"_put_off_the_end"}),
+        ([Sampling(min_new_tokens=3)], {"_exclude_ends"}),
         ([Sampling(temperature=0.5), Sampling(top_k=3, top_p=0.5)], {"_warp", "_draw"}),
         ([Sampling(temperature=0.5)], {"_warp", "_draw"}),
         ([Sampling(temperature=0.5, min_p=0.1)], {"_warp", "_draw"}),
@@ -413,16 +413,16 @@ def test_a_batch_that_is_all_greedy_takes_one_argmax():
     ],
     ids=lambda value: "-".join(sorted(map(str, value))),
 )
-def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
+def test_only_settings_in_use_are_computed(samplings, parts, monkeypatch):
     called = set()
-    for name in ("_add_bias", "_penalize", "_put_off_the_end", "_warp", "_draw", "_top_k_top_p"):
+    for name in ("_add_bias", "_penalize", "_exclude_ends", "_warp", "_draw", "_top_k_top_p"):
         function = getattr(sampling_module, name)
         monkeypatch.setattr(
             sampling_module,
             name,
             lambda *args, name=name, function=function: called.add(name) or function(*args),
         )
-    with jax.disable_jit():  # or both branches of every cond are traced
+    with jax.disable_jit():  # otherwise both branches of every cond are traced
         logits, counts, _ = random_batch(0, 3, 8)
         settings = arrays([Sampling(), *samplings, Sampling()][:3])
         sample(jnp.asarray(logits), settings, jnp.asarray(counts), jnp.full(3, 2, jnp.int32))
@@ -443,7 +443,10 @@ def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
         ({"min_p": 1e-50}, r"min_p: expected a number in \[0, 1\], got 1e-50"),
         ({"presence_penalty": -1e39}, r"presence_penalty: expected a finite number, got -1e\+39"),
         ({"frequency_penalty": 10**5000}, r"frequency_penalty: expected a finite number, got int too large to show"),
-        ({"logit_bias": {3: 1e39}}, r"logit_bias\[3\]: expected a finite number \(forbidden.*\), got 1e\+39"),
+        (
+            {"logit_bias": {3: 1e39}},
+            r"logit_bias\[3\]: expected a finite number .*, got 1e\+39",
+        ),
         ({"top_k": 10**5000}, r"top_k: expected an int in \[0, 2147483648\), got int too large to show"),
         ({"max_new_tokens": 2**40}, r"max_new_tokens: expected an int in \[1, 2147483648\), got 1099511627776"),
         ({"seed": 10**400}, r"seed: expected an int in \[0, 4294967296\), got 1000"),
@@ -463,12 +466,15 @@ def test_only_what_some_row_asks_for_is_computed(samplings, parts, monkeypatch):
         ({"frequency_penalty": None}, r"frequency_penalty: expected a finite number, got None"),
         ({"logit_bias": [1, 2]}, r"logit_bias: expected a mapping from tokens to numbers, got \[1, 2\]"),
         ({"logit_bias": {-1: 0.5}}, r"logit_bias: expected an int in \[0, 2147483648\), got -1"),
-        ({"logit_bias": {3: -float("inf")}}, r"logit_bias\[3\]: expected a finite number \(forbidden.*\), got -inf"),
+        (
+            {"logit_bias": {3: -float("inf")}},
+            r"logit_bias\[3\]: expected a finite number .*, got -inf",
+        ),
         ({"forbidden_tokens": 3}, r"forbidden_tokens: expected a sequence of tokens, got 3"),
         ({"forbidden_tokens": [1.0]}, r"forbidden_tokens: expected an int in .*, got 1\.0"),
         ({"min_new_tokens": -1}, r"min_new_tokens: expected an int in \[0, 2147483648\), got -1"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, r"min_new_tokens: expected at most max_new_tokens=4, got 5"),
-        ({"stop": "end"}, r"stop: expected a token, or a sequence of tokens and sequences of tokens, got 'end'"),
+        ({"stop": "end"}, r"stop: expected a token, or a sequence of tokens and token sequences, got 'end'"),
         ({"stop": -1}, r"stop\[0\]: expected an int in \[0, 2147483648\), got -1"),
         ({"stop": [3, ()]}, r"stop\[1\]: expected at least one token, got none"),
         ({"stop": [3, "end"]}, r"stop\[1\]: expected a sequence of tokens, got 'end'"),
@@ -521,7 +527,7 @@ def test_limits_out_of_range(limits, message):
 
 
 def test_everything_off_fits_limits_of_zero():
-    """No bias, no stop sequence, no report: arrays without elements."""
+    """No biases, stop sequences or top_logprobs: arrays without elements."""
     limits = Limits(logit_bias=0, stop_sequences=0, stop_length=1, top_logprobs=0)
     settings = SamplingArrays.stack([Sampling(min_new_tokens=2)], limits=limits, vocab_size=8)
     drawn = run(LOGITS[None], settings, np.zeros((1, 8), np.int32), np.zeros(1, np.int32))

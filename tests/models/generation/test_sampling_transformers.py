@@ -1,4 +1,4 @@
-"""Sampling: the logits that transformers draws from, whatever the options, in its order."""
+"""Sampling: the processed logits of transformers, for any options, in its order."""
 
 import jax
 import numpy as np
@@ -94,7 +94,7 @@ def test_every_step_of_a_generation(model, name):
         actual = run_process(before[step], settings, counts, np.full(batch_size, step, np.int32))
         assert_same_distribution(np.asarray(actual)[running], after[step][running])
         if name.startswith(("repetition", "encouraged", "forbidden", "minimum")):
-            # Greedy, so nothing follows: to the last bit.
+            # Greedy, so no later setting applies: equal bits.
             np.testing.assert_array_equal(np.asarray(actual)[running], after[step][running])
         counts = count_new(counts, new[:, step], running)
         running &= ~np.isin(new[:, step], EOS)
@@ -107,7 +107,7 @@ def test_every_step_of_a_generation(model, name):
     ids=str,
 )
 def test_the_tokens_that_filters_keep(settings):
-    """Of many large vocabularies, flat and peaked."""
+    """Large vocabularies, flat and peaked."""
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(64, 1000)) * np.linspace(0.3, 6, 64)[:, None]).astype(np.float32)
     processors = transformers.LogitsProcessorList(
@@ -127,7 +127,7 @@ def test_the_tokens_that_filters_keep(settings):
 
 
 def assert_same_distribution(actual: np.ndarray, expected: np.ndarray) -> None:
-    """The same tokens possible, and the same log-probabilities of them."""
+    """The same possible tokens with the same log-probabilities."""
     np.testing.assert_array_equal(np.isneginf(actual), np.isneginf(expected))
     actual, expected = (np.asarray(jax.nn.log_softmax(x)) for x in (actual, expected))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerances.PROCESSED_LOGITS)

@@ -1,4 +1,4 @@
-"""Scores: the log-probabilities of the model without a cache, from an executable of their own, and in nobody's way."""
+"""Scores: the log-probabilities of the model without a cache, from their own executable, beside other requests."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from tests import tolerances
 CAPACITY, CHUNK, VOCAB_SIZE = 48, 8, 96
 ALL = {"prefill": 1, "decode": 1, "score": 1}
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "gqa"
-# One token; a chunk, two, and what is beside them; all that a row can hold.
+# One token; one and two chunks, and lengths beside them; a full row.
 LENGTHS = (1, 2, 7, 8, 9, 16, 17, 40, 47, 48)
 
 
 @pytest.fixture(scope="module")
 def generator():
-    """Its first use is to score."""
+    """A Generator whose first use is to score."""
     model = load_hf(FIXTURE, dtype=jnp.float32)
     generator = Generator(model, batch_size=3, capacity=CAPACITY, prefill_chunk=CHUNK, prefill_rows=2)
     generator.score([prompt_of(3)])
@@ -32,7 +32,7 @@ def generator():
 
 @pytest.fixture(scope="module")
 def logits_of(generator):
-    """From tokens to the logits after each, of the model without a cache."""
+    """The model's logits after each token, without a cache."""
     graph, weights = nnx.split(generator.model)
 
     @jax.jit
@@ -69,7 +69,7 @@ def test_the_model_without_a_cache(generator, logits_of, logits):
             np.testing.assert_allclose(score.logits, expected, rtol=0, atol=tolerances.CACHED_LOGITS)
 
 
-def test_a_continuation_is_as_likely_as_it_was_when_it_was_drawn(generator):
+def test_scores_equal_the_logprobs_of_generation(generator):
     prompt = prompt_of(12)
     result = generator.generate([prompt], Sampling(20, temperature=1.0, seed=4))
     (score,) = generator.score([prompt + result.tokens[0]])
@@ -77,13 +77,13 @@ def test_a_continuation_is_as_likely_as_it_was_when_it_was_drawn(generator):
     np.testing.assert_allclose(score.logprobs[11:], result.logprobs[0], rtol=0, atol=tolerances.CACHED_LOGITS)
 
 
-def test_those_who_run_go_on_undisturbed(generator, logits_of):
-    """Scores have a row while they are read, wait for one like all others, and give it back."""
+def test_running_rows_are_undisturbed(generator, logits_of):
+    """Scores occupy a row during prefill, queue for it like other requests, and free it."""
     samplings = [Sampling(20), Sampling(20, temperature=1.0, seed=3), Sampling(20, repetition_penalty=1.5)]
     prompts = [prompt_of(20, seed) for seed in range(3)]
     alone = [generator.generate([prompt], one) for prompt, one in zip(prompts, samplings, strict=True)]
     expected = generator.score([prompt_of(30)])
-    for rounds in range(6):  # reading, running, all rows taken or not
+    for rounds in range(6):  # prefilling, running, with and without free rows
         for busy in (1, 2, 3):
             handles = [
                 generator.submit(prompt, one) for prompt, one in zip(prompts[:busy], samplings[:busy], strict=True)
@@ -99,7 +99,7 @@ def test_those_who_run_go_on_undisturbed(generator, logits_of):
     assert sorted(generator._scheduler._free_rows) == [0, 1, 2]
 
 
-def test_what_is_asked_changes_no_executable(generator, compilations):
+def test_requests_change_no_executable(generator, compilations):
     generator.score([prompt_of(9)])
     compilations.clear()
     for length in LENGTHS:
@@ -108,7 +108,7 @@ def test_what_is_asked_changes_no_executable(generator, compilations):
     assert generator.compile_counts["score"] == 1
 
 
-def test_an_interrupt_gives_back_the_rows(generator, monkeypatch):
+def test_an_interrupt_frees_the_rows(generator, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 

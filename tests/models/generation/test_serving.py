@@ -1,4 +1,4 @@
-"""Requests that come, go and fail in any order: what each gets is what it gets alone, and nothing is lost."""
+"""Requests that start, end and fail in any order give the same results as alone, and nothing leaks."""
 
 import collections
 import contextlib
@@ -18,7 +18,7 @@ from pallas_attn_models import Generator, QueueFull, Sampling
 from pallas_attn_models.generation import steps
 from pallas_attn_models.generation.generator import StreamEvent
 from pallas_attn_models.generation.requests import Completion, Handle
-from pallas_attn_models.generation.rows import RUNNING
+from pallas_attn_models.generation.state import RUNNING
 from tests.models.small_model import CONFIG, ONE_EACH, Ask, make_model, prompt_of, random_ask
 
 ROWS, CAPACITY, CHUNK, QUEUE = 4, 48, 8, 6
@@ -27,8 +27,8 @@ PAGE = 16
 
 @pytest.fixture(scope="module")
 def generator():
-    """Shared by the tests of this file. It fails when either of its functions is traced a second time."""
-    chex.clear_trace_counter()  # which counts by name, in other modules of tests too
+    """Shared by the tests of this file. Tracing one of its functions a second time is an error."""
+    chex.clear_trace_counter()  # counts by name, across test modules
     with pytest.MonkeyPatch.context() as patch:
         for name in ("prefill", "decode"):
             patch.setattr(steps, name, chex.assert_max_traces(getattr(steps, name), n=1))
@@ -42,13 +42,13 @@ def generator():
 
 @pytest.fixture(scope="module")
 def paged():
-    """Seven pages, where four full rows would take three each."""
+    """Seven pages; four full rows would need three each."""
     return paged_generator(7)
 
 
 @pytest.fixture(scope="module")
 def small_pool():
-    """Two pages, where one full row would take three."""
+    """Two pages; one full row would need three."""
     return paged_generator(2)
 
 
@@ -83,11 +83,11 @@ def assert_nothing_is_held(generator: Generator) -> None:
             assert (cache.pages.table == -1).all()
 
 
-# --- two executables, and every request as if it were alone ---
+# --- two executables, independent requests ---
 
 
-def test_a_random_program_of_all_there_is(generator, compilations):
-    """Operations of every kind in random order: nothing compiles, and every request gets what it gets alone."""
+def test_random_programs(generator, compilations):
+    """Random operations: nothing compiles, and every request has the same result as alone."""
     rng = np.random.default_rng(5)
     random_ask(rng, 10).generate(generator)
     compilations.clear()
@@ -119,8 +119,8 @@ def test_a_random_program_of_all_there_is(generator, compilations):
         for _, events, seen in streams:
             seen += itertools.islice(events, int(rng.integers(6)))
 
-    def break_off():
-        streams.pop(int(rng.integers(len(streams))))  # a stream that nobody holds any more is closed
+    def interrupt():
+        streams.pop(int(rng.integers(len(streams))))  # dropping the last reference closes a stream
 
     def generate():
         ask = several()
@@ -128,7 +128,7 @@ def test_a_random_program_of_all_there_is(generator, compilations):
 
     for begin in (submit, stream, stream):
         begin()
-    operations = [submit] * 8 + [step] * 4 + [cancel] * 2 + [stream] * 2 + [read_on] * 2 + [break_off, generate]
+    operations = [submit] * 8 + [step] * 4 + [cancel] * 2 + [stream] * 2 + [read_on] * 2 + [interrupt, generate]
     for _ in range(200):
         operations[rng.integers(len(operations))]()
     generator.run()
@@ -140,7 +140,7 @@ def test_a_random_program_of_all_there_is(generator, compilations):
     for ask, result in done:
         (expected,) = ask.generate(generator)
         if result.finish_reason == "cancelled":
-            assert_broken_off(result, expected)
+            assert_interrupted(result, expected)
         else:
             assert result == expected
     assert {result.finish_reason for _, result in done} == {"stop", "length", "capacity", "cancelled"}
@@ -154,16 +154,16 @@ def assert_told(expected: Completion, events: list[StreamEvent]) -> None:
     assert [event.finish_reason for event in events] == [*[None] * (len(events) - 1), expected.finish_reason]
 
 
-def assert_broken_off(result: Completion, expected: Completion) -> None:
-    """What it has so far, with a token of a stop sequence at the most, is where the other begins."""
+def assert_interrupted(result: Completion, expected: Completion) -> None:
+    """Its tokens are a prefix of the other's, except for the beginning of a stop sequence."""
     size = len(expected.tokens)
     assert len(result.tokens) <= size + 1
     assert result.tokens[:size] == expected.tokens[: len(result.tokens)]
     assert result.logprobs[:size] == expected.logprobs[: len(result.logprobs)]
 
 
-def test_neighbours_and_order_make_no_difference(generator):
-    """The same requests in other orders, so that they have other rows and other neighbours."""
+def test_neighbors_and_order_make_no_difference(generator):
+    """The same requests in other orders, with other rows and neighbors."""
     rng = np.random.default_rng(8)
     asks = [random_ask(rng, CAPACITY) for _ in range(24)]
     expected = [ask.generate(generator)[0] for ask in asks]
@@ -179,7 +179,7 @@ def test_neighbours_and_order_make_no_difference(generator):
 
 
 def test_decode_copies_no_tokens_and_no_counts(small_pool):
-    """Beyond the state that it updates in place, it makes none of what is as large as all tokens, or all counts."""
+    """Besides the state, which is updated in place, it allocates nothing as large as all tokens or all counts."""
     engine = small_pool._engine
     state = engine.abstract_state()
     compiled = engine._decode.lower(engine._weights(), state, np.int32(1), np.bool_(False)).compile()
@@ -197,7 +197,7 @@ def test_decode_copies_no_tokens_and_no_counts(small_pool):
 
 @pytest.mark.parametrize("name", ["generator", "paged"])
 def test_nothing_is_lost_under_load(name, request):
-    """500 requests and more cancellations than rows, of queued, reading and running ones, and some that do not fit."""
+    """500 requests, some of them invalid, and cancellations of queued, prefilling and running ones."""
     generator = request.getfixturevalue(name)
     rng = np.random.default_rng(1)
     kinds = [random_ask(rng, CAPACITY, budget=12) for _ in range(25)]
@@ -224,29 +224,29 @@ def test_nothing_is_lost_under_load(name, request):
     generator.run()
     assert refused > 50
     assert most >= 3
-    assert min(cancelled[what] for what in ("queued", "reading", "running")) >= 5
+    assert min(cancelled[what] for what in ("queued", "prefilling", "running")) >= 5
     for kind, handle in waiting:
         result = handle.result()
         if result.finish_reason == "cancelled":
-            assert_broken_off(result, expected[kind])
+            assert_interrupted(result, expected[kind])
         else:
             assert result == expected[kind]
     assert sum(handle.finish_reason == "cancelled" for _, handle in waiting) == sum(
-        cancelled[what] for what in ("queued", "reading", "running")
+        cancelled[what] for what in ("queued", "prefilling", "running")
     )
 
 
 def doing(generator: Generator, handle: Handle) -> str:
     scheduler = generator._scheduler
-    if any(handle in job.handles for job in scheduler._queue):
+    if any(handle in group.handles for group in scheduler._queue):
         return "queued"
-    jobs = [job for job in scheduler._active if handle in job.handles]
-    return "done" if not jobs else "reading" if jobs[0].readings else "running"
+    groups = [group for group in scheduler._active if handle in group.handles]
+    return "done" if not groups else "prefilling" if groups[0].prefills else "running"
 
 
 def test_a_full_queue_refuses_and_keeps_what_it_has(generator):
     handles = [generator.submit(prompt_of(5, seed), Sampling(4)) for seed in range(QUEUE)]
-    with pytest.raises(QueueFull, match=f"max_queue: {QUEUE} requests wait already"):
+    with pytest.raises(QueueFull, match=f"max_queue: {QUEUE} requests are queued already"):
         generator.submit(prompt_of(5), Sampling(4))
     assert generator.generate([prompt_of(3, seed) for seed in range(10)], Sampling(2)).finish_reasons == ["length"] * 10
     assert [handle.result().tokens for handle in handles] == [
@@ -257,8 +257,8 @@ def test_a_full_queue_refuses_and_keeps_what_it_has(generator):
 # --- pages ---
 
 
-def test_who_fits_into_the_pool_is_let_in_and_no_more(paged):
-    """Seven pages, and requests of three each: two at a time, though there are four rows."""
+def test_admission_respects_the_pool(paged):
+    """Seven pages and three per request: two requests at a time, despite four rows."""
     handles = [paged.submit(prompt_of(30, seed), Sampling(15)) for seed in range(5)]
     used = []
     while not all(handle.done for handle in handles):
@@ -275,14 +275,14 @@ def test_a_prompt_that_the_pool_cannot_hold_leaves_no_pages_behind(small_pool):
     assert result.tokens == [[]]
     expected = small_pool.generate([prompt_of(20)], Sampling(4))
     assert expected.finish_reasons == ["length"]
-    # Now with neighbours, to whom it is all the same.
+    # Now with neighbors, which are unaffected.
     many = small_pool.generate([prompt_of(20), prompt_of(40), prompt_of(20)], Sampling(4))
     assert many.finish_reasons == ["length", "capacity", "length"]
     assert many.tokens[0] == many.tokens[2] == expected.tokens[0]
 
 
-def test_samples_wait_for_the_pages_that_their_copies_take(paged):
-    """Three rows of two pages each, the first of them shared; while the second is copied, there are five."""
+def test_samples_wait_for_the_pages_of_their_copies(paged):
+    """Three rows of two pages each, the first one shared; while the second is copied, five pages are in use."""
     long = paged.submit(prompt_of(33), Sampling(12))
     paged.step(1)
     handles = paged.submit_samples(prompt_of(20), 3, Sampling(4, temperature=1.0))
@@ -290,11 +290,11 @@ def test_samples_wait_for_the_pages_that_their_copies_take(paged):
     assert {handle.finish_reason for handle in (long, *handles)} <= {"length", "stop"}
 
 
-# --- fair ---
+# --- fairness ---
 
 
-def test_nobody_starves(generator):
-    """Among short requests without end, a long prompt and one that needs all rows are served after some rounds."""
+def test_no_request_starves(generator):
+    """Amid endless short requests, a long prompt and a request that needs all rows are served within some rounds."""
     rounds = 0
     short: list[Handle] = []
 
@@ -326,7 +326,7 @@ def test_nobody_starves(generator):
     assert {handle.finish_reason for handle in short} <= {"length", "stop"}
 
 
-def test_rows_that_run_go_on_while_a_long_prompt_is_read(generator):
+def test_running_rows_continue_during_a_long_prefill(generator):
     running = [generator.submit(prompt_of(4, seed), Sampling(30)) for seed in range(2)]
     generator.step(3)
     assert [len(handle.tokens) for handle in running] == [3, 3]
@@ -341,11 +341,11 @@ def test_rows_that_run_go_on_while_a_long_prompt_is_read(generator):
     assert [len(handle.tokens) for handle in running] == [3 + chunks] * 2
 
 
-# --- what breaks ---
+# --- errors and interrupts ---
 
 
 class Broken:
-    """A layer hook that changes nothing, and may raise when it is traced or when it is run."""
+    """An identity layer hook that can raise during tracing or execution."""
 
     def __init__(self):
         self.at_trace = self.at_run = False
@@ -363,13 +363,13 @@ class Broken:
 
 @pytest.fixture(scope="module")
 def hooked():
-    """A Generator of one row, and its layer hook. Nothing is compiled yet."""
+    """A Generator with one row, not compiled yet, and its layer hook."""
     hook = Broken()
     return Generator(make_model(), batch_size=1, capacity=CAPACITY, prefill_chunk=CHUNK, layer_hook=hook), hook
 
 
 def test_a_hook_that_raises_when_it_is_traced(hooked):
-    """Before anything is compiled, and when only prefill is, in the middle of a prompt."""
+    """Before anything is compiled, and after prefill only, in the middle of a prompt."""
     generator, hook = hooked
     handle = generator.submit(prompt_of(30), Sampling(3))
     hook.at_trace = True
@@ -380,7 +380,7 @@ def test_a_hook_that_raises_when_it_is_traced(hooked):
             generator.generate([prompt_of(3)])
     assert not handle.done
     hook.at_trace = False
-    # Prefill only, as a run with no time to wait for the compiler may leave it.
+    # Prefill only, as after an interrupt of the compilation of decode.
     generator._scheduler.step()
     assert generator.compile_counts == {"prefill": 1, "decode": 0}
     waiting = generator.submit(prompt_of(9), Sampling(3))
@@ -388,7 +388,7 @@ def test_a_hook_that_raises_when_it_is_traced(hooked):
     with pytest.raises(LookupError, match="no such direction"):
         generator.generate([prompt_of(3)])
     hook.at_trace = False
-    with pytest.raises(RuntimeError, match="broken off") as raised:
+    with pytest.raises(RuntimeError, match="interrupted") as raised:
         handle.result()
     assert isinstance(raised.value.__cause__, LookupError)
     assert waiting.result().tokens == generator.generate([prompt_of(9)], Sampling(3)).tokens[0]
@@ -398,7 +398,7 @@ def test_a_hook_that_raises_when_it_is_traced(hooked):
 def test_a_hook_that_raises_when_it_runs(hooked):
     generator, hook = hooked
     expected = [generator.generate([prompt_of(9, seed)], Sampling(5)).tokens[0] for seed in range(2)]
-    for rounds in (0, 1, 2):  # of the first, which takes two to be read
+    for rounds in (0, 1, 2):  # of the first request, whose prefill takes two
         lost, waiting = (generator.submit(prompt_of(9, seed), Sampling(5)) for seed in range(2))
         for _ in range(rounds):
             generator.step(1)
@@ -406,10 +406,10 @@ def test_a_hook_that_raises_when_it_runs(hooked):
         with pytest.raises(Exception, match="no such direction"):
             generator.step()
         hook.at_run = False
-        with pytest.raises(RuntimeError, match="broken off") as raised:
+        with pytest.raises(RuntimeError, match="interrupted") as raised:
             lost.result()
         assert "no such direction" in str(raised.value.__cause__)
-        with pytest.raises(RuntimeError, match="broken off"):
+        with pytest.raises(RuntimeError, match="interrupted"):
             list(lost)
         assert waiting.result().tokens == expected[1]
         assert generator.generate([prompt_of(9)], Sampling(5)).tokens == expected[:1]
@@ -418,7 +418,7 @@ def test_a_hook_that_raises_when_it_runs(hooked):
 
 
 def test_an_interrupt_anywhere(paged):
-    """Control-C at any line of the modules that run on the host: who had rows may be lost, and says so."""
+    """Control-C at any line of the host modules: requests with rows may be lost, and report it."""
     asks = [Ask(prompt_of(20, seed), Sampling(4, seed=seed)) for seed in range(6)]
     asks[1] = Ask(prompt_of(20), Sampling(4), prompt_of(9), 1.5)
     expected = [ask.generate(paged)[0] for ask in asks]
@@ -449,7 +449,7 @@ def test_an_interrupt_anywhere(paged):
 
 @contextlib.contextmanager
 def interrupt(after: int):
-    """Raises KeyboardInterrupt at the ``after``-th line of the Generator's own modules."""
+    """Raises KeyboardInterrupt at the ``after``-th line executed in the Generator's modules."""
     modules = ("generator.py", "scheduler.py", "engine.py", "requests.py")
     left = after
 

@@ -1,4 +1,4 @@
-"""Speculation: the caches hold what was accepted, and are updated in place."""
+"""Speculation: the caches hold the accepted tokens, and are updated in place."""
 
 import dataclasses
 import math
@@ -27,16 +27,16 @@ def _forgotten_generators():
 
 
 def snapshots(generator_: Generator, handles: list[Handle]) -> dict[tuple[int, int], Snapshot]:
-    """By handle and how many tokens it has: of its row in every layer, positions, keys and values, and length."""
+    """By handle and number of its tokens: positions, keys and values, and lengths of its row in every layer."""
     found = {}
-    for job in generator_._scheduler._active:
-        row, index = job.rows[0], handles.index(job.handles[0])
-        if not job.readings:
+    for group in generator_._scheduler._active:
+        row, index = group.rows[0], handles.index(group.handles[0])
+        if not group.prefills:
             of_row = [(cache.positions[row, 0], cache.key[row], cache.value[row]) for cache in _caches(generator_)]
             positions, keys, values = ([np.asarray(x) for x in xs] for xs in zip(*of_row, strict=True))
             held = [np.stack(pair) for pair in zip(keys, values, strict=True)]
             lengths = [int(cache.lengths[row]) for cache in _caches(generator_)]
-            found[index, len(job.prompt) + len(job.handles[0].tokens)] = positions, held, lengths
+            found[index, len(group.prompt) + len(group.handles[0].tokens)] = positions, held, lengths
     return found
 
 
@@ -45,7 +45,7 @@ def _caches(generator_: Generator) -> tuple[caches.KVCache, ...]:
 
 
 def run_in_steps(name: str) -> dict[tuple[int, int], Snapshot]:
-    """Snapshots after every step of three requests that do not end before they are cancelled."""
+    """Snapshots after every step of three requests, until they are cancelled."""
     generator_, found = generator(name), {}
     requests = [(21, 0.0), (2, 0.5), (33, 1.0)]
     handles = [
@@ -64,13 +64,13 @@ def run_in_steps(name: str) -> dict[tuple[int, int], Snapshot]:
 @pytest.mark.parametrize(
     "name", quick(["chain", "tree", "hints", "same model", "other model", "hints, window"], "tree", "hints, window")
 )
-def test_caches_hold_what_was_accepted(name):
+def test_caches_hold_the_accepted_tokens(name):
     plain, actual = run_in_steps(VARIANTS[name][0]), run_in_steps(name)
     assert len(actual) > 10
     if name not in ("chain", "tree"):
         assert len({length for _, length in actual}) < len({length for _, length in plain})
     for at, (positions, held, lengths) in actual.items():
-        length = at[1] - 1  # the newest token is in no cache
+        length = at[1] - 1  # no cache holds the newest token
         expected_positions, expected, _ = plain[at]
         layers = CONFIG.num_layers
         assert lengths[:layers] == [length] * layers
@@ -79,13 +79,13 @@ def test_caches_hold_what_was_accepted(name):
             real = position >= 0
             if layer < layers and name != "hints, window":
                 np.testing.assert_array_equal(position, expected_positions[layer])
-            elif layer < layers:  # what lies before the window may be gone for tokens that were taken back
+            elif layer < layers:  # drafts that were rejected may have evicted tokens before the window
                 kept = expected_positions[layer]
                 np.testing.assert_array_equal(real, real & (position == kept))
                 needed = (kept >= 0) & ((kept >= length - 20) | (kept < 2))
                 assert (real >= needed).all()
             else:
-                newest = np.sort(position[real])[-7:]  # what a query in a window of 8 sees
+                newest = np.sort(position[real])[-7:]  # the keys of a query with a window of 8
                 np.testing.assert_array_equal(newest, np.arange(lengths[layer])[-len(newest) :])
                 assert len(newest) == min(7, lengths[layer])
             if layer < layers or name == "same model":
@@ -95,7 +95,7 @@ def test_caches_hold_what_was_accepted(name):
 
 @pytest.mark.parametrize("speculation", ["tree", "draft model"])
 def test_caches_are_updated_in_place(speculation):
-    capacity = 9984  # a number that no other array has
+    capacity = 9984  # a size that no other array has
     model = make_model(config=dataclasses.replace(SMALLER, head_dim=32))
     drafts = TREE if speculation == "tree" else DraftModel(model, 2)
     generator_ = Generator(model, batch_size=3, capacity=capacity, prefill_chunk=CHUNK, speculation=drafts)

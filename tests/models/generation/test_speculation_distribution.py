@@ -1,4 +1,4 @@
-"""Speculation: common random numbers leave the distribution as it is, and make drafts right as often as theory says."""
+"""Speculation: common random numbers preserve the distribution; the acceptance rate matches theory."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tests.models.speculations import SMALLER, make_model
 
 
 def agreement(p: np.ndarray, q: np.ndarray) -> float:
-    """How often the two largest of log p + g and log q + g are the same (arXiv:1809.04052, definition 1)."""
+    """The probability that log p + g and log q + g have the same argmax (arXiv:1809.04052, definition 1)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         largest = np.fmax(p[None] / p[:, None], q[None] / q[:, None]).sum(1)
     return float(np.where((p > 0) & (q > 0), 1 / largest, 0).sum())
@@ -27,7 +27,7 @@ def distance(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.abs(p - q).sum() / 2)
 
 
-@example(1138, 3, 2.5)  # hardly an overlap
+@example(1138, 3, 2.5)  # almost disjoint
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0.1, 5))
 def test_the_bounds_of_the_agreement(seed, size, spread):
     rng = np.random.default_rng(seed)
@@ -48,7 +48,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_draws_with_common_random_numbers_agree_more_often_than_independent_ones(name):
+def test_common_random_numbers_agree_more_often_than_independent_ones(name):
     number = 40_000
     p, q = (np.array(x) for x in PAIRS[name])
     limits = Limits(logit_bias=0, stop_sequences=0, top_logprobs=0)
@@ -71,7 +71,7 @@ def test_draws_with_common_random_numbers_agree_more_often_than_independent_ones
 
 
 def test_the_distribution_of_the_output_and_of_the_acceptance():
-    """20,000 seeds: two tokens, of which the first is drafted right as often as theory says."""
+    """20,000 seeds: two tokens; the acceptance rate of the first draft matches theory."""
     number, batch_size, temperature = 20_000, 500, 0.8
     config = dataclasses.replace(SMALLER, vocab_size=6, eos_token_ids=())
     models = [make_model(seed, config, wide=4.0) for seed in (3, 4)]
@@ -90,7 +90,7 @@ def test_the_distribution_of_the_output_and_of_the_acceptance():
     assert tokens[True] == tokens[False]
 
     def probabilities(model: Decoder) -> np.ndarray:
-        """[6, 6] of both tokens."""
+        """The joint distribution of both tokens, [6, 6]."""
         after = np.array([[*prompt, token] for token in range(6)], np.int32)
         logits = np.asarray(model(after).logits, np.float64)[:, -2:] / temperature
         both = np.exp(logits - logits.max(-1, keepdims=True))

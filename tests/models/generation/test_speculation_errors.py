@@ -1,4 +1,4 @@
-"""Speculation: what is refused, before anything is compiled."""
+"""Speculation: errors before anything is compiled."""
 
 import dataclasses
 import re
@@ -20,9 +20,9 @@ from tests.models.speculations import CHAIN, CHUNK, SMALLER, TREE, model_of
         (lambda: PromptLookup(True), "length: expected an int of at least 1, got True"),
         (lambda: PromptLookup(ngram=0), "ngram: expected an int of at least 1, got 0"),
         (lambda: PromptLookup(num_candidates=0), "num_candidates: expected an int of at least 1, got 0"),
-        (lambda: PromptLookup(16), "length, num_candidates: expected at most 15 drafted tokens together, got 1 of 16"),
-        (lambda: PromptLookup(4, num_candidates=4), "at most 15 drafted tokens together, got 4 of 4"),
-        (lambda: DraftModel(model_of("plain"), 16), "at most 15 drafted tokens together, got 1 of 16"),
+        (lambda: PromptLookup(16), "length, num_candidates: expected at most 15 draft tokens in total, got 1 of 16"),
+        (lambda: PromptLookup(4, num_candidates=4), "at most 15 draft tokens in total, got 4 of 4"),
+        (lambda: DraftModel(model_of("plain"), 16), "at most 15 draft tokens in total, got 1 of 16"),
         (lambda: DraftModel(model_of("plain"), 0), "length: expected an int of at least 1, got 0"),
     ],
 )
@@ -43,18 +43,18 @@ def test_a_draft_model_of_another_kind():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculation": CHAIN, "policy": caches.H2O(recent=8)}, "caches that can take 6 tokens back, got H2O("),
+        ({"speculation": CHAIN, "policy": caches.H2O(recent=8)}, "caches that can truncate 6 tokens, got H2O("),
         (
             {"speculation": CHAIN, "policy": [caches.Dense(), caches.QHitter(recent=8)]},
-            "caches that can take 6 tokens back, got QHitter(recent=8",
+            "caches that can truncate 6 tokens, got QHitter(recent=8",
         ),
         (
             {"speculation": CHAIN, "policy": caches.Window(44), "max_length": 200, "prefill_chunk": 4},
-            "speculation: expected caches that can take 6 tokens back, got Window(size=44, sinks=0) of capacity=48",
+            "speculation: expected caches that can truncate 6 tokens, got Window(size=44, sinks=0) of capacity=48",
         ),
         (
             {"speculation": TREE, "policy": caches.Window(16)},
-            "speculation: expected caches that can take 13 tokens back, from a tree: Dense, got Window(size=16",
+            "speculation: expected caches that can truncate 13 tokens, from a tree: Dense, got Window(size=16",
         ),
         (
             {"speculation": DraftModel(Decoder(dataclasses.replace(SMALLER, vocab_size=17), rngs=nnx.Rngs(0)))},
@@ -63,7 +63,7 @@ def test_a_draft_model_of_another_kind():
     ],
     ids=["H2O", "one layer H2O", "no slack", "a tree in a window", "another vocabulary"],
 )
-def test_what_cannot_be_taken_back_is_refused(options, message):
+def test_caches_that_cannot_truncate_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Generator(model_of("plain"), **({"batch_size": 2, "capacity": 48} | options))
 

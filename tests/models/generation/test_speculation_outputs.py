@@ -1,4 +1,4 @@
-"""Speculation: whatever is drafted, the output is that of plain decoding; and what is counted is that of a replay."""
+"""Speculation: for any drafts, the output equals plain decoding, and the counters equal those of a replay."""
 
 from collections.abc import Callable
 
@@ -44,7 +44,7 @@ def test_the_requests_end_in_every_way():
 
 
 @pytest.mark.parametrize("name", quick(VARIANTS, "chain", "tree, paged int8", "other model", "hints, window"))
-def test_the_output_is_that_of_plain_decoding(name):
+def test_the_output_equals_plain_decoding(name):
     expected, actual = ran(VARIANTS[name][0]), ran(name)
     assert actual.drawn == expected.drawn
     for one, plain in zip(actual.completions, expected.completions, strict=True):
@@ -58,7 +58,7 @@ def test_the_output_is_that_of_plain_decoding(name):
 
 
 @pytest.mark.parametrize("name", ["tree", "same model", "hints"])
-def test_samples_of_one_prompt_are_those_of_plain_decoding(name):
+def test_samples_of_one_prompt_equal_plain_decoding(name):
     samples = Sampling(12, temperature=1.0, seed=1), 3
     prompts, negatives = [prompt_of(18), prompt_of(5)], [prompt_of(3), prompt_of(21)]
     for options in ({"num_samples": 4}, {"num_samples": 2, "negative_prompts": negatives, "guidance_scale": 1.5}):
@@ -90,16 +90,16 @@ def test_random_programs_compile_once_and_change_nothing(name):
     assert generator(name).compile_counts == ONE_EACH
 
 
-# --- what is counted ---
+# --- counters ---
 
 
 def fed(plain: Ran, nodes: int, drafts_of: Callable[[Ask, list[int], int], list[list[int]] | None]) -> tuple:
-    """Turns, drafted and accepted, when every request is replayed alone.
+    """Row steps, drafted and accepted tokens when every request is replayed alone.
 
     Args:
-      plain: what was drawn.
+      plain: the results of plain decoding.
       nodes: of a step.
-      drafts_of: what is drafted, given the request, all of its tokens, and how many of them are new.
+      drafts_of: the drafts, given the request, all of its tokens, and the number of new ones.
     """
     turns = drafted = accepted = 0
     for request, drawn in zip(REQUESTS, plain.drawn, strict=True):
@@ -136,7 +136,7 @@ def test_counts_are_those_of_a_replay(name):
 
 
 @pytest.mark.parametrize("name", quick(["same model", "same model, sliding"], "same model"))
-def test_a_draft_model_that_is_the_model_is_always_right(name):
+def test_the_model_as_its_own_draft_is_always_accepted(name):
     plain = ran(VARIANTS[name][0])
     drawn = {request.sampling.seed: tokens for request, tokens in zip(REQUESTS, plain.drawn, strict=True)}
 
@@ -147,16 +147,16 @@ def test_a_draft_model_that_is_the_model_is_always_right(name):
     assert ran(name).counted == fed(plain, 5, drafts_of)
 
 
-def test_another_draft_model_is_often_wrong():
+def test_another_draft_model_is_often_rejected():
     turns, drafted, accepted = ran("other model").counted
     assert 0 < accepted < drafted / 2
     assert turns + accepted == ran("plain").counted[0]
 
 
-def test_what_repeats_itself_comes_many_tokens_at_a_time():
+def test_repetitive_text_yields_many_tokens_per_step():
     prompt = [9, 13, 10] * 4
     result = generator("chain").generate([prompt], Sampling(100, logit_bias={9: 50.0}))
-    assert result.tokens[0] == [9] * 100  # more than one report holds
+    assert result.tokens[0] == [9] * 100  # more than one DecodeOutput holds
     assert result.stats.turns + result.stats.accepted == 100
     assert 100 / result.stats.turns > 5
 

@@ -1,4 +1,4 @@
-"""Stop sequences: found as soon as they are complete, and nothing of one is ever let through."""
+"""Stop sequences: matched as soon as they are complete, and never delivered in part."""
 
 import jax
 import numpy as np
@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays
-from pallas_attn_models.generation.stopping import StopStrings, held_back, matched
+from pallas_attn_models.generation.stopping import StopStrings, match_stop_sequences, num_withheld
 
 LIMITS = Limits(stop_sequences=3, stop_length=4)
 END = 2
 
-run = jax.jit(matched)
+run = jax.jit(match_stop_sequences)
 # Two or three tokens, so that there are matches and near matches.
 tokens = st.lists(st.integers(0, 2), max_size=12).map(tuple)
 sequences = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple), max_size=3).map(tuple)
@@ -23,7 +23,7 @@ def arrays(samplings: list[Sampling]) -> SamplingArrays:
 
 
 def tail(history: tuple[int, ...]) -> list[int]:
-    """The last tokens of a row; before its first, what could be mistaken for a token."""
+    """The last tokens of a row; before its first, values that resemble tokens."""
     return [*[0] * LIMITS.stop_length, *history][-LIMITS.stop_length :]
 
 
@@ -69,12 +69,12 @@ def test_without_stop_sequences_nothing_matches():
 
 
 def stream(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], least: int) -> tuple[list[list[int]], list[int]]:
-    """What is let through after each token, and what is left when the row has ended."""
+    """The tokens delivered after each step, and the rest at the end of the row."""
     passed, steps = 0, []
     for count in range(1, len(new) + 1):
         if length := longest_match(new[:count], stops, least):
             return steps, list(new[passed : count - length])
-        certain = count - held_back(new[least:count], stops)
+        certain = count - num_withheld(new[least:count], stops)
         steps.append(list(new[passed:certain]))
         passed = max(passed, certain)
     return steps, list(new[passed:])
@@ -82,15 +82,15 @@ def stream(new: tuple[int, ...], stops: tuple[tuple[int, ...], ...], least: int)
 
 @settings(max_examples=300)
 @given(tokens, sequences, st.integers(0, 6))
-def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, least):
+def test_delivered_tokens_are_final_and_withheld_ones_are_not(new, stops, least):
     steps, rest = stream(new, stops, least)
     ends = [count for count in range(1, len(new) + 1) if longest_match(new[:count], stops, least)]
     expected = new[: ends[0] - longest_match(new[: ends[0]], stops, least)] if ends else new
-    # Nothing is lost, given twice, or part of the match.
+    # Nothing is lost, duplicated, or part of the match.
     assert [token for step in [*steps, rest] for token in step] == list(expected)
-    # Nothing is held without need: some tokens that could follow would make a stop sequence of all that is.
+    # Nothing is withheld needlessly: some continuation completes a stop sequence from it.
     for count in range(1, len(steps) + 1):
-        held = new[count - held_back(new[least:count], stops) : count]
+        held = new[count - num_withheld(new[least:count], stops) : count]
         assert not held or any(stop[: len(held)] == held and len(stop) > len(held) for stop in stops)
 
 
@@ -100,14 +100,14 @@ def test_what_is_let_through_is_certain_and_what_is_held_is_not(new, stops, leas
         ((5, 1), [(1, 2)], 1),
         ((1, 1), [(1, 1, 2)], 2),
         ((1, 1, 1), [(1, 1, 2)], 2),
-        ((1,), [(1,), (2, 1)], 0),  # a stop sequence already: there is nothing to wait for
+        ((1,), [(1,), (2, 1)], 0),  # already a stop sequence: no reason to wait
         ((), [(1, 2)], 0),
         ((1,), [], 0),
         ("un ", [" bon"], 1),
     ],
 )
-def test_how_much_is_held_back(new, stops, held):
-    assert held_back(new, stops) == held
+def test_num_withheld(new, stops, held):
+    assert num_withheld(new, stops) == held
 
 
 def first_stop(text: str, strings: list[str]) -> str | None:
@@ -130,7 +130,7 @@ def test_text_stops_at_the_same_place_wherever_it_is_cut(pieces, strings):
     assert passed == ("".join(pieces) if expected is None else expected)
 
 
-def test_text_comes_as_soon_as_it_is_certain():
+def test_text_is_returned_as_soon_as_it_is_final():
     stops = StopStrings(["</end>", "STOP"])
     assert [stops.feed(piece) for piece in ("one <", "/en", "</end", "ing S", "TO", "P two", "x")] == [
         *("one ", "", "</en", "</ending ", "", "", ""),
@@ -140,6 +140,6 @@ def test_text_comes_as_soon_as_it_is_certain():
 
 
 @pytest.mark.parametrize("strings", ["abc", ["a", ""], [1]])
-def test_stop_strings_are_strings_with_something_in_them(strings):
-    with pytest.raises(ValueError, match="strings: expected a sequence of strings that are not empty, got"):
+def test_stop_strings_are_non_empty_strings(strings):
+    with pytest.raises(ValueError, match="strings: expected a sequence of non-empty strings, got"):
         StopStrings(strings)

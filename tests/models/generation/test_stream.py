@@ -1,4 +1,4 @@
-"""Streams: the tokens of generate, each as soon as it is certain, whoever else keeps the Generator going."""
+"""Streams: the tokens of generate, each as soon as it is final, even if other calls drive the Generator."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def generator():
 
 @pytest.fixture
 def greedy(generator) -> list[int]:
-    """The continuation of a prompt, in which no token is the beginning of what others are."""
+    """A greedy continuation of 12 tokens."""
     tokens = generator.generate([prompt_of(9)], Sampling(12)).tokens[0]
     assert len(tokens) == 12
     return tokens
@@ -54,25 +54,25 @@ def test_events_are_the_result(generator, interval):
             assert None not in [event.token for event in mine[:-1]]
 
 
-def test_a_token_is_told_when_it_is_drawn(generator, greedy):
-    before = generator.spent.turns
+def test_a_stream_yields_every_step(generator, greedy):
+    before = generator.spent.row_steps
     for index, event in enumerate(generator.stream([prompt_of(9)], Sampling(12))):
         assert event == StreamEvent(0, greedy[index], "length" if index == 11 else None)
-        assert generator.spent.turns - before == index + 1
+        assert generator.spent.row_steps - before == index + 1
     handle = generator.submit(prompt_of(9), Sampling(12))
-    before = generator.spent.turns
+    before = generator.spent.row_steps
     for index, token in enumerate(handle):
         assert token == greedy[index]
-        assert generator.spent.turns - before == index + 1
+        assert generator.spent.row_steps - before == index + 1
 
 
-def test_what_may_become_a_stop_sequence_is_held_back_until_it_is_not(generator, greedy):
-    """The third and fourth tokens begin a stop sequence that does not come; the last two are one that does."""
+def test_possible_stop_sequences_are_withheld_until_decided(generator, greedy):
+    """The third and fourth tokens begin a stop sequence that is not completed; the last two complete one."""
     other = next(token for token in range(10, CONFIG.vocab_size) if token not in greedy)
     stop = [(greedy[2], greedy[3], other), (greedy[10], greedy[11])]
-    before = generator.spent.turns
+    before = generator.spent.row_steps
     told = [
-        (event.token, event.finish_reason, generator.spent.turns - before)
+        (event.token, event.finish_reason, generator.spent.row_steps - before)
         for event in generator.stream([prompt_of(9)], Sampling(20), stop)
     ]
     turns = [1, 2, 5, 5, 5, *range(6, 11)]
@@ -83,7 +83,7 @@ def test_what_may_become_a_stop_sequence_is_held_back_until_it_is_not(generator,
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 7, 40])
-def test_breaking_off_gives_back_the_rows(generator, taken):
+def test_leaving_a_stream_frees_the_rows(generator, taken):
     prompts = [prompt_of(30, seed) for seed in range(5)]
     events = generator.stream(prompts, Sampling(10), num_samples=2)
     other = generator.submit(prompt_of(9), Sampling(4))
@@ -95,7 +95,7 @@ def test_breaking_off_gives_back_the_rows(generator, taken):
 
 
 @pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
-def test_a_reader_that_raises_gives_back_the_rows(generator, greedy, error):
+def test_a_stream_left_by_an_error_frees_its_rows(generator, greedy, error):
     def read():
         for _ in generator.stream([prompt_of(9), prompt_of(30)], Sampling(10)):
             raise error
@@ -106,8 +106,8 @@ def test_a_reader_that_raises_gives_back_the_rows(generator, greedy, error):
     assert generator.generate([prompt_of(9)], Sampling(12)).tokens == [greedy]
 
 
-def test_others_keep_it_going_while_it_waits(generator):
-    """Between two of its events, a stream may be brought forward, or to its end, by who waits for something else."""
+def test_other_calls_advance_a_suspended_stream(generator):
+    """Between two of its events, other calls may advance or finish a stream."""
     rng = np.random.default_rng(2)
     asks = [random_ask(rng, CAPACITY) for _ in range(4)]
     expected = [ask.generate(generator)[0] for ask in asks]
@@ -137,7 +137,7 @@ def test_streams_side_by_side(generator):
     assert told == expected
 
 
-def test_what_broke_it_off_elsewhere_is_told(generator, greedy, monkeypatch):
+def test_an_error_in_another_call_is_raised(generator, greedy, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -147,13 +147,13 @@ def test_what_broke_it_off_elsewhere_is_told(generator, greedy, monkeypatch):
         patch.setattr(generator._engine, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generator.step()
-    with pytest.raises(RuntimeError, match="broken off") as raised:
+    with pytest.raises(RuntimeError, match="interrupted") as raised:
         list(events)
     assert isinstance(raised.value.__cause__, KeyboardInterrupt)
     assert generator.generate([prompt_of(9)], Sampling(12)).tokens == [greedy]
 
 
 @pytest.mark.parametrize("interval", [0, 1.0, True, None])
-def test_an_interval_that_is_none(generator, interval):
+def test_an_invalid_interval(generator, interval):
     with pytest.raises(ValueError, match=f"interval: expected an int of at least 1, got {interval}"):
         generator.stream([prompt_of(3)], interval=interval)

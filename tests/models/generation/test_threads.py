@@ -1,4 +1,4 @@
-"""A Generator that several threads share: what each request gets is what it gets alone, and nobody waits for ever."""
+"""A Generator shared by threads: every request has the same result as alone, and no call waits forever."""
 
 import collections
 import gc
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_attn_models import Generator, QueueFull, Sampling
+from pallas_attn_models.generation.fair_lock import FairLock
 from pallas_attn_models.generation.requests import Completion
-from pallas_attn_models.generation.turns import Turns
-from tests.models.generation.test_serving import Broken, assert_broken_off, assert_nothing_is_held
+from tests.models.generation.test_serving import Broken, assert_interrupted, assert_nothing_is_held
 from tests.models.small_model import ONE_EACH, make_model, prompt_of, random_ask
 
 ROWS, CAPACITY, CHUNK, QUEUE, THREADS = 3, 48, 8, 6, 4
@@ -20,7 +20,7 @@ PATIENCE = 120  # seconds after which a thread counts as hung, on a busy machine
 
 
 def together(functions: Iterable[Callable[[], object]]) -> None:
-    """Runs each in a thread of its own; raises what the first of them raised, and for those that do not end."""
+    """Runs each function in its own thread; raises the first error, or if one does not end."""
     errors: list[BaseException] = []
 
     def caught(function: Callable[[], object]) -> None:
@@ -67,8 +67,8 @@ def _all_is_given_back(request):
         assert_nothing_is_held(request.getfixturevalue("generator"))
 
 
-def test_many_threads_and_every_way_to_ask(generator, hook):
-    """200 requests of 4 threads: some cancelled, some streams left, some refused, and a step breaks now and then."""
+def test_many_threads_and_every_method(generator, hook):
+    """200 requests of 4 threads: cancelled, abandoned and invalid ones, and occasional errors in a step."""
     rng = np.random.default_rng(0)
     asks = [random_ask(rng, CAPACITY - 12, budget=10) for _ in range(25)]
     expected = [ask.generate(generator)[0] for ask in asks]
@@ -78,7 +78,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
     def check(kind: int, result: Completion) -> None:
         outcomes[result.finish_reason] += 1
         if result.finish_reason == "cancelled":
-            assert_broken_off(result, expected[kind])
+            assert_interrupted(result, expected[kind])
         else:
             assert result == expected[kind]
 
@@ -126,7 +126,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
         with pytest.raises(ValueError, match="prompt"):
             generator.submit([])
 
-    def break_off(kind: int, rng) -> None:
+    def interrupt(kind: int, rng) -> None:
         with broken:
             handle = submit(kind)
             hook.at_run = True
@@ -135,7 +135,7 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
             finally:
                 hook.at_run = False
 
-    ways = [wait] * 6 + [iterate] * 3 + [cancel] * 3 + [generate] * 3 + [stream] * 3 + [score, refuse, break_off]
+    ways = [wait] * 6 + [iterate] * 3 + [cancel] * 3 + [generate] * 3 + [stream] * 3 + [score, refuse, interrupt]
 
     def work(number: int) -> None:
         rng = np.random.default_rng([1, number])
@@ -146,16 +146,16 @@ def test_many_threads_and_every_way_to_ask(generator, hook):
             except Exception as error:
                 if "no such direction" not in str(error.__cause__ or error):
                     raise
-                outcomes["broken off"] += 1
+                outcomes["interrupted"] += 1
 
     together(lambda number=number: work(number) for number in range(THREADS))
-    assert min(outcomes[one] for one in ("stop", "length", "cancelled", "left", "broken off")) > 3
+    assert min(outcomes[one] for one in ("stop", "length", "cancelled", "left", "interrupted")) > 3
     for ask, one in zip(asks, expected, strict=True):
         assert ask.generate(generator) == [one]
 
 
-def test_one_thread_works_on_and_on_and_the_others_get_in(generator):
-    """Between two rounds of a thread, here of a step each, others submit, cancel and work; they wait a round or two."""
+def test_a_busy_thread_lets_the_others_in(generator):
+    """Between two rounds of a thread, others submit, cancel and run rounds; they wait for a round or two."""
     rounds, waited = 0, []
     busy = threading.Event()
 
@@ -185,8 +185,8 @@ def test_one_thread_works_on_and_on_and_the_others_get_in(generator):
     assert max(waited) <= 4, waited
 
 
-def test_who_is_done_does_not_wait_for_the_one_that_works(generator):
-    """A short request that another thread's rounds bring to its end is told of at once."""
+def test_a_finished_request_does_not_wait_for_another_thread(generator):
+    """A short request that another thread finishes returns at once."""
     ends = []
 
     def ask(budget: int):
@@ -200,7 +200,7 @@ def test_who_is_done_does_not_wait_for_the_one_that_works(generator):
     assert ends == [1, 40]
 
 
-def test_what_breaks_in_one_thread_is_told_to_all(generator, hook):
+def test_an_error_in_one_thread_reaches_all(generator, hook):
     handles = [generator.submit(prompt_of(4, seed), Sampling(8)) for seed in range(5)]
     told: list[str] = []
 
@@ -220,8 +220,8 @@ def test_what_breaks_in_one_thread_is_told_to_all(generator, hook):
     assert generator.generate([prompt_of(4, 4)], Sampling(8)).tokens == expected
 
 
-def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
-    """They are not returned in part."""
+def test_scores_interrupted_by_another_thread_raise(generator, monkeypatch):
+    """Partial scores are not returned."""
     generator.score([[3, 4]])
     started = threading.Event()
     score = generator._engine.score
@@ -238,29 +238,29 @@ def test_scores_that_another_thread_breaks_off_raise(generator, monkeypatch):
 
     def interrupt():
         started.wait(PATIENCE)
-        with generator._turns.take(), monkeypatch.context() as patch:
+        with generator._lock.hold(), monkeypatch.context() as patch:
             patch.setattr(generator._scheduler, "_admit", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 generator.step()
 
     def ask():
-        with pytest.raises(RuntimeError, match="broken off") as raised:
+        with pytest.raises(RuntimeError, match="interrupted") as raised:
             generator.score([prompt_of(CAPACITY, seed) for seed in range(40)])
         assert isinstance(raised.value.__cause__, KeyboardInterrupt)
 
     together([ask, interrupt])
 
 
-def test_an_iterator_that_another_thread_closes_gives_back_its_row(generator):
+def test_an_iterator_closed_by_another_thread_frees_its_row(generator):
     events = generator.stream([prompt_of(3), prompt_of(20)], Sampling(20))
     next(events)
     together([events.close, lambda: generator.generate([prompt_of(5)], Sampling(4))])
 
 
 def test_an_iterator_that_is_collected_in_the_middle_of_a_step(generator, monkeypatch):
-    """The garbage collector may run its end in any thread, with a turn or without."""
+    """The garbage collector may finalize it in any thread, with or without the lock."""
     expected = generator.generate([prompt_of(5)], Sampling(4))
-    decode, take = generator._engine.decode, generator._scheduler._take
+    decode, take = generator._engine.decode, generator._scheduler._deliver
     abandoned = []
 
     def abandon() -> None:
@@ -278,22 +278,22 @@ def test_an_iterator_that_is_collected_in_the_middle_of_a_step(generator, monkey
 
     gc.disable()
     try:
-        for name, function in (("decode", decode), ("no_work", generator._engine.no_work)):
+        for name, function in (("decode", decode), ("empty_batch", generator._engine.empty_batch)):
             abandon()
             with monkeypatch.context() as patch:
                 patch.setattr(generator._engine, name, collecting(function))
                 assert generator.generate([prompt_of(5)], Sampling(4)).tokens == expected.tokens
         abandon()
         with monkeypatch.context() as patch:
-            patch.setattr(generator._scheduler, "_take", collecting(take))
+            patch.setattr(generator._scheduler, "_deliver", collecting(take))
             together([lambda: generator.generate([prompt_of(5)], Sampling(4))] * 3)
     finally:
         gc.enable()
     assert len(abandoned) == 3
 
 
-def test_a_reader_asks_for_more(generator):
-    """In the middle of an iteration, in every thread."""
+def test_requests_in_the_middle_of_an_iteration(generator):
+    """Calls in the middle of an iteration, in every thread."""
 
     def read():
         asked = []
@@ -307,8 +307,8 @@ def test_a_reader_asks_for_more(generator):
         together([read] * 3)
 
 
-def test_progress_may_ask(hook):
-    """It is called with the turn of the thread that compiles, which may nest others."""
+def test_the_progress_callback_may_submit(hook):
+    """The callback runs in the thread that holds the lock, which may take it again."""
     one = Generator(make_model(), batch_size=1, capacity=16, prefill_chunk=8)
     handles = []
     one.warmup(lambda name: handles.append(one.submit([3, 4], Sampling(2))))
@@ -316,49 +316,49 @@ def test_progress_may_ask(hook):
     assert one.compile_counts == ONE_EACH
 
 
-def test_a_request_that_an_interrupt_lost_is_not_waited_for(generator):
+def test_waiting_for_a_lost_request_raises(generator):
     for wait in (lambda handle: handle.result(), list):
         handle = generator.submit(prompt_of(3), Sampling(4))
         generator._scheduler._queue.clear()
-        with pytest.raises(RuntimeError, match="broken off") as raised:
+        with pytest.raises(RuntimeError, match="interrupted") as raised:
             wait(handle)
         assert "lost" in str(raised.value.__cause__)
 
 
-# --- turns ---
+# --- the fair lock ---
 
 
-def test_one_at_a_time_and_who_came_first_goes_first():
-    turns = Turns()
+def test_the_lock_is_exclusive_and_first_come_first_served():
+    lock = FairLock()
     inside: list[int] = []
     order: list[int] = []
 
     def enter(number: int):
-        with turns.take(), turns.take():
+        with lock.hold(), lock.hold():
             inside.append(number)
             assert inside == [number]
             time.sleep(0.001)
             order.append(inside.pop())
 
     threads = [threading.Thread(target=enter, args=(number,), daemon=True) for number in range(6)]
-    with turns.take():
+    with lock.hold():
         for number, thread in enumerate(threads):
             thread.start()
-            while len(turns._queue) < number + 2:
+            while len(lock._queue) < number + 2:
                 time.sleep(0.001)
     for thread in threads:
         thread.join(PATIENCE)
     assert order == [*range(6)]
-    assert not turns._queue
+    assert not lock._queue
 
 
-def test_a_thread_that_takes_turn_after_turn_lets_the_others_in():
-    turns, over = Turns(), threading.Event()
+def test_a_thread_that_retakes_the_lock_lets_the_others_in():
+    lock, over = FairLock(), threading.Event()
     counts = collections.Counter()
 
     def take(name: str):
         while not over.is_set():
-            with turns.take():
+            with lock.hold():
                 counts[name] += 1
                 if counts[name] > 300:
                     over.set()
@@ -368,39 +368,39 @@ def test_a_thread_that_takes_turn_after_turn_lets_the_others_in():
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_errors_end_a_turn(error, monkeypatch):
-    turns = Turns()
-    with pytest.raises(error), turns.take(), turns.take():
+def test_errors_release_the_lock(error, monkeypatch):
+    lock = FairLock()
+    with pytest.raises(error), lock.hold(), lock.hold():
         raise error
-    assert not turns._queue
+    assert not lock._queue
 
     def interrupted():
-        """In its wait for a turn."""
+        """While it waits for the lock."""
         with monkeypatch.context() as patch:
-            patch.setattr(turns._changed, "wait_for", lambda _: (_ for _ in ()).throw(error))
-            with pytest.raises(error), turns.take():
+            patch.setattr(lock._changed, "wait_for", lambda _: (_ for _ in ()).throw(error))
+            with pytest.raises(error), lock.hold():
                 pass
 
-    with turns.take():
+    with lock.hold():
         together([interrupted])
-        assert len(turns._queue) == 1
-    with turns.take():
+        assert len(lock._queue) == 1
+    with lock.hold():
         pass
 
 
-def test_a_turn_is_taken_only_if_it_is_free():
-    turns = Turns()
+def test_the_lock_is_taken_only_if_free():
+    lock = FairLock()
     took = []
 
     def look():
-        with turns.take_if_free() as took_it:
+        with lock.hold_if_free() as took_it:
             took.append(took_it)
 
     look()
-    with turns.take():
+    with lock.hold():
         look()
         together([look])
-    with turns.take_if_free():
+    with lock.hold_if_free():
         look()
     together([look])
     assert took == [True, False, False, False, True]

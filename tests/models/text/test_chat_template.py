@@ -1,4 +1,4 @@
-"""Chat templates: where they are found, and that they write what transformers writes."""
+"""Chat templates: their locations, and the output of transformers."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ MESSAGES = [
     {"role": "user", "content": "'Why' \"so\"?"},
 ]
 
-# Written for these tests, each with what published templates of a family do.
+# Written for these tests, each with the features of a family of published templates.
 TEMPLATES = {
     "headers, special tokens, trimmed content": """\
 {{- bos_token }}
@@ -101,7 +101,7 @@ def save(directory: Path, template: object = None, **config: object) -> Path:
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_it_writes_what_transformers_writes(tmp_path, name, add_generation_prompt):
+def test_it_renders_like_transformers(tmp_path, name, add_generation_prompt):
     transformers = pytest.importorskip("transformers")
     save(tmp_path, TEMPLATES[name])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -110,7 +110,7 @@ def test_it_writes_what_transformers_writes(tmp_path, name, add_generation_promp
 
 
 def test_in_words(tmp_path):
-    """The same claim where transformers is not installed."""
+    """The same test without transformers installed."""
     save(tmp_path, TEMPLATES["headers, special tokens, trimmed content"])
     assert ChatTemplate.read(tmp_path).render(MESSAGES[2:]) == (
         "<s><|start|>assistant<|end|>\n\nYes.</s><|start|>user<|end|>\n\n'Why' \"so\"?</s><|start|>assistant<|end|>\n\n"
@@ -132,12 +132,16 @@ def test_a_file_of_its_own_comes_first(tmp_path):
         ("config", {"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "t"}, "file"),
         ("config", {"additional_chat_templates/default.jinja": "more"}, "more"),
         ("config", {"chat_template.jinja": "f", "additional_chat_templates/default.jinja": "more"}, "more"),
-        ("config", {"additional_chat_templates/tool_use.jinja": "t"}, "expected one called 'default', got 'tool_use'"),
+        (
+            "config",
+            {"additional_chat_templates/tool_use.jinja": "t"},
+            "expected a template called 'default', got 'tool_use'",
+        ),
         ("config", {"chat_template.jinja": "a\r\nb\rc\n"}, "a\nb\nc"),
     ],
     ids=str,
 )
-def test_of_several_the_one_that_transformers_takes(tmp_path, configured, files, expected):
+def test_several_templates_have_the_precedence_of_transformers(tmp_path, configured, files, expected):
     save(tmp_path, configured)
     (tmp_path / "additional_chat_templates").mkdir()
     for name, text in files.items():
@@ -158,7 +162,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
     assert ChatTemplate.read(tmp_path).render(MESSAGES) == "<s>\u00e9"
 
 
-# --- names that nobody defines ---
+# --- undefined names ---
 
 
 @pytest.mark.parametrize(
@@ -175,20 +179,20 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
         "a\n{% set x = nobody %}{{ x }}",
     ],
 )
-def test_a_name_that_nobody_defines_is_an_error_with_its_line(tmp_path, template):
-    """On purpose: transformers writes nothing there, and a prompt without its BOS looks like any other."""
+def test_an_undefined_name_is_an_error_with_its_line(tmp_path, template):
+    """Intended: transformers writes nothing, and a prompt without its BOS looks valid."""
     save(tmp_path, template)
     with pytest.raises(ValueError, match=r"tokenizer_config.json: chat template, line 2: 'nobody' is undefined"):
         ChatTemplate.read(tmp_path).render(MESSAGES)
 
 
-# --- hostile ones ---
+# --- hostile templates ---
 
 HOSTILE = {
     "divides by zero": ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
     "long range": ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
-    "macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
-    "loop without end": ("{% for a in [[1]] recursive %}{{ loop([a]) }}{% endfor %}", "calls itself without end"),
+    "macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses without end"),
+    "loop without end": ("{% for a in [[1]] recursive %}{{ loop([a]) }}{% endfor %}", "recurses without end"),
     "brackets": ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}", "nested too deeply"),
     "long product": ("{{ 'x' * 10**10 }}", "too much memory"),
     "long product of a message": ("{{ messages[0].content * 10**10 }}", "too much memory"),
@@ -230,7 +234,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path):
         ChatTemplate.read(tmp_path).render(MESSAGES)
 
 
-def test_what_a_template_refuses_is_said_in_its_words(tmp_path):
+def test_a_template_rejects_in_its_own_words(tmp_path):
     save(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match=r"/tokenizer_config\.json: chat template: roles must alternate$"):
         ChatTemplate.read(tmp_path).render(MESSAGES)
@@ -240,14 +244,17 @@ def test_what_a_template_refuses_is_said_in_its_words(tmp_path):
     ("template", "message"),
     [
         (None, r"expected a chat template \(chat_template.jinja, or chat_template in tokenizer_config.json\), found"),
-        ([{"name": "a", "template": ""}, {"name": "b", "template": ""}], "expected one called 'default', got 'a', 'b'"),
+        (
+            [{"name": "a", "template": ""}, {"name": "b", "template": ""}],
+            "expected a template called 'default', got 'a', 'b'",
+        ),
         ({"a": 1}, "tokenizer_config.json: chat_template: expected a string or a list of named templates"),
         (7, "tokenizer_config.json: chat_template: expected a string or a list of named templates"),
         ("a\n{% if %}", "tokenizer_config.json: chat template, line 2: "),
     ],
     ids=str,
 )
-def test_a_template_that_is_none(tmp_path, template, message):
+def test_an_invalid_template(tmp_path, template, message):
     save(tmp_path, template)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ChatTemplate.read(tmp_path)

@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece: the pieces are the text that the tokenizer makes of all tokens."""
+"""Incremental decoding: the pieces concatenate to the tokenizer's text of all tokens."""
 
 import random
 
@@ -11,7 +11,7 @@ TEXTS = ["hello world", " a  b\n", "\u00e9\u4e2d\U0001f9e0 \U0001f468\u200d\U000
 
 
 def byte_level() -> Tokenizer:
-    """Like Llama 3: a token for each byte, and a few for more, one of which cuts a character."""
+    """Like Llama 3: one token per byte, and a few longer ones, one of which splits a character."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [("h", "e"), ("l", "l"), ("\u0120", "w"), ("\u00c3", "\u00a9"), ("\u0120", "\u00f0")]
     vocabulary = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in pairs)])}
@@ -23,7 +23,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """Like Llama 2: words with a mark for the space before them, and bytes for all else."""
+    """Like Llama 2: words with a space marker, and bytes for everything else."""
     words = ["\u2581", "\u2581a", "\u2581hello", "\u2581world", "b", "\n"]
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {w: 256 + i for i, w in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
@@ -60,7 +60,7 @@ def test_a_character_comes_whole():
     assert pieces(tokenizer, tokens) == ["", "", "\u4e2d", "b", ""]
 
 
-def test_what_is_no_text_comes_at_the_end():
+def test_invalid_utf8_is_returned_at_the_end():
     tokenizer = TOKENIZERS["byte fallback"]
     assert pieces(tokenizer, [tokenizer.token_to_id("b"), 0xE4, 0xB8]) == ["b", "", "", "\ufffd\ufffd"]
 
@@ -73,7 +73,7 @@ def test_special_tokens_have_no_text():
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_random_tokens_lose_no_text_and_break_nothing(name):
-    """Bytes that are no UTF-8 among words: with byte level exact; with byte fallback every word is still there."""
+    """Invalid UTF-8 among words: exact at byte level; with byte fallback all words survive."""
     tokenizer = TOKENIZERS[name]
     rng = random.Random(0)
     broken = 0

@@ -1,4 +1,4 @@
-"""``generation_config.json``: which settings it gives, and which it does not."""
+"""``generation_config.json``: settings that are used, and fields that are not."""
 
 import json
 
@@ -26,7 +26,7 @@ def read(tmp_path):
     return read
 
 
-def test_no_file_asks_for_nothing(tmp_path):
+def test_without_the_file_there_are_no_settings(tmp_path):
     assert GenerationDefaults.read(tmp_path) == GenerationDefaults({}, (), ())
 
 
@@ -58,14 +58,14 @@ def test_it_samples_only_if_it_says_so(read, fields, settings):
     assert read(fields).settings == settings
 
 
-def test_one_end_token_and_what_has_no_counterpart(read):
+def test_one_end_token_and_unused_fields(read):
     found = read({"eos_token_id": 2, "num_beams": 4, "penalty_alpha": 0.6, "pad_token_id": 0, "typical_p": None})
     assert found.eos_token_ids == (2,)
     assert found.unused == ("num_beams", "penalty_alpha")
     assert str(found).endswith("end tokens 2, not used: num_beams penalty_alpha")
 
 
-def test_what_asks_for_nothing_is_not_mentioned(read):
+def test_fields_without_effect_are_not_reported(read):
     found = read({"typical_p": 1.0, "num_beams": 1, "early_stopping": False, "length_penalty": 1, "pad_token_id": -1})
     assert found.unused == ()
     assert read({"typical_p": 0.9, "early_stopping": True, "top_p": 7}).unused == (
@@ -75,7 +75,7 @@ def test_what_asks_for_nothing_is_not_mentioned(read):
     )
 
 
-def test_end_tokens_that_are_none(read):
+def test_end_tokens_outside_the_vocabulary(read):
     assert read({"eos_token_id": [-1, 4]}).eos_token_ids == (4,)
     assert read({"eos_token_id": None}).eos_token_ids == read({"eos_token_id": []}).eos_token_ids == ()
 
@@ -103,6 +103,6 @@ def test_end_tokens_that_are_none(read):
     ],
     ids=str,
 )
-def test_what_cannot_be_read(read, content, message):
+def test_unreadable_fields(read, content, message):
     with pytest.raises(ValueError, match=message):
         read(content)

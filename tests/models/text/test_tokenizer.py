@@ -1,4 +1,4 @@
-"""Tokenizers of every kind, with all that the files beside them change: they do what transformers' do."""
+"""Tokenizers of every kind and the files beside them: the behavior of transformers."""
 
 import inspect
 import json
@@ -193,7 +193,7 @@ def save(directory: Path, tokenizer: Tokenizer, files: dict[str, dict], model_ty
 
 
 def compare(directory: Path, *, pieces_fit: bool = True) -> None:
-    """Tokens, text, names and vocabulary are those of transformers."""
+    """Tokens, text, names and vocabulary equal those of transformers."""
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
@@ -216,8 +216,8 @@ def compare(directory: Path, *, pieces_fit: bool = True) -> None:
 
 @pytest.mark.parametrize("files", FILES)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_as_transformers_loads_it(tmp_path, name, files):
-    # Cleaning up takes spaces away that were given when the next word was not known.
+def test_loads_like_transformers(tmp_path, name, files):
+    # Clean-up removes spaces that were returned before the next word was known.
     compare(save(tmp_path, TOKENIZERS[name](), FILES[files]), pieces_fit=files != "cleaned up")
 
 
@@ -246,10 +246,10 @@ def test_the_tokens_of_a_class(name):
     assert known == CLASS_TOKENS[name]
 
 
-# --- where transformers is not asked ---
+# --- independent of transformers ---
 
 
-def test_what_a_training_run_left_is_off(tmp_path):
+def test_settings_left_by_training_are_off(tmp_path):
     tokenizer = left_by_training()
     assert len(tokenizer.encode("a x y a x y").ids) == 5
     ours = load_tokenizer(save(tmp_path, tokenizer, {}))
@@ -257,7 +257,7 @@ def test_what_a_training_run_left_is_off(tmp_path):
     assert ours.encode("x").ids == [6]
 
 
-def test_dropout_is_off_though_transformers_keeps_it(tmp_path):
+def test_dropout_is_off_unlike_in_transformers(tmp_path):
     tokenizer = byte_level()
     tokenizer.model.dropout = 0.5
     ours = load_tokenizer(save(tmp_path, tokenizer, {}))
@@ -265,7 +265,7 @@ def test_dropout_is_off_though_transformers_keeps_it(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_a_class_decides_about_the_space_before_a_text_and_not_about_the_rest(tmp_path, prefix):
+def test_a_class_sets_only_the_prefix_space(tmp_path, prefix):
     """transformers 5 would split digits and words as GPT-2 does, whatever ``tokenizer.json`` says."""
     fields = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": prefix}
     ours = load_tokenizer(save(tmp_path, split_digits(), {"tokenizer_config.json": fields}))
@@ -288,7 +288,7 @@ def test_the_names_of_a_template_come_from_all_files(tmp_path):
     assert ChatTemplate.read(tmp_path).render([{"role": "user", "content": "x"}]) == "<s></end><i><unk>"
 
 
-# --- files that are not what they should be ---
+# --- invalid files ---
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_the_names_of_a_template_come_from_all_files(tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_read_is_said_with_its_file(tmp_path, name, content, message):
+def test_unreadable_files_are_named(tmp_path, name, content, message):
     save(tmp_path, byte_level(), {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}})
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if message is None:
@@ -354,11 +354,11 @@ def test_a_regular_expression_that_panics(tmp_path, capfd):
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     ours = load_tokenizer(save(tmp_path, tokenizer, {}))
     path = tmp_path / "tokenizer.json"
-    with pytest.raises(ValueError, match=r"tokenizer.json: failed at a text, got: .*retry-limit"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: expected to tokenize the text, got: .*retry-limit"):
         encode(path, ours, "a" * 50 + "!")
     assert encode(path, ours, "x") == [6], "it still works"
 
 
-def test_half_a_character_is_no_text(tmp_path):
+def test_a_surrogate_is_not_text(tmp_path):
     with pytest.raises(ValueError, match=r"expected text in UTF-8, got '\\udcff' in it"):
         encode(tmp_path, word_level(), "a\udcff")

@@ -1,4 +1,4 @@
-"""The tasks: prompts have the answers that are right, the split leaks nothing, and packing keeps documents apart."""
+"""The tasks: prompts have the right answers, the split leaks nothing, and packing separates documents."""
 
 import re
 import string
@@ -69,7 +69,7 @@ def test_one_in_ten_is_held_out():
     assert 0.08 < share < 0.12
 
 
-def test_prompts_of_one_problem_share_a_fate():
+def test_prompts_of_one_problem_are_on_the_same_side():
     for a in range(0, 100, 7):
         for b in range(0, 100, 5):
             assert tasks.is_held_out(f"{a}+{b}=") == tasks.is_held_out(f"{b}+{a}=")
@@ -133,7 +133,7 @@ def test_training_batch():
     assert all(np.array_equal(a, b) for a, b in zip(batch, again, strict=True))
     assert np.mean(batch.positions < 0) < 0.3, "rows are mostly full"
     assert not batch.is_answer[batch.positions < 0].any()
-    # Where a position does not follow the one before, a new document begins.
+    # A position that does not continue the previous one starts a new document.
     new = np.diff(batch.positions) != 1
     real = batch.positions[:, 1:] >= 0
     assert np.array_equal((np.diff(batch.segment_ids) != 0) & real, new & real)
@@ -152,8 +152,8 @@ def test_tokens_are_bytes():
         (lambda: tasks.held_out_prompts("recall", 0, 0), "count: expected at least 1, got 0"),
         (lambda: tasks.held_out_prompts("recall", 1, 0, max_pairs=91), "min_pairs, max_pairs: expected .* got 1, 91"),
         (lambda: tasks.recall(rng(), min_pairs=5, max_pairs=4), "min_pairs, max_pairs: expected .* got 5, 4"),
-        (lambda: Mix(addition=0.5), "addition, reversal, recall: expected shares that add up to 1"),
-        (lambda: Mix(addition=1.5, recall=-0.5), "addition, reversal, recall: expected shares that add up to 1"),
+        (lambda: Mix(addition=0.5), "addition, reversal, recall: expected shares that sum to 1"),
+        (lambda: Mix(addition=1.5, recall=-0.5), "addition, reversal, recall: expected shares that sum to 1"),
         (lambda: Mix(recall=1.0, max_pairs=1), "max_pairs: expected 2 to 90, got 1"),
         (lambda: tasks.training_batch(rng(), Mix(recall=1.0), rows=0, length=64), "rows: expected at least 1, got 0"),
         (lambda: tasks.training_batch(rng(), Mix(recall=1.0), rows=1, length=8), "length: expected at least 32, got 8"),

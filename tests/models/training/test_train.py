@@ -1,4 +1,4 @@
-"""Training: the curriculum is well formed, kernels serve it, a seed fixes every bit, what is written can be read."""
+"""Training: a valid curriculum, served by the kernels; a seed determines every bit; the output loads."""
 
 import importlib
 import io
@@ -128,7 +128,7 @@ def test_a_kernel_computes_the_gradients(monkeypatch):
     assert len(calls) == train.CONFIG.num_layers
 
 
-def test_a_batch_can_be_learnt():
+def test_a_batch_can_be_learned():
     model = train.new_model(0)
     state = nnx.Optimizer(model, train.optimizer(40), wrt=nnx.Param)
     batch = next(train.batches(SHORT, 0))
@@ -167,7 +167,7 @@ def refuse(**_):
         ),
     ],
 )
-def test_where_nothing_can_be_written_nothing_is_trained(
+def test_an_unwritable_directory_fails_before_training(
     arrange, message, nothing_is_trained, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setattr(checkpoint_files.tempfile, "TemporaryFile", tempfile.TemporaryFile)
@@ -197,7 +197,7 @@ def test_wrong_arguments_are_refused_before_training(arguments, message, nothing
     assert message in capsys.readouterr().err
 
 
-def test_the_directory_is_made_and_nothing_is_left_in_it_before_training(monkeypatch, tmp_path):
+def test_the_directory_is_created_empty_before_training(monkeypatch, tmp_path):
     class Began(Exception):
         pass
 

@@ -1,4 +1,4 @@
-"""What a Generator is asked for, checked before anything is compiled: one entry for each prompt."""
+"""Validates generation requests before compilation; one entry per prompt."""
 
 import dataclasses
 import numbers
@@ -23,8 +23,8 @@ from pallas_attn_models.generation.sampling import (
 Tokens = Sequence[int]
 
 
-class Asked(NamedTuple):
-    """One prompt, and what is asked for it; see :meth:`~pallas_attn_models.generation.Generator.generate`."""
+class GenerationRequest(NamedTuple):
+    """A prompt with its options; see :meth:`~pallas_attn_models.generation.Generator.generate`."""
 
     prompt: list[int]
     sampling: Sampling
@@ -34,12 +34,12 @@ class Asked(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a Generator can be asked for.
+    """The range of requests that a Generator can serve.
 
     Attributes:
-      max_length: tokens of a row.
-      vocab_size, eos_token_ids: of the model.
-      limits: of the sampling settings.
+      max_length: tokens per row.
+      vocab_size, eos_token_ids: from the model's config.
+      limits: on the sampling settings.
     """
 
     max_length: int
@@ -47,33 +47,33 @@ class Bounds:
     eos_token_ids: tuple[int, ...]
     limits: Limits
 
-    def check(self, asked: Asked, stop: Stop) -> Asked:
-        """The same with ``stop`` in its sampling.
+    def check(self, request: GenerationRequest, stop: Stop) -> GenerationRequest:
+        """Validates a request and merges ``stop`` into its sampling settings.
 
         Raises:
-          ValueError: its guidance scale, or a setting beyond the vocabulary or the limits.
+          ValueError: an invalid guidance scale, or a setting beyond the vocabulary or the limits.
         """
-        scale = asked.guidance_scale
+        scale = request.guidance_scale
         if isinstance(scale, bool) or not is_float32(scale) or scale < 0:
             raise ValueError(f"guidance_scale: expected a finite number of at least 0, got {shown(scale)}")
-        if scale != 1 and asked.negative_prompt is None:
+        if scale != 1 and request.negative_prompt is None:
             raise ValueError(f"guidance_scale: expected 1 without negative_prompts, got {shown(scale)}")
-        sampling = asked.sampling
+        sampling = request.sampling
         sampling = dataclasses.replace(sampling, stop=(*stop_sequences(sampling.stop), *stop_sequences(stop)))
         check_limits(sampling, limits=self.limits, vocab_size=self.vocab_size)
         check_leaves_a_token(sampling, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
-        return asked._replace(sampling=sampling, guidance_scale=float(scale))
+        return request._replace(sampling=sampling, guidance_scale=float(scale))
 
 
-def check_asked(
+def validate_requests(
     prompts: Sequence[Tokens],
     sampling: Sampling | Sequence[Sampling],
     stop: Stop,
     negative_prompts: Sequence[Tokens] | None,
     guidance_scale: float | Sequence[float],
     bounds: Bounds,
-) -> list[Asked]:
-    """One entry for each prompt; arguments and errors as of ``Generator.generate``."""
+) -> list[GenerationRequest]:
+    """One validated request per prompt; arguments and errors as in ``Generator.generate``."""
     checked = check_prompts(prompts, max_length=bounds.max_length, vocab_size=bounds.vocab_size)
     negatives: list[list[int] | None] = [None] * len(checked)
     if negative_prompts is not None:
@@ -82,37 +82,37 @@ def check_asked(
             *check_prompts(negative_prompts, max_length=bounds.max_length, vocab_size=bounds.vocab_size, name=name)
         ]
         _check_number(name, negatives, len(checked))
-    scales = _one_each("guidance_scale", guidance_scale, len(checked), numbers.Real, "a number")
-    samplings = _one_each("sampling", sampling, len(checked), Sampling, "a Sampling")
-    asked = map(Asked, checked, samplings, negatives, scales)
-    return [bounds.check(one, stop) for one in asked]
+    scales = _broadcast("guidance_scale", guidance_scale, len(checked), numbers.Real, "a number")
+    samplings = _broadcast("sampling", sampling, len(checked), Sampling, "a Sampling")
+    requests = map(GenerationRequest, checked, samplings, negatives, scales)
+    return [bounds.check(request, stop) for request in requests]
 
 
-def check_one(
+def validate_request(
     prompt: Tokens,
     sampling: Sampling,
     stop: Stop,
     negative_prompt: Tokens | None,
     guidance_scale: float,
     bounds: Bounds,
-) -> Asked:
-    """Arguments and errors as of ``Generator.submit``."""
+) -> GenerationRequest:
+    """Arguments and errors as in ``Generator.submit``."""
     sizes = {"max_length": bounds.max_length, "vocab_size": bounds.vocab_size}
     prompt = check_prompt("prompt", prompt, **sizes)
     if negative_prompt is not None:
         negative_prompt = check_prompt("negative_prompt", negative_prompt, **sizes)
     _check_kind("guidance_scale", guidance_scale, numbers.Real, "a number")
     _check_kind("sampling", sampling, Sampling, "a Sampling")
-    return bounds.check(Asked(prompt, sampling, negative_prompt, guidance_scale), stop)
+    return bounds.check(GenerationRequest(prompt, sampling, negative_prompt, guidance_scale), stop)
 
 
 def check_prompts(
     prompts: Sequence[Tokens], *, max_length: int, vocab_size: int, name: str = "prompts", room: int = 1
 ) -> list[list[int]]:
-    """The prompts as lists, after checking each; there is at least one.
+    """The validated prompts as a non-empty list of lists.
 
     Raises:
-      ValueError, TypeError: as :func:`check_prompt` does; names the row.
+      ValueError, TypeError: as in :func:`check_prompt`; names the row.
     """
     if (rows := _entries(prompts)) is None:
         raise TypeError(f"{name}: expected a sequence of prompts, got {type(prompts).__name__}")
@@ -124,11 +124,11 @@ def check_prompts(
 
 
 def check_prompt(name: str, prompt: Tokens, *, max_length: int, vocab_size: int, room: int = 1) -> list[int]:
-    """The prompt as a list, after checking that it has 1 to ``max_length - room`` tokens of the vocabulary.
+    """The prompt as a list, which has 1 to ``max_length - room`` tokens of the vocabulary.
 
     Raises:
-      ValueError: a prompt that is empty or too long, or a token outside the vocabulary; names it.
-      TypeError: a prompt that is no sequence, or a token that is no int.
+      ValueError: an empty or too long prompt, or a token outside the vocabulary; names it.
+      TypeError: a prompt that is not a sequence, or a token that is not an int.
     """
     if (tokens := _entries(prompt)) is None:
         raise TypeError(f"{name}: expected a sequence of token ids, got {type(prompt).__name__}")
@@ -141,23 +141,23 @@ def check_prompt(name: str, prompt: Tokens, *, max_length: int, vocab_size: int,
         raise ValueError(f"{name}: expected at least one token, got none")
     if len(tokens) > max_length - room:
         most = f"max_length={max_length} (by default the capacity)"
-        wanted = f"fewer tokens than {most}, to leave room for a new one" if room else f"at most {most} tokens"
-        raise ValueError(f"{name}: expected {wanted}, got {len(tokens)}")
+        expected = f"fewer tokens than {most}, to leave room for a new one" if room else f"at most {most} tokens"
+        raise ValueError(f"{name}: expected {expected}, got {len(tokens)}")
     return [int(token) for token in tokens]
 
 
 def _entries(value: Any) -> Sequence | None:
-    """What is in a sequence or in an array; None: it is neither."""
+    """The entries of a sequence or an array; None for anything else."""
     if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
         value = np.asarray(value)
     if isinstance(value, np.ndarray):
-        # The mask of a masked array would be lost.
+        # tolist() would drop the mask of a masked array.
         return value.tolist() if value.ndim and not isinstance(value, np.ma.MaskedArray) else None
     return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
 
 
-def _one_each(name: str, value: Any, number: int, kind: Any, expected: str) -> list:
-    """``value`` for every prompt, or its entries if it is a sequence, all of a kind."""
+def _broadcast(name: str, value: Any, number: int, kind: Any, expected: str) -> list:
+    """``value`` repeated for every prompt, or its entries if it is a sequence; all must be of ``kind``."""
     values = list(value) if isinstance(value, Sequence) else [value] * number
     for one in values:
         _check_kind(name, one, kind, f"{expected} or one per prompt")

@@ -1,4 +1,4 @@
-"""The text of new tokens as they come."""
+"""Streams the text of new tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,19 +8,19 @@ from pallas_attn_models.generation import Generator, Handle, StopStrings
 from pallas_attn_models.text import Detokenizer
 
 
-class Answer:
+class TextStream:
     """The text of a request's new tokens, up to the first stop string.
 
     Args:
-      handle: of the request. It is cancelled when a stop string comes.
-      tokenizer: makes text of its tokens.
-      stop: the stop strings, which may begin and end inside tokens.
+      handle: of the request; a stop string cancels it.
+      tokenizer: decodes the tokens.
+      stop: stop strings, which may begin and end inside tokens.
 
     Attributes:
-      handle: the same.
-      text: what is certain so far.
-      tokens: those that were looked at; with a stop string, up to the one that completes it.
-      finish_reason: None until the end; ``"stop"`` if it was a stop string, too.
+      handle: as given.
+      text: the final text so far.
+      tokens: tokens processed so far, at most up to the one that completes a stop string.
+      finish_reason: None until the end; ``"stop"`` for stop strings, too.
     """
 
     def __init__(self, handle: Handle, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -32,7 +32,7 @@ class Answer:
         self._stop = StopStrings(stop)
 
     def read(self) -> str:
-        """The text that became certain since it was last asked for; often none."""
+        """The text that became final since the last call; often empty."""
         piece = ""
         for token in self.handle.tokens[len(self.tokens) : self.handle.num_certain]:
             self.tokens.append(token)
@@ -50,27 +50,27 @@ class Answer:
         return piece
 
 
-def follow(
-    generator: Generator, answers: Sequence[Answer], interrupted: Callable[[], bool] = lambda: False
+def read_streams(
+    generator: Generator, streams: Sequence[TextStream], interrupted: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[int, str]]:
-    """Lets the generator work, token by token, until all answers are done: ``(index of the answer, new text)``.
+    """Runs the generator, token by token, until all streams are done; yields ``(index of the stream, new text)``.
 
     Args:
-      generator: has their requests.
-      answers: not read yet.
-      interrupted: asked after each token; true cancels all that is not done.
+      generator: serves the requests of the streams.
+      streams: unread streams.
+      interrupted: called after each token; True cancels every unfinished stream.
     """
     try:
         while True:
             if interrupted():
-                for answer in answers:
-                    answer.handle.cancel()
-            for index, answer in enumerate(answers):
-                if answer.finish_reason is None:
-                    yield index, answer.read()
-            if all(answer.finish_reason is not None for answer in answers):
+                for stream in streams:
+                    stream.handle.cancel()
+            for index, stream in enumerate(streams):
+                if stream.finish_reason is None:
+                    yield index, stream.read()
+            if all(stream.finish_reason is not None for stream in streams):
                 return
             generator.step(interval=1)
     finally:
-        for answer in answers:
-            answer.handle.cancel()
+        for stream in streams:
+            stream.handle.cancel()

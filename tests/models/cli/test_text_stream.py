@@ -1,11 +1,11 @@
-"""Stop strings in text that comes token by token, and who is stopped by them."""
+"""Stop strings in text that arrives token by token, and the requests that they cancel."""
 
 from collections.abc import Sequence
 
 import pytest
 
-from pallas_attn_models.cli.answer import Answer, follow
 from pallas_attn_models.cli.completions import print_in_turn
+from pallas_attn_models.cli.text_stream import TextStream, read_streams
 from pallas_attn_models.generation.sampling import Sampling
 from tests.models.scripted import ScriptedGenerator, byte_tokenizer
 
@@ -19,16 +19,16 @@ def encode(text: str) -> list[int]:
 def answers(scripts: Sequence[Sequence[int]], stop: Sequence[str] = (), burst: int = 1, **settings: int):
     generator = ScriptedGenerator(scripts, burst=burst)
     sampling = Sampling(**settings)
-    return generator, [Answer(generator.submit([0], sampling), TOKENIZER, stop) for _ in scripts]
+    return generator, [TextStream(generator.submit([0], sampling), TOKENIZER, stop) for _ in scripts]
 
 
-def pieces(script: Sequence[int], stop: Sequence[str] = (), **settings: int) -> tuple[list[str], Answer]:
+def pieces(script: Sequence[int], stop: Sequence[str] = (), **settings: int) -> tuple[list[str], TextStream]:
     generator, (answer,) = answers([script], stop, **settings)
-    return [text for _, text in follow(generator, [answer])], answer
+    return [text for _, text in read_streams(generator, [answer])], answer
 
 
 @pytest.mark.parametrize("text", ["hello", "\u00e9\u4e2d\U0001f9e0"])
-def test_the_text_comes_as_it_becomes_certain(text):
+def test_the_text_is_streamed_as_it_becomes_final(text):
     shown, answer = pieces(encode(text))
     assert "".join(shown) == answer.text == text
     assert [piece for piece in shown if piece] == [*text], "no character waits for the next"
@@ -50,7 +50,7 @@ def test_a_stop_string_within_a_character_of_many_bytes():
     assert answer.finish_reason == "stop"
 
 
-def test_what_might_have_become_a_stop_string_comes_in_the_end():
+def test_a_possible_stop_string_is_returned_at_the_end():
     shown, answer = pieces(encode("say wor"), ["world"])
     assert shown[-1] == "wor"
     assert answer.text == "say wor"
@@ -75,36 +75,36 @@ def test_the_first_tokens_cannot_be_stopped():
 
 def test_each_ends_by_itself():
     generator, both = answers([encode("a. no"), encode("much longer. no")], ["."])
-    for _ in follow(generator, both):
+    for _ in read_streams(generator, both):
         pass
     assert [one.text for one in both] == ["a", "much longer"]
     assert [len(one.handle.tokens) for one in both] == [2, 12]
     assert generator.rounds == 12
 
 
-def test_what_a_step_brings_after_a_stop_string_is_no_part_of_the_answer():
+def test_tokens_after_a_stop_string_are_dropped():
     generator, both = answers([encode("a. no more"), encode("much longer. no")], ["."], burst=4)
-    for _ in follow(generator, both):
+    for _ in read_streams(generator, both):
         pass
     assert [one.tokens for one in both] == [encode("a."), encode("much longer.")]
 
 
-def test_an_interrupt_keeps_what_is_there():
+def test_an_interrupt_keeps_the_text():
     generator, (answer,) = answers([encode("on and on")])
-    for _ in follow(generator, [answer], interrupted=lambda: len(answer.tokens) == 2):
+    for _ in read_streams(generator, [answer], interrupted=lambda: len(answer.tokens) == 2):
         pass
     assert (answer.text, answer.finish_reason) == ("on ", "cancelled"), "what was drawn by then is kept"
 
 
-def test_who_stops_to_listen_cancels():
+def test_leaving_a_stream_cancels():
     generator, both = answers([encode("one"), encode("two")])
-    events = follow(generator, both)
+    events = read_streams(generator, both)
     next(events)
     events.close()
     assert all(one.handle.finish_reason == "cancelled" for one in both)
 
 
-# --- one after the other ---
+# --- several streams ---
 
 
 def test_completions_are_printed_in_turn_each_as_it_comes(capsys):
@@ -127,6 +127,6 @@ def test_completions_are_printed_in_turn_each_as_it_comes(capsys):
     print_in_turn(events(), ["p", "q\x1b", "r"])
 
 
-def test_a_single_completion_is_its_text_and_no_more(capsys):
+def test_a_single_completion_has_no_heading(capsys):
     print_in_turn([(0, "a\tb\x1b[2J", False), (0, "\nc", True)], ["prompt"])
     assert capsys.readouterr().out == "a\tb\\x1b[2J\nc\n"
