@@ -45,7 +45,7 @@ def check(schedule: Schedule, num_active: np.ndarray) -> int:
     return max((last - first for _, first, last in found), default=0)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(counts(), st.integers(1, 20))
 def test_balanced_shares_are_within_one_chunk_of_equal(rows, shares):
     num_active, width = rows
@@ -59,7 +59,7 @@ def test_balanced_shares_are_within_one_chunk_of_equal(rows, shares):
     assert schedule.row.shape[0] <= shares + num_active.size
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(counts(), st.integers(1, 50))
 def test_fixed_shares_do_not_depend_on_the_other_rows(rows, chunk):
     num_active, width = rows

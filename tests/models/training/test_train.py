@@ -163,7 +163,7 @@ def refuse(**_):
         (lambda out: (out / "tokenizer.json").mkdir(parents=True), r"a file or nothing at .*/out/tokenizer\.json, got"),
         (
             lambda _: setattr(checkpoint_files.tempfile, "TemporaryFile", refuse),
-            r"in which files can be made, got .*/out",
+            r"expected a writable directory, got .*/out",
         ),
     ],
 )
