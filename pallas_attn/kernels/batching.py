@@ -1,7 +1,7 @@
-"""``jax.vmap`` of a kernel: the new axis joins the batch, since a grid has no room for another one.
+"""``jax.vmap`` of a kernel: the new axis joins the batch, since a grid has at most three axes.
 
-Keys and values that are the same for the whole axis would have to be copied for that. So in the forward pass, where
-queries are the smaller part, the axis joins theirs: the queries of one element after those of another.
+That would copy keys and values that all elements share. So in the forward pass, if queries are the smaller part, the
+new axis joins the axis of queries instead.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
         _check_size(size)
         can_fold = _can_fold(call.scores, batched.block_mask) and not any(jax.tree.leaves(batched.sinks))
         into_queries = can_fold and _shares_keys(batched, call)
-        if not can_fold or (into_queries and return_key_weights):  # which are summed over all queries of the row
+        if not can_fold or (into_queries and return_key_weights):  # key weights sum over all queries of a row
             return _all_batched(_sequential(run, batched_arguments, (call,)))
         if into_queries:
             return _all_batched(_fold_into_queries(run, size, batched, call))
@@ -67,7 +67,7 @@ def batched_backward(backward: Callable) -> Callable:
 
         query, key, value = join(tuple(call[:3]), tuple(flags[:3]))
         block_mask = _join_block_mask(call.block_mask, flags.block_mask, size, batch)
-        # Every element of the new axis gets its own gradient, so here no operand stays shared.
+        # Every element gets its own gradient, so no operand stays shared.
         rows = jax.tree.map(lambda x, b: x.shape[0 + b], call.scores, flags.scores)
         whole = join(call.scores, flags.scores)
         *d_tensors, d_scores = run(
@@ -80,12 +80,12 @@ def batched_backward(backward: Callable) -> Callable:
 
 
 def _all_batched(results: tuple) -> tuple:
-    """What a rule returns: results that all have the new axis."""
+    """The return value of a batching rule whose results all have the new axis."""
     return results, jax.tree.map(lambda _: True, results)
 
 
 def _can_fold(scores: Scores, batched: BlockMask) -> bool:
-    """Operands have an axis for the batch; tables have none. Scores that ask for the row mean that of one element."""
+    """Whether the axis can join the batch: tables have no batch axis, and scores may read the row of their element."""
     asks_for_row = any(isinstance(score, Traced) and score.reads_row for score in scores)
     return not asks_for_row and not pointwise.table_arrays(scores) and not any(pointwise.table_arrays(batched.mask))
 
@@ -102,7 +102,7 @@ def _join(x: Array, is_batched: bool, size: int, batch: int) -> Array:
 
 
 def _join_shared(tree: Any, batched: Any, size: int, batch: int) -> Any:
-    """The same for arrays ``[B|1, ...]`` of a pytree; what is shared by all stays so."""
+    """The same for arrays ``[B|1, ...]`` of a pytree; arrays that all rows share stay shared."""
 
     def join(x: Array, is_batched: bool) -> Array:
         return x if not is_batched and x.shape[0] == 1 else _join(x, is_batched, size, batch)
@@ -111,7 +111,7 @@ def _join_shared(tree: Any, batched: Any, size: int, batch: int) -> Any:
 
 
 def _join_block_mask(block_mask: BlockMask, batched: BlockMask, size: int, batch: int) -> BlockMask:
-    """A schedule counts the rows of the whole batch, so it is made anew."""
+    """Joins the batches; the schedule is rebuilt, since it depends on the rows of the whole batch."""
     bare, batched = (dataclasses.replace(x, schedule=None) for x in (block_mask, batched))
     return _join_shared(bare, batched, size, batch).with_schedule()
 
@@ -121,12 +121,12 @@ def _split(x: Array, size: int) -> Array:
 
 
 def _sum_rows(x: Array, rows: int) -> Array:
-    """``[size, B, ...]`` to ``[size, rows, ...]``, where an operand has one row for all."""
+    """``[size, B, ...]`` to ``[size, rows, ...]``, for an operand whose single row all rows share."""
     return x if x.shape[1] == rows else x.sum(1, keepdims=True)
 
 
 def _shares_keys(batched: Call, call: Call) -> bool:
-    """Only queries, and what has an axis for them, have the new axis; in whole blocks they are no more than keys."""
+    """Whether only queries and per-query operands are batched, and padded queries are no more than the keys."""
     if not batched.query or batched.key or batched.value or batched.block_mask.kv_positions:
         return False
     flags = pointwise.operands((batched.block_mask.mask, batched.scores))
@@ -137,7 +137,7 @@ def _shares_keys(batched: Call, call: Call) -> bool:
 
 
 def _fold_into_queries(function: Callable, size: int, batched: Call, call: Call):
-    """The forward pass over the queries of all elements, each element's filled up to whole blocks."""
+    """Runs the forward pass on the queries of all elements, each padded to whole blocks."""
     flags: Any = batched.block_mask
     query, block_mask = call.query, call.block_mask
     q_len, q_blocks = query.shape[2], block_mask.grid[0]

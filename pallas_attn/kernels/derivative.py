@@ -60,7 +60,7 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
-            # JAX says what is missing; this says what to do.
+            # JAX names the missing rule; this names the remedy.
             message = f"implementation={name!r} has derivatives in reverse mode only; for forward mode (jvp, jacfwd)"
             raise TypeError(f"{message} pass implementation='reference'") from error
 

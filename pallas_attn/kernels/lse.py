@@ -1,4 +1,4 @@
-"""The logarithm of a row's sum of exponentials, as kernels hand it on."""
+"""The log-sum-exp of each row, in two parts."""
 
 import dataclasses
 from typing import Any
@@ -11,17 +11,17 @@ from pallas_attn.kernels.rounding import rounded
 
 @dataclasses.dataclass(frozen=True)
 class Lse:
-    """Of every row the large part of lse, and the rest.
+    """The log-sum-exp of each row as the sum of its largest logit and a remainder.
 
-    Rounded to one number, the rest would be lost beside a large peak: of 32 logits of -5e9 each would get
+    Rounded to one number, the remainder would vanish beside a large peak: each of 32 logits of -5e9 would get
     probability 1.
 
-    In kernels and their specs, what stands for the arrays.
+    In kernels and BlockSpecs, the fields hold refs and specs instead of arrays.
 
     Attributes:
-      peak: float32 ``[B, N, T]``: the largest logit, in units of ``unit``; -inf for a query that saw nothing.
-      log_total: float32 ``[B, N, T]``: ``lse - unit * peak``; 0 for a query that saw nothing.
-      unit: that of the logits, 1 or what products ``q . k`` are multiplied by.
+      peak: float32 ``[B, N, T]``: the largest logit, in units of ``unit``; -inf for a query that sees no key.
+      log_total: float32 ``[B, N, T]``: ``lse - unit * peak``; 0 for a query that sees no key.
+      unit: of the logits: 1, or the factor of the products ``q . k``.
     """
 
     peak: Any

@@ -5,8 +5,8 @@ FlashAttention-2 (arXiv:2307.08691, algorithm 2), with probabilities recomputed 
     p = exp(s - lse),    dv += p' do,    ds = p * (do v' - delta),    dq += ds k,    dk += ds' q
 
 dQ walks the lists of the forward pass, one program per query block. dK and dV walk the transposed lists, one program
-per KV block, which sums over the query heads of its group itself. Nothing is added to memory by two programs, so the
-same call gives the same bits. As in the forward pass, the loop over full blocks holds no mask code.
+per KV block, which sums over the query heads of its group itself. No two programs add to the same memory, so
+results repeat bit for bit. As in the forward pass, the loop over full blocks holds no mask code.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def _probabilities(
 ):
     """``(p, back)`` of a tile of products ``q . k``: ``back`` takes the gradient of logits to that of scaled products.
 
-    ``lse`` is the peak and the rest of :class:`Residuals`, which broadcast to the tile; where the peak is inf, p is 0.
+    ``lse`` holds the two parts of :class:`Residuals`, which broadcast to the tile; where the peak is inf, p is 0.
     """
     logits = tiling.logits(products)
     if not scores:
@@ -120,7 +120,7 @@ def _probabilities(
     p = tiling.probabilities(logits, *lse)
     if allowed is None:
         return p, lambda ds: derivative(ds)[0]
-    # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
+    # Selected, not multiplied by 0: the operand of a masked pair may be NaN.
     return jnp.where(allowed, p, 0.0), lambda ds: jnp.where(allowed, derivative(ds)[0], 0.0)
 
 
@@ -207,7 +207,7 @@ def _d_key_value_kernel(refs: KernelArgs, residuals: Residuals, d_key_ref, d_val
                     refs.scores,
                 )
             products = tiling.dot(k, q, (1, 1))
-            # Not before: while the product is computed, registers are short.
+            # Loaded here, as registers are scarce while the product is computed.
             lse = peak[None, :], tiles.load(residuals.lse.log_total.at[g, rows], row_in_bounds)[None, :]
             p, back = _probabilities(products, lse, allowed, operands, where, tiling)
             d_value = d_value + tiling.dot(p, do, (1, 0))

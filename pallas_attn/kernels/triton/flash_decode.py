@@ -1,13 +1,13 @@
-"""Decode in Pallas, through the Triton lowering: few queries against many keys, which are shared out.
+"""Decode in Pallas, through the Triton lowering: few queries against many keys, which are split among programs.
 
-A row's list of KV blocks is cut into stretches (:mod:`pallas_attn.schedule`), a program visits one of them, and a
-second kernel merges what they found (Flash-Decoding, Dao et al. 2023,
+A row's list of KV blocks is split into shares (:mod:`pallas_attn.schedule`), a program visits one of them, and a
+second kernel merges the partial results (Flash-Decoding, Dao et al. 2023,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html; shares of equal size over a ragged batch: FlashInfer,
 arXiv:2501.01005, section 3.3). The queries of a group, T times its heads, are the rows of one tile, so that a key is
 read once for all of them.
 
-What a program leaves is its softmax: largest logit, sum of weights, weighted sum of values. Where weights of keys are
-asked for, it leaves its logits too.
+A program writes its partial softmax state: largest logit, sum of weights, weighted sum of values. If key weights are
+requested, it also writes its logits.
 """
 
 import functools
@@ -33,7 +33,7 @@ from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.schedule import Schedule
 from pallas_attn.tuning import BlockSizes
 
-_MERGED = 16  # programs that one step of the merge takes
+_MERGED = 16  # programs merged per step
 MERGE_SIZES = BlockSizes(16, 16, num_warps=4, num_stages=1)
 
 

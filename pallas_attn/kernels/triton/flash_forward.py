@@ -3,7 +3,7 @@
 One program computes one query block of one query head: FlashAttention-2 (arXiv:2307.08691, algorithm 1) over the list
 of live KV blocks. Loop one runs over full blocks and holds no mask code; loop two runs over partial blocks, evaluates
 the mask on positions, and reads only keys that exist. Each iteration reads the index of the *next* block while its own
-block is computed, so that an address is never waited for.
+block is computed, so that no load waits for its address.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The blocks of keys that a tile of queries visits."""
+"""Loads the KV blocks that a tile of queries visits."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,22 +15,22 @@ from pallas_attn.scores import Scores
 
 
 class KeyBlock(NamedTuple):
-    """A block of keys and values, and who sees them."""
+    """A block of keys and values, with its mask."""
 
     k: Tile
     v: Tile
-    keys: pl.Slice  # their places in S
+    keys: pl.Slice  # their indices in S
     in_bounds: Array | None  # bool [kv_block]; None: all of them
-    positions: Any  # int32 [kv_block]; None where nobody asks
+    positions: Any  # int32 [kv_block]; None if nothing uses them
     allowed: Array | None  # bool [rows, kv_block]; None: every query sees every key
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyBlocks:
-    """Reads blocks of keys for a tile of queries.
+    """Loads blocks of keys for a tile of queries.
 
     Attributes:
-      rows: the places of the tile's queries in T: consecutive, or int32 ``[rows]``.
+      rows: the indices of the tile's queries in T: a slice, or int32 ``[rows]``.
       row_in_bounds: bool ``[rows]``; None: all of them.
       q_positions: int32 ``[rows]``.
     """
@@ -53,24 +53,24 @@ class KeyBlocks:
         return tiles.walk(lists, row, full, partial, state, slots=slots, locate=self.stored.locate)
 
     def scores(self, keys: pl.Slice, in_bounds: Array | None) -> Scores:
-        """The scores, with their tiles of a block."""
+        """The scores, with the tiles of their operands for a block."""
         return pointwise.map_operands(lambda ref: self._operand(ref, keys, in_bounds), self.stored.refs.scores)
 
     def allowed(self, keys: pl.Slice, in_bounds: Array, positions: Array) -> Array:
-        """Who sees which keys of a block, bool ``[rows, kv_block]``."""
+        """The mask of a block, bool ``[rows, kv_block]``."""
         mask = pointwise.map_operands(lambda ref: self._operand(ref, keys, in_bounds), self.stored.refs.mask)
         allowed = mask.allowed(self.q_positions[:, None], positions[None, :]) & (positions >= 0)[None, :]
         return jnp.broadcast_to(allowed, (self.q_positions.size, positions.size))
 
     def _full(self, at: KVBlockRef) -> KeyBlock:
-        """A block whose keys all exist and are seen by every query."""
+        """A full block: all keys are valid and visible to every query."""
         stored, refs = self.stored, self.stored.refs
         positions = stored.positions(at.block, None) if refs.scores else None
         k, v = stored.tile(refs.key, at, None), stored.tile(refs.value, at, None)
         return KeyBlock(k, v, stored.slots(at.block), None, positions, None)
 
     def _partial(self, at: KVBlockRef) -> KeyBlock:
-        """A block with a mask, of which only real keys are read: an empty slot may hold NaN, and 0 * NaN is NaN."""
+        """A partial block. Only valid keys are read: an empty slot may hold NaN, and 0 * NaN is NaN."""
         stored, refs = self.stored, self.stored.refs
         keys, in_bounds = stored.slots(at.block), stored.in_bounds(at.block)
         positions = stored.positions(at.block, in_bounds)

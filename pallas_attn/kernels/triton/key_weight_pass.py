@@ -1,8 +1,8 @@
-"""How much probability each key got, in Pallas, through the Triton lowering.
+"""Key weights in Pallas, through the Triton lowering: the attention probability that each key receives.
 
-Decode leaves its logits, and a kernel turns those of visited blocks into weights. With more queries logits would be too
-many: there a second pass over the keys, without values, computes probabilities again from ``lse``. One program per KV
-block and head walks the transposed lists, as dK and dV do, so nothing is added to memory by two programs.
+Decode keeps its logits, and a kernel turns those of visited blocks into weights. With more queries there would be too
+many logits: a second pass over the keys, without values, recomputes probabilities from ``lse``. One program per KV
+block and head walks the transposed lists, as dK and dV do, so no two programs add to the same memory.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from pallas_attn.kernels.triton.stored import ProgramCoords, StoredKeys
 from pallas_attn.schedule import Schedule
 from pallas_attn.tuning import BlockSizes
 
-# Little is computed per block, so warps are few, and each thread loads 16 bytes.
+# Little is computed per block: few warps, so that each thread loads 16 bytes.
 LOGITS_SIZES = BlockSizes(16, 16, num_warps=2, num_stages=1)
 
 
 def sizes_of(forward: BlockSizes) -> BlockSizes:
-    """Those of the forward pass, whose lists are shared; with one tile per block to copy, not two, more stages fit."""
+    """The block sizes of the forward pass, whose lists are shared; with one tile per block more stages fit."""
     return dataclasses.replace(forward, num_stages=max(3, forward.num_stages))
 
 
@@ -62,11 +62,11 @@ def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) 
 def weights_of_logits(
     logits: Array, lse: Lse, schedule: Schedule, indices: Array, tiling: Tiling, packing: Packing
 ) -> Array:
-    """The same from logits of decode, whose schedule shares out this work too.
+    """Key weights from the logits of decode, along the same schedule.
 
     Args:
       logits: float32 ``[B, owners, queries, S]`` in units of ``lse.unit``, -inf where a key is not seen. Blocks
-        that are not in their owner's list may hold anything.
+        that are not in the list of their owner may hold anything.
       indices: of the lists, int32 ``[B|1, M, 1, width]``.
     """
     whole = specs.WholeArrays(tiling)
@@ -99,7 +99,7 @@ def _logits_kernel(
     b, owner, list_row = packing.locate(schedule.row[program], head, copy)
 
     def add(tile: Any, keys: pl.Slice, in_bounds: Array) -> Array:
-        """What the queries of a tile give."""
+        """The contribution of a tile of queries."""
         rows = packing.rows(owner, tile)
         at = b, rows.n, rows.t
         peak = tiles.load(lse_refs.peak.at[at], rows.in_bounds, jnp.inf)
@@ -141,7 +141,7 @@ def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
             return KeyBlocks(of_head, rows, in_bounds, q_positions), peak, log_total
 
         def weights(blocks: KeyBlocks, lse: list[Array], in_bounds: Array | None, q_valid: Array | None) -> Array:
-            """The probabilities ``[q_block, kv_block]`` of a block of queries; anything where nobody sees."""
+            """The probabilities ``[q_block, kv_block]`` of a block of queries; undefined for masked pairs."""
 
             def load_queries(part: tiles.Columns) -> Array:
                 mask = tiles.outer(q_valid, part.in_bounds, (tiling.q_block, part.tile))

@@ -1,4 +1,4 @@
-"""Decode: which queries share a tile, and so read a key once for all of them."""
+"""Decode: which queries share a tile, so that each key is read once for all of them."""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
 """The gradients of the arrays of scores: biases, slopes, parameters.
 
-One call per array. A program owns one tile of the result and visits, in a fixed order, every live block that the
-tile has a part in; so nothing is added to memory by two programs, and no T x S array is made but the operand's own.
-An operand that does not depend on the key has few tiles, and parameters have none; so there every (batch row, head,
-query block) owns a partial sum, and these are added up afterwards.
+One call per array. A program owns one tile of the result and visits, in a fixed order, every live block that uses the
+tile; so no two programs add to the same memory, and no T x S array is allocated except the operand's own. An operand
+that does not depend on the key has few tiles, and parameters have none; for these every (batch row, head, query block)
+owns a partial sum, and the sums are added afterwards.
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def _kernel(
     """The gradient of array ``which`` of score ``at``: an operand's of that shape, or a table's of that width."""
     rows, heads, queries, keys = shape
     first, second, third = (pl.program_id(axis) for axis in range(3))
-    # How many batch rows, query heads and query blocks share a tile of the operand.
+    # Number of batch rows, query heads and query blocks that share a tile of the operand.
     free = (1 if rows > 1 else tiling.batch, 1 if heads > 1 else tiling.q_heads, 1 if queries > 1 else tiling.q_blocks)
     visits = tiling.kv_blocks if keys == 1 else math.prod(free)
 
@@ -134,7 +134,7 @@ def _kernel(
     def visit_block(visit: Array, acc: Array) -> Array:
         b, n, i, j = block_of(visit)
         live = bitmap_ref[*_shared(bitmap_ref, b, n, tiling), i, j] > 0
-        # A loop of one turn or none.
+        # A loop of one iteration or none.
         return lax.fori_loop(0, live.astype(jnp.int32), lambda _, acc: acc + _block(refs, residuals, b, n, i, j), acc)
 
     def _block(refs: KernelArgs, residuals: Residuals, b: Array, n: Array, i: Array, j: Array) -> Array:
@@ -177,7 +177,7 @@ def _kernel(
             inputs = [lookup.entries for lookup in lookups]
 
             def with_inputs(x: Any) -> Score:
-                # Chosen, not multiplied by 0: where nobody looks, the derivative may be no number.
+                # Selected, not multiplied by 0: the derivative of a masked pair may be NaN.
                 entries = [jnp.where(allowed, new, old) for new, old in zip(x, inputs, strict=True)]
                 return dataclasses.replace(changed, tables=tables.with_entries(which, entries))
 
@@ -222,7 +222,7 @@ def _kernel(
 
 
 def _where_live(operands: Scores, live: Array) -> Scores:
-    """Float32 tiles. Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN."""
+    """Float32 tiles, 0 for masked pairs: their operands may be NaN, and 0 * NaN is NaN."""
     return pointwise.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
 
 

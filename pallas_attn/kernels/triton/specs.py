@@ -1,4 +1,4 @@
-"""Which part of every array a program sees."""
+"""The arguments of the kernels, and the part of each array that a program sees."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """The static facts of a call: its shape, its blocks, and what its products become."""
+    """The static facts of a kernel call: its shape, its blocks, and how logits and exponentials are computed."""
 
     batch: int
     q_len: int
@@ -53,12 +53,12 @@ class Tiling:
 
     @property
     def q_rows(self) -> int:
-        """Queries, in whole blocks."""
+        """T rounded up to whole blocks."""
         return self.q_blocks * self.q_block
 
     @property
     def kv_rows(self) -> int:
-        """Keys, in whole blocks."""
+        """S rounded up to whole blocks."""
         return self.kv_blocks * self.kv_block
 
     def dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -67,21 +67,21 @@ class Tiling:
 
     @property
     def unit(self) -> float:
-        """That of logits: ``|scale|`` where products are all there is, so that these need no factor of their own."""
+        """The unit of logits: ``|scale|`` without scores, so that products need no factor of their own; else 1."""
         return 1.0 if self.has_scores else abs(self.scale) or 1.0
 
     def logits(self, products: Array) -> Array:
-        """From products ``q k'``: in units of :attr:`unit`, or what scores are given."""
+        """Logits from products ``q k'``, in units of :attr:`unit`; with scores, the scaled products that these take."""
         if self.has_scores:
             return self.rounded(products) * self.scale
         return products if self.scale > 0 else products * (-1.0 if self.scale < 0 else 0.0)
 
     def rounded(self, x: Array) -> Array:
-        """x, which is rounded whatever follows; compiled, :meth:`minus` sees to that."""
+        """x, rounded before it is used in the interpreter; compiled, :meth:`minus` does that."""
         return rounded(x) if self.interpret else x
 
     def minus(self, x: Array, y: Array) -> Array:
-        """``x - y``, of which x is rounded; so it is at most 0 where y is the largest of several x."""
+        """``x - y`` with x rounded first, so that the result is at most 0 if y is the largest x."""
         return x - y if self.interpret else tiles.minus(x, y)
 
     def exp(self, x: Array, unit: float = 1.0) -> Array:
@@ -89,8 +89,8 @@ class Tiling:
         return self._exp2(_in_base_2(x, unit))
 
     def probabilities(self, logits: Array, peak: Array, log_total: Array) -> Array:
-        """Of logits in units of :attr:`unit`, against which the arrays of :func:`in_kernels` broadcast."""
-        # What other tiles than those of the forward pass multiply may round to more than the largest logit did.
+        """Probabilities of logits in units of :attr:`unit`; the arrays of :func:`in_kernels` broadcast to them."""
+        # Tiles of another shape than in the forward pass may round to more than the largest logit.
         below_peak = jnp.minimum(self.minus(self.rounded(logits), peak), 0.0)
         return self._exp2(_in_base_2(below_peak, self.unit) - log_total)
 
@@ -98,11 +98,10 @@ class Tiling:
         return jnp.exp2(x) if self.interpret else tiles.exp2(x)
 
     def opaque(self, x: Array) -> Array:
-        """The number x; the compiler does not know that it has it already, and works out again what depends on it.
+        """x through an opaque ``mov``, so that what depends on it is rematerialized instead of kept.
 
-        That is for what is needed before a loop and after it, so that it is not kept while the loop runs. In float32
-        with wide heads the compiler would use the registers for one more program on a multiprocessor, and spill some
-        for it.
+        For values that are needed before and after a loop, but not in it. Not in float32 with wide heads: there the
+        compiler would use the freed registers for one more program on a multiprocessor, and spill for it.
         """
         is_wide = self.dtype == jnp.float32 and self.head_dim > 64
         return x if self.interpret or is_wide else tiles.opaque(x)
@@ -218,7 +217,7 @@ BlockLayout = PerQueryHead | PerKVHead | WholeArrays
 
 
 class KernelArgs(NamedTuple):
-    """The arrays that every kernel reads; in a kernel, refs to one program's part of them."""
+    """The arrays that every kernel reads; inside a kernel, refs to the part that one program sees."""
 
     query: Any  # [B, T, N, D]
     key: Any  # [B, S, K, D] or a pool [P, page, K, D]; quantized or not
@@ -275,7 +274,7 @@ class KernelArgs(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward kernels read besides: what the forward pass left, and the gradient of its output."""
+    """The further arguments of the backward kernels: residuals of the forward pass and the gradient of its output."""
 
     lse: Lse  # of rows; see in_kernels
     delta: Any  # [B, N, T]
@@ -293,10 +292,10 @@ class Residuals(NamedTuple):
 
 
 def in_kernels(lse: Lse) -> Lse:
-    """The ``lse`` of a forward pass as other kernels read it, ready for :meth:`Tiling.probabilities`.
+    """The ``lse`` of a forward pass in the form that other kernels read, ready for :meth:`Tiling.probabilities`.
 
-    Its ``log_total`` is in base 2. The peak of a query that saw nothing is inf, so that its probabilities are 0; where
-    the largest logit overflowed to inf it is NaN, which shows.
+    Its ``log_total`` is in base 2. The peak of a query that sees no key is inf, so that its probabilities are 0; where
+    the largest logit overflowed to inf it is NaN, which propagates.
     """
     overflow_shows = jnp.where(lse.peak == jnp.inf, jnp.nan, lse.peak)
     peak = jnp.where(lse.peak == -jnp.inf, jnp.inf, overflow_shows)

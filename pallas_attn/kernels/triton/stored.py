@@ -1,8 +1,8 @@
-"""Keys and values as they are stored, and how a program reads a tile of them.
+"""Keys and values in their storage format, and how a program loads a tile of them.
 
-Nothing is dequantized in memory. Numbers of eight bits are multiplied as they are, and their scales multiply what comes
-out: those of keys the columns of the logits, those of values the weights. Numbers of four bits have a scale for every
-few columns; there it multiplies the tile. Pages are looked up together with the index of their block, one block ahead.
+Nothing is dequantized in memory. 8-bit numbers are multiplied as they are, and their scales multiply the result: the
+scales of keys multiply columns of the logits, those of values the weights. 4-bit numbers have a scale per group of
+columns, which multiplies the tile. Pages are looked up together with the index of their block, one block ahead.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
         """Float32 ``weights v``."""
         if self.scale is None:
             return tuple(tiling.dot(weights, part, (1, 0)) for part in self.parts)
-        # A scale may be below what float16 can say; the largest of a block is taken out.
+        # A scale may underflow in float16, so the largest of the block is factored out.
         unit = jnp.maximum(jnp.max(self.scale), _TINY) if tiling.dtype == jnp.float16 else None
         weights = weights * (self.scale if unit is None else self.scale / unit)[None, :]
         sums = tuple(tiling.dot(weights, part.astype(tiling.dtype), (1, 0)) for part in self.parts)
@@ -49,18 +49,18 @@ class Tile(NamedTuple):
 
 
 class ProgramCoords(NamedTuple):
-    """Where a program works, if it sees arrays whole."""
+    """The batch row and heads of a program that sees whole arrays."""
 
     b: Any  # its batch row
     h: Any  # its KV head
-    n: Any  # the query head of every row of its tile, int32 [rows], or that of all
+    n: Any  # its query head, or int32 [rows]: one for each row of its tile
 
 
 class KVBlockRef(NamedTuple):
-    """A block of keys, and where they are stored."""
+    """A block of keys and the pages that hold it."""
 
     block: Array
-    page: Array | None  # the page of all its keys, or of each of them
+    page: Array | None  # one page for all keys, or one for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StoredKeys:
     """The keys and values of one head of one batch row.
 
     Attributes:
-      refs: one program's part of the inputs, or, with a ``place``, all of them.
+      refs: the part of the arguments that one program sees; with ``coords``, whole arrays.
     """
 
     refs: KernelArgs
@@ -76,11 +76,11 @@ class StoredKeys:
     coords: ProgramCoords | None = None
 
     def columns(self, stored: KVArray) -> tuple[Columns, ...]:
-        """The columns of the keys (or values), in the parts that a tile of them has."""
+        """The columns of the keys (or values), split as in their tiles."""
         width = self._width(stored)
         if not isinstance(stored, QuantizedArray):
             return tiles.columns(width)
-        # Numbers of eight bits become float32 before they are multiplied: a wide row would leave too few registers.
+        # 8-bit numbers become float32 before they are multiplied: a wide row would leave too few registers.
         is_wide = self.tiling.dtype == jnp.float32 and width > _WIDE and width % 2 == 0
         return tiles.columns(width, 2 if stored.kind == "int4" or is_wide else 1)
 
@@ -94,17 +94,17 @@ class StoredKeys:
             found = self.refs.page_table[(*row, block // (page // self.tiling.kv_block))]
         else:
             keys = block * self.tiling.kv_block + jnp.arange(self.tiling.kv_block, dtype=jnp.int32)
-            # Not //, which asks every key for its sign.
+            # Not //, which checks the sign of every key.
             index = jnp.minimum(lax.div(keys, jnp.full_like(keys, page)), self.refs.page_table.shape[-1] - 1)
             found = plgpu.load(self.refs.page_table.at[(*row, index)])
         return KVBlockRef(block, jnp.clip(found, 0, pages - 1))
 
     def slots(self, block: Array) -> pl.Slice:
-        """The places of its keys in S."""
+        """The indices of its keys in S."""
         return pl.Slice(block * self.tiling.kv_block, self.tiling.kv_block)
 
     def in_bounds(self, block: Array) -> Array:
-        """Which of them are not beyond the last key, bool ``[kv_block]``."""
+        """Which of its keys are below S, bool ``[kv_block]``."""
         return block * self.tiling.kv_block + jnp.arange(self.tiling.kv_block, dtype=jnp.int32) < self.tiling.kv_len
 
     def positions(self, block: Array, in_bounds: Array | None) -> Array:
@@ -114,7 +114,7 @@ class StoredKeys:
         return tiles.load(ref.at[at], in_bounds, -1)
 
     def tile(self, stored: KVArray, at: KVBlockRef, valid: Array | None) -> Tile:
-        """The keys (or values) of a block; what is not ``real`` is not read, and counts as 0."""
+        """The keys (or values) of a block; those that are not ``valid`` are not read, and count as 0."""
         index = self._at(at)
         if not isinstance(stored, QuantizedArray):
             return Tile(tuple(self._load(stored, index, part, valid) for part in self.columns(stored)))

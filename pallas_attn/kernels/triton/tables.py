@@ -60,7 +60,7 @@ class TablesInKernel(pointwise.Tables):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recording(TablesInKernel):
-    """Keeps what it is asked for."""
+    """Records the entries that are requested."""
 
     lookups: list[list[Lookup]]  # of every table
 
@@ -71,7 +71,7 @@ class _Recording(TablesInKernel):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LookedUp(pointwise.Tables):
-    """Entries that were looked up before; they are asked for in the same order, and nothing is loaded."""
+    """Replays entries that were looked up before, in the same order, without loads."""
 
     lookups: list[list[Lookup]]
 

@@ -1,4 +1,4 @@
-"""What kernels do with tiles: load them, multiply them, and walk a list of blocks."""
+"""Operations on tiles: loads, products, and the walk along a list of blocks."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ LOG2_E = math.log2(math.e)
 
 
 def exp2(x: Array) -> Array:
-    """2 to the power of float32 ``x`` as the GPU's own instruction, for kernels that are compiled.
+    """2 to the power of float32 ``x`` by the GPU's own instruction, for compiled kernels.
 
     ``jnp.exp2`` becomes libdevice's, which keeps results below 2**-126 with a compare and two products per element.
     """
@@ -28,9 +28,9 @@ def exp2(x: Array) -> Array:
 
 
 def minus(x: Array, y: Array) -> Array:
-    """``x - y`` of float32 numbers, for kernels that are compiled: x is rounded first, though it be a product.
+    """``x - y`` of float32 numbers, for compiled kernels; x is rounded first, even if it is a product.
 
-    A compiler may fuse a product and a difference, and then does not round in between. ``.rn`` forbids that.
+    A compiler may fuse a product and a difference without rounding in between. ``.rn`` forbids that.
     """
     shape = jnp.broadcast_shapes(x.shape, y.shape)
     (difference,) = plgpu.elementwise_inline_asm(
@@ -44,7 +44,7 @@ def minus(x: Array, y: Array) -> Array:
 
 
 def opaque(x: Array) -> Array:
-    """The int32 number ``x``, of which the compiler does not know that it has it already; for compiled kernels."""
+    """The int32 number ``x`` through an opaque ``mov``, so that it is rematerialized instead of kept; compiled only."""
     (y,) = plgpu.elementwise_inline_asm(
         "mov.b32 $0, $1;",
         args=[jnp.broadcast_to(x, (1,))],
@@ -75,12 +75,12 @@ class Columns(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """How many columns the tile has."""
+        """Number of columns of the tile."""
         return _length(self.at)
 
 
 def known_slice(start: int, size: int) -> pl.Slice:
-    """A slice whose start is known: as int32, since the interpreter stores nothing at int64 under jax_enable_x64."""
+    """A slice with a static int32 start: under jax_enable_x64 the interpreter fails at int64."""
     int32: Any = np.int32(start)
     return pl.Slice(int32, size)
 
@@ -101,7 +101,7 @@ def outer(rows: Array | None, columns: Array | None, shape: tuple[int, ...]) -> 
 
 
 def load(ref, mask: Array | None, other: float = 0) -> Array:
-    """What a mask excludes is not read and comes as ``other``."""
+    """Loads a ref; masked elements are not read and become ``other``."""
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.array(other, ref.dtype))
 
 
@@ -151,7 +151,7 @@ def _length(rows: pl.Slice | Array) -> int:
 
 
 def loop(first: int, last: int, body: Callable, state: Any) -> Any:
-    """``lax.fori_loop`` between known numbers; of these it makes an index that is int64 under jax_enable_x64."""
+    """``lax.fori_loop`` with static bounds and an int32 index, which would be int64 there under jax_enable_x64."""
 
     def step(carry: tuple, _: None) -> tuple:
         index, state = carry
@@ -173,12 +173,12 @@ def walk(
 ):
     """Runs ``full(block, state)``, then ``partial(block, state)``, over the blocks in a row of the lists.
 
-    The index of the *next* block is read while its own block is computed, so that an address is never waited for.
+    The index of the *next* block is read while its own block is computed, so that no load waits for its address.
 
     Args:
       row: the index of the row in ``num_full``.
       slots: ``(first, last)``: only the blocks in these slots of the row's list; default: all of them.
-      locate: what the two functions are given for the index of a block; of the next block, it runs ahead too.
+      locate: maps the index of a block to the argument of the two functions; it runs one block ahead, too.
     """
     width = lists.indices.shape[-1]
 

@@ -1,4 +1,4 @@
-"""Block-skipping attention in plain XLA: what runs without a GPU."""
+"""Block-skipping attention in plain XLA, the default without a GPU."""
 
 from typing import Any
 

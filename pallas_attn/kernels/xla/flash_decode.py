@@ -1,8 +1,8 @@
-"""Decode: few queries, so one row of the batch does not keep a machine busy, and several lanes run side by side.
+"""Decode: with few queries one row of the batch does not keep a machine busy, so several lanes run in parallel.
 
-The live blocks of all rows make one long list, of which every lane walks a stretch, one block per step: products are
-then large enough to share out over the cores. Where a lane comes to a new piece of a row it starts a new softmax; the
-pieces of a row are merged at the end (Flash-Decoding, Dao et al. 2023,
+The live blocks of all rows form one long list. Every lane walks a part of it, one block per step, and the products of
+a step are large enough to use all cores. At each new piece of a row a lane starts a new softmax; the pieces of a row
+are merged at the end (Flash-Decoding, Dao et al. 2023,
 https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
 
@@ -18,16 +18,16 @@ from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.xla.softmax import SoftmaxState, probabilities
 from pallas_attn.kernels.xla.tiles import QueryTile, Tiling
 
-# KV heads that a step works on, in all lanes together; and how many lanes there are at most.
+# KV heads per step, summed over the lanes; and the maximum number of lanes.
 _HEADS = 16
 _LANES = 4
-# Up to so many bytes, a step's keys are multiplied while the caches still have them; more are read with the values,
-# which is faster where both come from memory.
+# Up to this size, the keys of a step are multiplied while they are in the CPU's caches; larger ones are read together
+# with the values, which is faster if both come from memory.
 _CACHED_BYTES = 2**20
 
 
 class _Visit(NamedTuple):
-    """What a lane does in a step."""
+    """The work of a lane in one step."""
 
     row: Array  # int32: batch row and head of the lists, b * M + m
     slot: Array  # int32: of the row's list
@@ -38,7 +38,7 @@ class _Visit(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Pieces:
-    """How rows are cut into pieces, and pieces dealt out to lanes, which follow each other in the list of all blocks.
+    """How rows are split into pieces and pieces assigned to lanes, in the order of the list of all blocks.
 
     A piece begins with a row and, without a fixed chunk, with a lane. With one it begins after every ``chunk`` blocks
     of its row and belongs to one lane: its bits depend neither on the other rows nor on the lane.
@@ -74,7 +74,7 @@ class _Pieces:
         return jnp.max(self.lanes[1:] - self.lanes[:-1])
 
     def visit(self, n: Array, spare: int) -> _Visit:
-        """What every lane does in step n; piece ``spare`` takes what is not live."""
+        """The work of every lane in step n; lanes that are not live write to piece ``spare``."""
         at = self.lanes[:-1] + n
         live = at < self.lanes[1:]
         row = _row_of(at, self.end)
@@ -160,7 +160,7 @@ def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tup
         return results
 
     def weigh(logits: Array, visit: _Visit) -> Array:
-        """The part ``[heads, kv_block]`` that a block's keys have, all queries together."""
+        """The weights ``[heads, kv_block]`` of a block's keys, summed over all queries."""
         row = jax.tree.map(lambda x: x[visit.row][..., None], lse)
         seen = visit.live & (row.peak != -jnp.inf) & (logits != -jnp.inf)  # !=, not >, so that NaN propagates
         return jnp.where(seen, probabilities(logits, row), 0.0).sum((1, 2))

@@ -1,4 +1,4 @@
-"""The online softmax (Milakov and Gimelshein, arXiv:1805.02867): a sum over keys that can be taken in parts."""
+"""The online softmax (Milakov and Gimelshein, arXiv:1805.02867): a sum over keys that can be computed in parts."""
 
 from typing import NamedTuple
 

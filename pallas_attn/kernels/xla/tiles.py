@@ -1,4 +1,4 @@
-"""How a call is cut into programs, and the tiles that one program reads.
+"""How a call is split into programs, and the tiles that one program loads.
 
 A program is one (batch row, head of the lists, query block). The query heads that share a list are computed together:
 all of them, those of one KV head, or a single one. Their tiles have the axes ``[heads, group]``: KV heads, and the
@@ -29,8 +29,8 @@ from pallas_attn.scores import Scores
 Carry = TypeVar("Carry")
 
 
-# XLA on a CPU unrolls a bare copy of short rows into moves of one number each, and takes three times as long for it as
-# for a copy that also multiplies. So keys come with the scale of the logits, and values halved, which loses no bit.
+# XLA on a CPU unrolls a bare copy of short rows into moves of single numbers, three times slower than a copy that also
+# multiplies. So keys are loaded with the scale of the logits, and values halved, which is exact.
 HALF = 0.5
 
 # Places along an axis are int32; a plain int is int64 beside them under jax_enable_x64.
@@ -96,7 +96,7 @@ class Tiling:
 
 
 def keep_layout(keys: Array) -> Array:
-    """Key tiles ``[..., kv_block, D]`` for a product over D: else XLA on a CPU copies them as ``[..., D, kv_block]``.
+    """Key tiles ``[..., kv_block, D]`` that XLA on a CPU must not copy to ``[..., D, kv_block]`` for a product over D.
 
     That copy takes longer than the product.
     """
@@ -109,8 +109,8 @@ class KeyBlock(NamedTuple):
     Attributes:
       start: where its tile begins.
       positions: int32 ``[1, kv_block]``.
-      real: bool ``[kv_block]``: the keys that exist and belong to the block; None: all.
-      allowed: bool ``[1, 1, q_block, kv_block]``: who sees whom; None: everyone everyone.
+      real: bool ``[kv_block]``: the valid keys that belong to the block; None: all.
+      allowed: bool ``[1, 1, q_block, kv_block]``: the mask; None: every query sees every key.
     """
 
     start: Array
@@ -119,9 +119,10 @@ class KeyBlock(NamedTuple):
     allowed: Array | None
 
     def materialize_mask(self, before_keys: bool) -> "KeyBlock":
-        """The same, with the mask in memory: else XLA on a CPU evaluates it again for every column of the values.
+        """The same with the mask in memory: otherwise XLA on a CPU reevaluates it for every column of the values.
 
-        ``before_keys``: it is known before keys are read. XLA then reads values next to keys, else after their product.
+        Args:
+          before_keys: compute it before keys are read. XLA then reads values next to keys, else after their product.
         """
         if before_keys:
             return KeyBlock(*lax.optimization_barrier(tuple(self)))
@@ -129,12 +130,12 @@ class KeyBlock(NamedTuple):
         return self._replace(real=real, allowed=allowed)
 
     def mask(self, logits: Array) -> Array:
-        """Logits ``[heads, group, q_block, kv_block]``, -inf for who does not see whom."""
+        """Logits ``[heads, group, q_block, kv_block]``, -inf for masked pairs."""
         return logits if self.allowed is None else jnp.where(self.allowed, logits, -jnp.inf)
 
 
 class QueryTile:
-    """What one program knows: its coordinates, its lists, and how to read its tiles."""
+    """One program: its coordinates, its lists, and how to load its tiles."""
 
     def __init__(self, tiling: Tiling, block_mask: BlockMask, scores: Scores, at: tuple[Array, ...]):
         self._tiling, self._block_mask, self._scores = tiling, block_mask, scores
@@ -175,7 +176,7 @@ class QueryTile:
         return KeyBlock(start, self._key_positions(start), None, None)
 
     def partial_block(self, slot: Array, exists: Array | bool = True) -> "KeyBlock":
-        """The block in a slot of the list, which may reach beyond the end; without a key unless it ``exists``."""
+        """The block in a slot of the list, which may extend beyond S; without valid keys unless it ``exists``."""
         first = self._first_key(slot)
         start = jnp.minimum(first, self._tiling.kv_len - self._tiling.kv_block)
         positions = self._key_positions(start)
@@ -212,10 +213,10 @@ class QueryTile:
     def products(self, q: Array, k: Array) -> Array:
         """``[heads, group, q_block, kv_block]`` of ``[heads, group * q_block, D]`` and ``[heads, kv_block, D]``.
 
-        Both passes take their products from here, of the same factors: large ones must round to the same numbers.
+        Both passes compute products here, of the same factors: large ones must round to the same numbers.
         """
         tiling, k = self._tiling, keep_layout(k)
-        # XLA on a CPU turns the right-hand side over: better the smaller one.
+        # XLA on a CPU transposes the right-hand side, so it should be the smaller one.
         if q.shape[1] < k.shape[1]:
             logits = jnp.einsum("hkd,hrd->hkr", k, q, precision=tiling.precision).swapaxes(1, 2)
         else:
