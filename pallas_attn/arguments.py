@@ -206,7 +206,7 @@ def _as_mask(mask) -> masks.Mask:
 
 
 def _check_mask(mask: masks.Mask, shape: CallShape) -> None:
-    batch, q_len, kv_len, q_heads, kv_heads, *_ = shape
+    batch, q_len, kv_len, q_heads, kv_heads = shape.batch, shape.q_len, shape.kv_len, shape.q_heads, shape.kv_heads
     sizes = ({1, batch}, {1, kv_heads, q_heads}, {1, q_len}, {1, kv_len})
     for x in masks.operands(mask):
         if any(size not in allowed for size, allowed in zip(x.shape, sizes, strict=True)):

@@ -37,7 +37,8 @@ class Call(NamedTuple):
     page_table: Array | None = None
 
 
-class CallShape(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class CallShape:
     """The axes of a call, however its keys are stored."""
 
     batch: int

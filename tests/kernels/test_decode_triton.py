@@ -247,7 +247,7 @@ def test_logits_that_nobody_wrote_do_not_matter():
     written = np.repeat(block_mask.bitmap() > 0, 16, axis=-1)  # [B, 1, 1, S]
     assert 0 < written.mean() < 1
     tensors = map(jnp.asarray, (call.query, call.key, call.value))
-    tiling = Tiling.of(Call(*tensors, block_mask), call.scale, True)
+    tiling = Tiling.of_call(Call(*tensors, block_mask), call.scale, True)
     packing = Packing.of(tiling, block_mask)
     logits = jnp.where(written, jnp.zeros((B, K, packing.queries, S)), jnp.nan).at[0, :, : packing.group].set(jnp.nan)
     lse = Lse(jnp.zeros((B, N, 3)).at[0, :, 0].set(-jnp.inf), jnp.zeros((B, N, 3)), tiling.unit)

@@ -62,7 +62,7 @@ def backward(
 
     def prepared(block_mask: BlockMask) -> tuple[Tiling, KernelArgs]:
         cut_call = call._replace(block_mask=block_mask)
-        return Tiling.of(cut_call, scale, interpret), KernelArgs.from_call(cut_call)
+        return Tiling.of_call(cut_call, scale, interpret), KernelArgs.from_call(cut_call)
 
     residuals = Residuals.of(lse, delta, d_out.astype(query.dtype))
 

@@ -42,7 +42,7 @@ MERGE_SIZES = BlockSizes(16, 16, num_warps=4, num_stages=1)
 def decode(call: Call, *, scale: float, interpret: bool = False, return_key_weights: bool = False) -> tuple[Any, ...]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`, for a BlockMask with a schedule."""
     query, block_mask, sinks = call.query, call.block_mask, call.sinks
-    tiling = Tiling.of(call, scale, interpret)
+    tiling = Tiling.of_call(call, scale, interpret)
     packing, whole = Packing.of(tiling, block_mask), specs.WholeArrays(tiling)
     inputs, schedule = KernelArgs.from_call(call), block_mask.schedule
     if schedule is None:

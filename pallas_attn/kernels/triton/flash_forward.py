@@ -31,7 +31,7 @@ def forward(call: Call, *, scale: float, interpret: bool = False) -> tuple[Array
     Blocks are powers of two, at least 16, and D and Dv at most 256. ``interpret`` runs Pallas' interpreter.
     """
     query, block_mask, sinks = call.query, call.block_mask, call.sinks
-    tiling = Tiling.of(call, scale, interpret)
+    tiling = Tiling.of_call(call, scale, interpret)
     layout = specs.PerQueryHead(tiling)
     inputs = KernelArgs.from_call(call)
     rows = pl.BlockSpec((None, None, tiling.q_rows), lambda i, n, b: (b, n, 0))

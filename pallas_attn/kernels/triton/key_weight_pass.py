@@ -40,7 +40,7 @@ def sizes_of(forward: BlockSizes) -> BlockSizes:
 def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) -> Array:
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     call, block_mask = call._replace(value=call.key), call.block_mask  # no values are read
-    tiling = Tiling.of(call, scale, interpret)
+    tiling = Tiling.of_call(call, scale, interpret)
     whole = specs.WholeArrays(tiling)
     inputs = KernelArgs.from_call(call)
     inputs = inputs._replace(lists=block_mask.transposed)

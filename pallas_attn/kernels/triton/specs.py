@@ -24,17 +24,9 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class Tiling(CallShape):
     """The static facts of a kernel call: its shape, its blocks, and how logits and exponentials are computed."""
 
-    batch: int
-    q_len: int
-    kv_len: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    group: int  # query heads per KV head
     dtype: jnp.dtype
     q_block: int
     kv_block: int
@@ -44,12 +36,22 @@ class Tiling:
     has_scores: bool
     interpret: bool
 
-    @classmethod
-    def of(cls, call: Call, scale: float, interpret: bool) -> "Tiling":
+    @staticmethod
+    def of_call(call: Call, scale: float, interpret: bool) -> "Tiling":
         block_mask = call.block_mask
         shape = CallShape.of(call.query, call.key, call.value, call.page_table)
-        blocks = (block_mask.q_block, block_mask.kv_block, *block_mask.grid)
-        return cls(*shape, shape.group, call.query.dtype, *blocks, scale, bool(call.scores), interpret)
+        q_blocks, kv_blocks = block_mask.grid
+        return Tiling(
+            **vars(shape),
+            dtype=call.query.dtype,
+            q_block=block_mask.q_block,
+            kv_block=block_mask.kv_block,
+            q_blocks=q_blocks,
+            kv_blocks=kv_blocks,
+            scale=scale,
+            has_scores=bool(call.scores),
+            interpret=interpret,
+        )
 
     @property
     def q_rows(self) -> int:
