@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pdoc.render
 
-PACKAGES = ("pallas_attn", "pallas_attn.caches", "pallas_attn_models")
+PACKAGES = ("pallas_attn", "pallas_attn_models")
+REEXPORTING = (*PACKAGES, "pallas_attn.caches")
 
 
 def exported(package: ModuleType) -> list[str]:
@@ -20,12 +21,12 @@ def exported(package: ModuleType) -> list[str]:
 
 def build(directory: Path) -> None:
     """Writes a page for each package and public submodule."""
-    for name in PACKAGES:
+    for name in REEXPORTING:
         package = importlib.import_module(name)
         # pdoc leaves out imported names that ``__all__`` does not list.
         package.__all__ = exported(package)  # type: ignore[attr-defined]
     pdoc.render.configure(docformat="google", show_source=False)
-    pdoc.pdoc(*PACKAGES[::2], output_directory=directory)
+    pdoc.pdoc(*PACKAGES, output_directory=directory)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Which part of the long matrices the default suite runs. The rest is marked ``slow`` and
-``matrix``.
+"""Which part of the long matrices the default suite runs. The rest is marked ``slow`` and ``matrix``.
 
 A test named here runs for a given number of its parameter sets (0: only with ``-m slow``), or for as many as it takes
 to use every value of every parameter once (``COVER``). Other tests run whole; most take less than a second.
@@ -244,9 +243,9 @@ DEFAULT: dict[str, int] = {
     "test_bench_training::test_both_learn_the_same": 0,
     "test_bench_training::test_fractions_are_those_of_packed_documents": 0,
     "test_plot::test_every_picture_of_every_file_is_drawn": 0,
-    "test_static::test_both_loops_of_the_backward_kernels_are_found": 1,
-    "test_static::test_decode_copies_what_is_stored": 1,
-    "test_static::test_plain_keys_and_values_are_copied_in_units_of_16_bytes": 1,
+    "test_report::test_both_loops_of_the_backward_kernels_are_found": 1,
+    "test_report::test_decode_copies_what_is_stored": 1,
+    "test_report::test_plain_keys_and_values_are_copied_in_units_of_16_bytes": 1,
 }
 
 

@@ -108,11 +108,6 @@ def layer(module: str, layers: dict[str, int] = LAYERS) -> int:
     return next(level for prefix, level in layers.items() if f"{module}.".startswith(f"{prefix}."))
 
 
-def within(module: str, modules: dict[str, Path]) -> set[str]:
-    """Those of ``modules`` that a module imports; a package that it only passes through on the way is not one."""
-    return imports_of(module) & modules.keys()
-
-
 def test_the_parser_sees_every_way_to_import():
     source = """
 import a.b, c as d
@@ -165,7 +160,7 @@ def test_packages_import_lower_layers_only(modules, layers):
     """A module imports from its own package and from lower layers; of their packages only the exported names."""
     for module in modules:
         package = ".".join(module.split(".")[:2])
-        for other in within(module, modules):
+        for other in imports_of(module) & modules.keys():
             if other == package or other.startswith(f"{package}."):
                 continue
             assert layer(other, layers) < layer(module, layers), f"{module} imports {other}"

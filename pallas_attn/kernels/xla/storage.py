@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from pallas_attn import bits
-from pallas_attn.quantized import QuantizedArray
+from pallas_attn.quantized import KVArray, QuantizedArray
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +25,7 @@ class PagedArray:
       table: int32 ``[B, S // page]``; what is no page of the pool is read as the nearest one.
     """
 
-    pool: Array | QuantizedArray
+    pool: KVArray
     table: Array
 
     @property
@@ -36,7 +36,7 @@ class PagedArray:
         return batch, pages * page, kv_heads, head_dim
 
 
-Stored = Array | QuantizedArray | PagedArray
+Stored = KVArray | PagedArray
 
 
 def read(x: Stored, row: Array | int, start: Array, head: Array | int, keys: int, heads: int) -> Array:
