@@ -7,9 +7,12 @@ import zlib
 
 # XLA reads its flags when JAX is imported. The older emitters halve the compile time of the tests; newer versions lack
 # the flag, and XLA aborts on unknown flags. Workers of xdist do not have the command line: they inherit the flags.
-if "PYTEST_XDIST_WORKER" not in os.environ and "--optimize" not in sys.argv:
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+if (
+    importlib.metadata.version("jaxlib").startswith("0.10.")
+    and "--optimize" not in sys.argv
+    and "PYTEST_XDIST_WORKER" not in os.environ
+):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
