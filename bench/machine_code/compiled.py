@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src.lib.triton import dialect as triton_dialect
@@ -21,9 +22,9 @@ from jaxlib.mlir import ir
 DEVICE_KINDS = {80: "NVIDIA A100-SXM4-40GB", 90: "NVIDIA H100"}
 
 
-@dataclasses.dataclass(frozen=True)
-class MachineCode:
-    """One compiled kernel.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A kernel as ptxas assembles it.
 
     Attributes:
       name: the kernel's name.
@@ -31,9 +32,7 @@ class MachineCode:
       registers: registers per thread.
       stack_bytes: stack per thread, which holds spilled registers.
       spill_stores, spill_loads: instructions that write and read the stack.
-      shared_bytes: shared memory per program.
-      ir: the Triton IR, as text, whose lines ``sass`` refers to.
-      ptx, sass: assembly; ``sass`` is nvdisasm's text, with a comment of the line of ``ir`` before each change of line.
+      ptx, sass: assembly.
     """
 
     name: str
@@ -42,10 +41,22 @@ class MachineCode:
     stack_bytes: int
     spill_stores: int
     spill_loads: int
-    shared_bytes: int
-    ir: str
     ptx: str
     sass: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineCode(Assembly):
+    """A kernel as PyPI's Triton compiles it.
+
+    Attributes:
+      shared_bytes: shared memory per program.
+      ir: the Triton IR, as text, whose lines ``sass`` refers to.
+      sass: nvdisasm's text, with a comment of the line of ``ir`` before each change of line.
+    """
+
+    shared_bytes: int
+    ir: str
 
 
 def lower_for_cuda(function: Callable, *arguments, capability: int = 90):
@@ -58,12 +69,13 @@ def lower_for_cuda(function: Callable, *arguments, capability: int = 90):
     """
     if capability not in DEVICE_KINDS:
         raise ValueError(f"capability: expected one of {sorted(DEVICE_KINDS)}, got {capability}")
-    with _assumed_device(DEVICE_KINDS[capability]):
+    with assumed_device(DEVICE_KINDS[capability]):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 @contextlib.contextmanager
-def _assumed_device(kind: str) -> Iterator[None]:
+def assumed_device(kind: str) -> Iterator[None]:
+    """JAX lowers Triton kernels for a GPU of this kind."""
     if jax.__version_info__ < (0, 11):  # needs no device and assumes compute capability 9.0
         yield
         return
@@ -92,7 +104,6 @@ def _compile(config: dict, capability: int) -> MachineCode:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    tools = {name: _tool(name) for name in ("ptxas", "cuobjdump", "nvdisasm")}
     target = GPUTarget("cuda", capability, 32)
     options = {
         "num_warps": config["num_warps"].value,
@@ -109,23 +120,44 @@ def _compile(config: dict, capability: int) -> MachineCode:
         compiled = triton.compile(str(simplified), target=target, options=options)
         cubin = Path(directory, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run(tools["cuobjdump"], "-res-usage", str(cubin))
-        sass = _run(tools["nvdisasm"], "--print-code", "--print-line-info-inline", str(cubin))
+        return MachineCode(
+            **_disassembled(cubin),
+            name=config["name"].value,
+            num_warps=options["num_warps"],
+            shared_bytes=compiled.metadata.shared,
+            ir=text,
+            ptx=compiled.asm["ptx"],
+        )
+
+
+def assemble(ptx: str, ptxas: Path) -> Assembly:
+    """Assembles the PTX of one kernel."""
+    name, target, threads = (
+        re.search(pattern, ptx) for pattern in (r"\.entry (\w+)", r"\.target (\w+)", r"\.(?:req|max)ntid (\d+)")
+    )
+    if not (name and target and threads):
+        raise ValueError("ptx: expected a kernel with .target and .reqntid, got none")
+    with tempfile.TemporaryDirectory() as directory:
+        source, cubin = Path(directory, "kernel.ptx"), Path(directory, "kernel.cubin")
+        source.write_text(ptx)
+        _run(str(ptxas), f"-arch={target[1]}", str(source), "-o", str(cubin))
+        return Assembly(**_disassembled(cubin), name=name[1], num_warps=int(threads[1]) // 32, ptx=ptx)
+
+
+def _disassembled(cubin: Path) -> dict[str, Any]:
+    """Resources and assembly of a binary of one kernel."""
+    usage = _run(_tool("cuobjdump"), "-res-usage", str(cubin))
+    sass = _run(_tool("nvdisasm"), "--print-code", "--print-line-info-inline", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage:\n{usage}")
-    return MachineCode(
-        name=config["name"].value,
-        num_warps=options["num_warps"],
-        registers=int(found[1]),
-        stack_bytes=int(found[2]),
-        spill_stores=len(re.findall(r"\bSTL\b", sass)),
-        spill_loads=len(re.findall(r"\bLDL\b", sass)),
-        shared_bytes=compiled.metadata.shared,
-        ir=text,
-        ptx=compiled.asm["ptx"],
-        sass=sass,
-    )
+    return {
+        "registers": int(found[1]),
+        "stack_bytes": int(found[2]),
+        "spill_stores": len(re.findall(r"\bSTL\b", sass)),
+        "spill_loads": len(re.findall(r"\bLDL\b", sass)),
+        "sass": sass,
+    }
 
 
 def _triton_calls(operation) -> Iterator[dict]:
