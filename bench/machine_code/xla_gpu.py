@@ -84,15 +84,19 @@ def _toolkit() -> Path:
 
 
 @functools.cache
-def _device(gpu: str) -> Any:
-    from jax.experimental import topologies
-
+def _initialize() -> None:
     if reason := missing():
         raise ModuleNotFoundError(reason)
     with mock.patch.dict(os.environ, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):  # there is no CUDA to check
-        plugin = importlib.import_module(str(_plugin()))
-        plugin.initialize()
-        topology = topologies.get_topology_desc(platform="cuda", target_config=GPUS[gpu].description, topology="1x1x1")
+        importlib.import_module(str(_plugin())).initialize()
+
+
+@functools.cache
+def _device(gpu: str) -> Any:
+    from jax.experimental import topologies
+
+    _initialize()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=GPUS[gpu].description, topology="1x1x1")
     return topology.devices[0]
 
 

@@ -53,15 +53,18 @@ class Tiling(CallShape):
             interpret=interpret,
         )
 
+    # A compiled kernel sees arrays as they are: where blocks do not divide an array, the lowering of JAX 0.12 masks every
+    # load from it, even in the loop over full blocks. The interpreter sees whole blocks, as it would move a slice that
+    # begins inside of an array and ends beyond it.
     @property
     def q_rows(self) -> int:
-        """T rounded up to whole blocks."""
-        return self.q_blocks * self.q_block
+        """T of the arrays that a kernel sees."""
+        return self.q_blocks * self.q_block if self.interpret else self.q_len
 
     @property
     def kv_rows(self) -> int:
-        """S rounded up to whole blocks."""
-        return self.kv_blocks * self.kv_block
+        """S of the arrays that a kernel sees."""
+        return self.kv_blocks * self.kv_block if self.interpret else self.kv_len
 
     def dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
         """The float32 product of two tiles, over axis ``contract[0]`` of a and ``contract[1]`` of b."""
