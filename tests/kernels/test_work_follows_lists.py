@@ -105,7 +105,7 @@ def counter(monkeypatch):
     dynamic_slice, load = jax.lax.dynamic_slice, plgpu.load
     shapes = {(BATCH, KV_LEN, KV_HEADS, HEAD_DIM): "key", (BATCH, KV_LEN, KV_HEADS, VALUE_DIM): "value"}
     kv_rows = -(-KV_LEN // BLOCK) * BLOCK
-    tiles = {(kv_rows, HEAD_DIM): "key", (kv_rows, VALUE_DIM): "value"}
+    refs = {(BATCH, kv_rows, KV_HEADS, HEAD_DIM): "key", (BATCH, kv_rows, KV_HEADS, VALUE_DIM): "value"}
 
     def counting_slice(operand, start_indices, slice_sizes, **options):
         if which := shapes.get(operand.shape):
@@ -114,8 +114,8 @@ def counter(monkeypatch):
         return dynamic_slice(operand, start_indices, slice_sizes, **options)
 
     def counting_load(ref, **options):
-        if which := tiles.get(ref.ref.shape):
-            rows, _ = ref.transforms[-1].indices
+        if which := refs.get(ref.ref.shape):
+            _, rows, *_ = ref.transforms[-1].indices
             assert rows.size == BLOCK
             counter.read(which, rows.start)
         return load(ref, **options)

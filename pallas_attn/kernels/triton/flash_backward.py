@@ -11,13 +11,13 @@ results repeat bit for bit. As in the forward pass, the loop over full blocks ho
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn import pointwise, tuning
 from pallas_attn import scores as score_algebra
@@ -25,7 +25,10 @@ from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
-from pallas_attn.kernels.triton.key_blocks import KeyBlocks
+from pallas_attn.kernels.triton.block_walk import BlockWalk
+from pallas_attn.kernels.triton.coords import ProgramCoords
+from pallas_attn.kernels.triton.key_blocks import KeyBlock, KeyBlocks
+from pallas_attn.kernels.triton.query_block import QueryBlock
 from pallas_attn.kernels.triton.score_gradients import score_gradients
 from pallas_attn.kernels.triton.specs import KernelArgs, Residuals, Tiling
 from pallas_attn.kernels.triton.stored import StoredKeys
@@ -68,15 +71,14 @@ def backward(
 
     per_query = with_blocks_of("d_query")
     tiling, inputs = prepared(per_query)
-    layout = specs.PerQueryHead(tiling)
     d_query = specs.call(
         functools.partial(_d_query_kernel, tiling=tiling),
         "pallas_attn_d_query",
         per_query.block_sizes,
         tiling,
         grid=(tiling.q_blocks, tiling.q_heads, tiling.batch),
-        in_specs=[inputs.block_specs(tiling, layout), residuals.block_specs(tiling, layout)],
-        out_specs=layout.queries(tiling.head_dim),
+        in_specs=[inputs.block_specs(tiling), residuals.block_specs(tiling)],
+        out_specs=tiling.queries(tiling.head_dim),
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
     )(inputs, residuals)
 
@@ -89,7 +91,6 @@ def backward(
     has_tiles = any(min(x.shape[2:]) > 1 for x in pointwise.operands(scores))
     per_key = with_blocks_of("d_key_value_bias" if has_tiles else "d_key_value")
     tiling, inputs = prepared(per_key)
-    layout = specs.PerKVHead(tiling)
     inputs = inputs._replace(lists=per_key.transposed)
     d_key, d_value = specs.call(
         functools.partial(_d_key_value_kernel, tiling=tiling),
@@ -97,8 +98,8 @@ def backward(
         per_key.block_sizes,
         tiling,
         grid=(tiling.kv_blocks, tiling.kv_heads, tiling.batch),
-        in_specs=[inputs.block_specs(tiling, layout), residuals.block_specs(tiling, layout)],
-        out_specs=[layout.keys(tiling.head_dim), layout.keys(tiling.value_dim)],
+        in_specs=[inputs.block_specs(tiling), residuals.block_specs(tiling)],
+        out_specs=[tiling.keys(tiling.head_dim), tiling.keys(tiling.value_dim)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
     )(inputs, residuals)
     return d_query, d_key, d_value, d_scores
@@ -126,25 +127,27 @@ def _probabilities(
 
 def _d_query_kernel(refs: KernelArgs, residuals: Residuals, d_query_ref, *, tiling: Tiling):
     (head_columns,), (value_columns,) = tiles.columns(tiling.head_dim), tiles.columns(tiling.value_dim)
-    i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
+    n, b = pl.program_id(1), pl.program_id(2)
+    coords = ProgramCoords(b, n // tiling.group, n)
+    heads = coords.index(refs.lists.order, tiling)
+    i = refs.lists.order[(*heads, pl.program_id(0))]
 
-    def places(i: Array) -> tuple[pl.Slice, Array, Array, Array, Array]:
-        """Of a block of queries: their indices, bool in bounds, positions, peaks, and bool valid."""
-        rows = pl.Slice(i * tiling.q_block, tiling.q_block)
-        in_bounds = i * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
-        positions = tiles.load(refs.q_positions.at[rows], in_bounds, -1)
-        peak = tiles.load(residuals.lse.peak.at[rows], in_bounds, jnp.inf)
-        return rows, in_bounds, positions, peak, (positions >= 0) & (peak != jnp.inf)
+    def load(i: Array) -> tuple[QueryBlock, Array, Array, Array]:
+        """A block of queries, with their positions, peaks, and bool valid."""
+        queries = QueryBlock.ragged(refs, tiling, coords, i)
+        positions = queries.positions()
+        peak = queries.vector(residuals.lse.peak, queries.in_bounds, jnp.inf)
+        return queries, positions, peak, (positions >= 0) & (peak != jnp.inf)
 
-    rows, row_in_bounds, q_positions, peak, q_valid = places(i)
-    lse = peak[:, None], tiles.load(residuals.lse.log_total.at[rows], row_in_bounds)[:, None]
-    delta = tiles.load(residuals.delta.at[rows], q_valid)[:, None]
-    q = tiles.load_rows(refs.query, rows, q_valid, head_columns)
-    do = tiles.load_rows(residuals.d_out, rows, q_valid, value_columns)
+    queries, q_positions, peak, q_valid = load(i)
+    lse = peak[:, None], queries.vector(residuals.lse.log_total, queries.in_bounds)[:, None]
+    delta = queries.vector(residuals.delta, q_valid)[:, None]
+    q = queries.tile(refs.query, head_columns, q_valid)
+    do = queries.tile(residuals.d_out, value_columns, q_valid)
+    keys = StoredKeys(refs, tiling, coords)
+    blocks = KeyBlocks(keys, queries.at, queries.in_bounds, q_positions)
 
-    blocks = KeyBlocks(StoredKeys(refs, tiling), rows, row_in_bounds, q_positions)
-
-    def visit(state, block):
+    def step(state: list, block: KeyBlock) -> tuple:
         (acc,) = state
         operands, where = (), ()
         if refs.scores:
@@ -155,89 +158,97 @@ def _d_query_kernel(refs: KernelArgs, residuals: Residuals, d_query_ref, *, tili
         ds = back(p * (tiling.dot(do, v, (1, 1)) - delta))
         return (acc + tiling.dot(ds, k, (1, 0)),)
 
-    acc = jnp.zeros((tiling.q_block, q.shape[1]), jnp.float32)
-    (acc,) = blocks.walk((i,), visit, (acc,))
-    # Recomputed: what the loop does not need must not occupy registers, or the stack, while it runs.
-    rows, row_in_bounds, *_, q_valid = places(tiling.opaque(i))
-    out = jnp.where(q_valid[:, None], acc * tiling.scale, 0.0).astype(d_query_ref.dtype)
-    plgpu.store(
-        d_query_ref.at[rows, head_columns.at], out, mask=tiles.outer(row_in_bounds, head_columns.in_bounds, out.shape)
-    )
+    walk = BlockWalk.of(refs.lists, (*heads, i), keys.locate)
+    carry = walk.start((jnp.zeros((tiling.q_block, head_columns.tile), jnp.float32),))
+    carry = lax.fori_loop(walk.first, walk.num_full, walk.visit(blocks.full, step), carry)
+    _, acc = lax.fori_loop(walk.num_full, walk.last, walk.visit(blocks.partial, step), carry)
+    # Recomputed: what the loops do not need must not occupy registers, or the stack, while they run.
+    queries, *_, q_valid = load(tiling.opaque(i))
+    d_query = jnp.where(q_valid[:, None], acc * tiling.scale, 0.0)
+    tiles.store_rows(d_query_ref, (b, queries.at, n), head_columns, queries.in_bounds, d_query)
+
+
+class _QueriesOfKeys(NamedTuple):
+    """A block of queries that a block of keys visits, with the mask, transposed."""
+
+    queries: QueryBlock
+    positions: Any  # int32 [q_block]; None if nothing uses them
+    peak: Array
+    valid: Array | None  # bool [q_block]; None: all of them
+    allowed: Array | None  # bool [kv_block, q_block]; None: every query sees every key
 
 
 def _d_key_value_kernel(refs: KernelArgs, residuals: Residuals, d_key_ref, d_value_ref, *, tiling: Tiling):
     (head_columns,), (value_columns,) = tiles.columns(tiling.head_dim), tiles.columns(tiling.value_dim)
-    j, h, b = refs.lists.order[0, pl.program_id(0)], pl.program_id(1), pl.program_id(2)
+    h, b = pl.program_id(1), pl.program_id(2)
+    first_head = ProgramCoords(b, h, h * tiling.group)
+    j = refs.lists.order[(*first_head.index(refs.lists.order, tiling), pl.program_id(0))]
+    stored = StoredKeys(refs, tiling, first_head)
 
-    def places(j: Array) -> tuple[pl.Slice, Array, Array]:
+    def load_keys(j: Array) -> tuple[pl.Slice, Array, Array]:
         """Of a block of keys: their indices, bool in bounds, and positions."""
-        keys = pl.Slice(j * tiling.kv_block, tiling.kv_block)
-        in_bounds = j * tiling.kv_block + jnp.arange(tiling.kv_block, dtype=jnp.int32) < tiling.kv_len
-        return keys, in_bounds, tiles.load(refs.kv_positions.at[np.int32(0), keys], in_bounds, -1)
+        in_bounds = stored.in_bounds(j)
+        return stored.slots(j), in_bounds, stored.positions(j, in_bounds)
 
-    keys, key_in_bounds, kv_positions = places(j)
+    keys, key_in_bounds, kv_positions = load_keys(j)
     valid = kv_positions >= 0
-    k = tiles.load_rows(refs.key, keys, valid, head_columns)
-    v = tiles.load_rows(refs.value, keys, valid, value_columns)
+    (k,), (v,) = (stored.tile(x, stored.locate(j), valid).parts for x in (refs.key, refs.value))
 
-    def head(g, state):
-        n = h * tiling.group + g
+    # Tiles are [kv_block, q_block] here, so that both sums have their probabilities on the left.
+    def head(g: Array, state: tuple) -> tuple:
+        coords = ProgramCoords(b, h, h * tiling.group + g)
 
-        def load_operands(tree, rows, row_in_bounds):
+        def operands(tree, queries: QueryBlock):
             """The transposed tiles of the operands of a mask or of scores."""
 
             def load(ref):
-                return tiles.load_operand(ref, rows, row_in_bounds, keys, key_in_bounds, tiles.of_head(ref, g)).T
+                heads = coords.index(ref, tiling)
+                return tiles.load_operand(ref, heads, queries.at, queries.in_bounds, keys, key_in_bounds).T
 
             return pointwise.map_operands(load, tree)
 
-        # Tiles are [kv_block, q_block] here, so that both sums have their probabilities on the left.
-        def visit(state, rows, row_in_bounds, q_valid, q_positions, peak, allowed):
+        def full(block: Array) -> _QueriesOfKeys:
+            queries = QueryBlock.full(refs, tiling, coords, block)
+            positions = queries.positions() if refs.scores else None
+            return _QueriesOfKeys(queries, positions, queries.vector(residuals.lse.peak, None), None, None)
+
+        def partial(block: Array) -> _QueriesOfKeys:
+            queries = QueryBlock.ragged(refs, tiling, coords, block)
+            positions = queries.positions()
+            peak = queries.vector(residuals.lse.peak, queries.in_bounds, jnp.inf)
+            q_valid = (positions >= 0) & (peak != jnp.inf)
+            mask = operands(refs.mask, queries)
+            allowed = mask.allowed(positions[None, :], kv_positions[:, None]) & valid[:, None] & q_valid[None, :]
+            return _QueriesOfKeys(queries, positions, peak, q_valid, allowed)
+
+        def step(state: list, block: _QueriesOfKeys) -> tuple:
             d_key, d_value = state
-            q = tiles.load_rows(refs.query, rows, q_valid, head_columns, g)
-            do = tiles.load_rows(residuals.d_out, rows, q_valid, value_columns, g)
-            delta = tiles.load(residuals.delta.at[g, rows], q_valid)[None, :]
-            operands, where = (), ()
+            queries, q_positions, peak, q_valid, allowed = block
+            q = queries.tile(refs.query, head_columns, q_valid)
+            do = queries.tile(residuals.d_out, value_columns, q_valid)
+            delta = queries.vector(residuals.delta, q_valid)[None, :]
+            scores, where = (), ()
             if refs.scores:
-                where = q_positions[None, :], kv_positions[:, None], n, b
-                operands = pointwise.map_operands(
-                    lambda ref: (
-                        tiles.load_operand(ref, rows, row_in_bounds, keys, key_in_bounds, tiles.of_head(ref, g)).T
-                    ),
-                    refs.scores,
-                )
+                scores = operands(refs.scores, queries)
+                where = q_positions[None, :], kv_positions[:, None], coords.n, b
             products = tiling.dot(k, q, (1, 1))
             # Loaded here, as registers are scarce while the product is computed.
-            lse = peak[None, :], tiles.load(residuals.lse.log_total.at[g, rows], row_in_bounds)[None, :]
-            p, back = _probabilities(products, lse, allowed, operands, where, tiling)
+            lse = peak[None, :], queries.vector(residuals.lse.log_total, queries.in_bounds)[None, :]
+            p, back = _probabilities(products, lse, allowed, scores, where, tiling)
             d_value = d_value + tiling.dot(p, do, (1, 0))
             ds = back(p * (tiling.dot(v, do, (1, 1)) - delta))
             return d_key + tiling.dot(ds, q, (1, 0)), d_value
 
-        def full(block, state):
-            rows = pl.Slice(block * tiling.q_block, tiling.q_block)
-            q_positions = plgpu.load(refs.q_positions.at[rows]) if refs.scores else None
-            peak = plgpu.load(residuals.lse.peak.at[g, rows])
-            return visit(state, rows, None, None, q_positions, peak, None)
-
-        def partial(block, state):
-            rows = pl.Slice(block * tiling.q_block, tiling.q_block)
-            row_in_bounds = block * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
-            q_positions = tiles.load(refs.q_positions.at[rows], row_in_bounds, -1)
-            peak = tiles.load(residuals.lse.peak.at[g, rows], row_in_bounds, jnp.inf)
-            q_valid = (q_positions >= 0) & (peak != jnp.inf)
-            mask = load_operands(refs.mask, rows, row_in_bounds)
-            allowed = mask.allowed(q_positions[None, :], kv_positions[:, None]) & valid[:, None] & q_valid[None, :]
-            return visit(state, rows, row_in_bounds, q_valid, q_positions, peak, allowed)
-
-        return tiles.walk(refs.lists, (tiles.of_head(refs.lists.indices, g), j), full, partial, state)
+        walk = BlockWalk.of(refs.lists, (*coords.index(refs.lists.num_full, tiling), j))
+        carry = lax.fori_loop(walk.first, walk.num_full, walk.visit(full, step), walk.start(state))
+        _, *state = lax.fori_loop(walk.num_full, walk.last, walk.visit(partial, step), carry)
+        return tuple(state)
 
     zeros = tuple(jnp.zeros((tiling.kv_block, x.shape[1]), jnp.float32) for x in (k, v))
     # A plain 0 fails in the interpreter.
     d_key, d_value = tiles.loop(0, tiling.group, head, zeros) if tiling.group > 1 else head(np.int32(0), zeros)
-    # Recomputed: what the loop does not need must not occupy registers, or the stack, while it runs.
-    keys, key_in_bounds, kv_positions = places(tiling.opaque(j))
+    # Recomputed: what the loops do not need must not occupy registers, or the stack, while they run.
+    keys, key_in_bounds, kv_positions = load_keys(tiling.opaque(j))
     valid = kv_positions >= 0
-    for ref, x, width in ((d_key_ref, d_key * tiling.scale, head_columns), (d_value_ref, d_value, value_columns)):
-        out = jnp.where(valid[:, None], x, 0.0).astype(ref.dtype)
-        plgpu.store(ref.at[keys, width.at], out, mask=tiles.outer(key_in_bounds, width.in_bounds, out.shape))
+    for ref, x, columns in ((d_key_ref, d_key * tiling.scale, head_columns), (d_value_ref, d_value, value_columns)):
+        tiles.store_rows(ref, (b, keys, h), columns, key_in_bounds, jnp.where(valid[:, None], x, 0.0))

@@ -10,15 +10,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
-from pallas_attn.kernels.triton.key_blocks import KeyBlocks
-from pallas_attn.kernels.triton.softmax import OnlineSoftmaxStep
+from pallas_attn.kernels.triton.block_walk import BlockWalk
+from pallas_attn.kernels.triton.coords import ProgramCoords
+from pallas_attn.kernels.triton.key_blocks import KeyBlock, KeyBlocks
+from pallas_attn.kernels.triton.query_block import QueryBlock
+from pallas_attn.kernels.triton.softmax import SoftmaxState
 from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
 from pallas_attn.kernels.triton.stored import StoredKeys
 
@@ -30,44 +33,49 @@ def forward(call: Call, *, scale: float, interpret: bool = False) -> tuple[Array
 
     Blocks are powers of two, at least 16, and D and Dv at most 256. ``interpret`` runs Pallas' interpreter.
     """
-    query, block_mask, sinks = call.query, call.block_mask, call.sinks
-    tiling = Tiling.of_call(call, scale, interpret)
-    layout = specs.PerQueryHead(tiling)
-    inputs = KernelArgs.from_call(call)
-    rows = pl.BlockSpec((None, None, tiling.q_rows), lambda i, n, b: (b, n, 0))
-    per_row = jax.ShapeDtypeStruct((tiling.batch, tiling.q_heads, tiling.q_len), jnp.float32)
+    query, sinks = call.query, call.sinks
+    tiling, inputs = Tiling.of_call(call, scale, interpret), KernelArgs.from_call(call)
+    per_query = jax.ShapeDtypeStruct((tiling.batch, tiling.q_heads, tiling.q_len), jnp.float32)
     return specs.call(
         functools.partial(_kernel, tiling=tiling),
         "pallas_attn_forward",
-        block_mask.block_sizes,
+        call.block_mask.block_sizes,
         tiling,
         grid=(tiling.q_blocks, tiling.q_heads, tiling.batch),
-        in_specs=[
-            inputs.block_specs(tiling, layout),
-            None if sinks is None else pl.BlockSpec((1,), lambda i, n, b: (n,)),
-        ],
-        out_specs=(layout.queries(tiling.value_dim), Lse(rows, rows, tiling.unit)),
+        in_specs=[inputs.block_specs(tiling), None if sinks is None else specs.whole(sinks)],
+        out_specs=(tiling.queries(tiling.value_dim), Lse(tiling.per_query(), tiling.per_query(), tiling.unit)),
         out_shape=(
-            jax.ShapeDtypeStruct((tiling.batch, tiling.q_len, tiling.q_heads, tiling.value_dim), query.dtype),
-            Lse(per_row, per_row, tiling.unit),
+            jax.ShapeDtypeStruct((*query.shape[:-1], tiling.value_dim), query.dtype),
+            Lse(per_query, per_query, tiling.unit),
         ),
     )(inputs, sinks)
 
 
 def _kernel(refs: KernelArgs, sinks_ref, out_ref, lse_refs: Lse, *, tiling: Tiling):
-    i, n, b = refs.lists.order[pl.program_id(0)], pl.program_id(1), pl.program_id(2)
-    rows = pl.Slice(i * tiling.q_block, tiling.q_block)
-    row_in_bounds = i * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
-    stored = StoredKeys(refs, tiling)
-    value_columns = stored.columns(refs.value)
-    q = tuple(tiles.load_rows(refs.query, rows, row_in_bounds, part) for part in stored.columns(refs.key))
-    q_positions = tiles.load(refs.q_positions.at[rows], row_in_bounds, -1)
-    blocks = KeyBlocks(stored, rows, row_in_bounds, q_positions)
-    state = OnlineSoftmaxStep(tiling, blocks, q, n, b).walk((i,), value_columns)
-    state, above = (state, 0.0) if sinks_ref is None else state.with_sink(tiling, sinks_ref[0])
+    n, b = pl.program_id(1), pl.program_id(2)
+    coords = ProgramCoords(b, n // tiling.group, n)
+    heads = coords.index(refs.lists.order, tiling)
+    i = refs.lists.order[(*heads, pl.program_id(0))]
+    queries, keys = QueryBlock.ragged(refs, tiling, coords, i), StoredKeys(refs, tiling, coords)
+    columns, value_columns = keys.columns(refs.key), keys.columns(refs.value)
+    q = tuple(queries.tile(refs.query, part, queries.in_bounds) for part in columns)
+    q_positions = queries.positions()
+    blocks = KeyBlocks(keys, queries.at, queries.in_bounds, q_positions)
+
+    def step(state: tuple, block: KeyBlock) -> SoftmaxState:
+        logits = blocks.logits(block.k.products(tiling, q), block)
+        return SoftmaxState(*state).update(tiling, logits, block.v)
+
+    walk = BlockWalk.of(refs.lists, (*heads, i), keys.locate)
+    carry = walk.start(SoftmaxState.empty(tiling.q_block, value_columns))
+    carry = lax.fori_loop(walk.first, walk.num_full, walk.visit(blocks.full, step), carry)
+    _, *state = lax.fori_loop(walk.num_full, walk.last, walk.visit(blocks.partial, step), carry)
+
+    state, above = SoftmaxState(*state), 0.0
+    if sinks_ref is not None:
+        state, above = state.with_sink(tiling, sinks_ref[n])
     out, peak, log_total = state.finish(q_positions >= 0, above)
     for part, x in zip(value_columns, out, strict=True):
-        mask = tiles.outer(row_in_bounds, part.in_bounds, x.shape)
-        plgpu.store(out_ref.at[rows, part.at], x.astype(out_ref.dtype), mask=mask)
-    plgpu.store(lse_refs.peak.at[rows], peak, mask=row_in_bounds)
-    plgpu.store(lse_refs.log_total.at[rows], log_total, mask=row_in_bounds)
+        tiles.store_rows(out_ref, (b, queries.at, n), part, queries.in_bounds, x)
+    plgpu.store(lse_refs.peak.at[b, n, queries.at], peak, mask=queries.in_bounds)
+    plgpu.store(lse_refs.log_total.at[b, n, queries.at], log_total, mask=queries.in_bounds)

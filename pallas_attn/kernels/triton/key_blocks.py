@@ -1,7 +1,6 @@
 """Loads the KV blocks that a tile of queries visits."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_attn import pointwise
+from pallas_attn import scores as score_algebra
 from pallas_attn.kernels.triton import tiles
 from pallas_attn.kernels.triton.stored import KVBlockRef, StoredKeys, Tile
 from pallas_attn.scores import Scores
@@ -40,17 +40,33 @@ class KeyBlocks:
     row_in_bounds: Array | None
     q_positions: Array
 
-    def walk(self, row: tuple, visit: Callable, state: tuple, slots: tuple[Array, Array] | None = None) -> tuple:
-        """Runs ``visit(state, block)`` over a row of the lists; see :func:`tiles.walk`."""
+    def full(self, at: KVBlockRef) -> KeyBlock:
+        """A full block: all keys are valid and visible to every query."""
+        stored, refs = self.stored, self.stored.refs
+        positions = stored.positions(at.block, None) if refs.scores else None
+        k, v = stored.tile(refs.key, at, None), stored.tile(refs.value, at, None)
+        return KeyBlock(k, v, stored.slots(at.block), None, positions, None)
 
-        def full(at: KVBlockRef, state: tuple) -> tuple:
-            return visit(state, self._full(at))
+    def partial(self, at: KVBlockRef) -> KeyBlock:
+        """A partial block. Only valid keys are read: an empty slot may hold NaN, and 0 * NaN is NaN."""
+        stored, refs = self.stored, self.stored.refs
+        keys, in_bounds = stored.slots(at.block), stored.in_bounds(at.block)
+        positions = stored.positions(at.block, in_bounds)
+        allowed = self.allowed(keys, in_bounds, positions)
+        k, v = stored.tile(refs.key, at, positions >= 0), stored.tile(refs.value, at, positions >= 0)
+        return KeyBlock(k, v, keys, in_bounds, positions, allowed)
 
-        def partial(at: KVBlockRef, state: tuple) -> tuple:
-            return visit(state, self._partial(at))
-
-        lists = self.stored.refs.lists
-        return tiles.walk(lists, row, full, partial, state, slots=slots, locate=self.stored.locate)
+    def logits(self, products: Array, block: KeyBlock) -> Array:
+        """Logits from products ``q k'``, in units of :attr:`Tiling.unit`; -inf where a key is not seen."""
+        tiling, coords = self.stored.tiling, self.stored.coords
+        logits = tiling.logits(products)
+        if self.stored.refs.scores:
+            heads = coords.n if jnp.ndim(coords.n) == 0 else coords.n[:, None]
+            where = self.q_positions[:, None], block.positions[None, :], heads, coords.b
+            logits = score_algebra.apply(self.scores(block.keys, block.in_bounds), logits, *where)
+        if block.allowed is not None:
+            logits = jnp.where(block.allowed, logits, -jnp.inf)
+        return tiling.rounded(logits)
 
     def scores(self, keys: pl.Slice, in_bounds: Array | None) -> Scores:
         """The scores, with the tiles of their operands for a block."""
@@ -62,23 +78,6 @@ class KeyBlocks:
         allowed = mask.allowed(self.q_positions[:, None], positions[None, :]) & (positions >= 0)[None, :]
         return jnp.broadcast_to(allowed, (self.q_positions.size, positions.size))
 
-    def _full(self, at: KVBlockRef) -> KeyBlock:
-        """A full block: all keys are valid and visible to every query."""
-        stored, refs = self.stored, self.stored.refs
-        positions = stored.positions(at.block, None) if refs.scores else None
-        k, v = stored.tile(refs.key, at, None), stored.tile(refs.value, at, None)
-        return KeyBlock(k, v, stored.slots(at.block), None, positions, None)
-
-    def _partial(self, at: KVBlockRef) -> KeyBlock:
-        """A partial block. Only valid keys are read: an empty slot may hold NaN, and 0 * NaN is NaN."""
-        stored, refs = self.stored, self.stored.refs
-        keys, in_bounds = stored.slots(at.block), stored.in_bounds(at.block)
-        positions = stored.positions(at.block, in_bounds)
-        allowed = self.allowed(keys, in_bounds, positions)
-        k, v = stored.tile(refs.key, at, positions >= 0), stored.tile(refs.value, at, positions >= 0)
-        return KeyBlock(k, v, keys, in_bounds, positions, allowed)
-
     def _operand(self, ref: Any, keys: pl.Slice, in_bounds: Array | None) -> Array:
-        is_of_keys = ref.shape[-3:-2] == (self.stored.tiling.kv_heads,)
-        at = self.stored.shared(ref, lambda coords: coords.h if is_of_keys else coords.n)
-        return tiles.load_operand(ref, self.rows, self.row_in_bounds, keys, in_bounds, *at)
+        heads = self.stored.coords.index(ref, self.stored.tiling)
+        return tiles.load_operand(ref, heads, self.rows, self.row_in_bounds, keys, in_bounds)

@@ -20,10 +20,13 @@ from pallas_attn import scores as score_algebra
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
+from pallas_attn.kernels.triton.block_walk import BlockWalk
+from pallas_attn.kernels.triton.coords import ProgramCoords
 from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.packing import Packing
+from pallas_attn.kernels.triton.query_block import QueryBlock
 from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
-from pallas_attn.kernels.triton.stored import ProgramCoords, StoredKeys
+from pallas_attn.kernels.triton.stored import StoredKeys
 from pallas_attn.schedule import Schedule
 from pallas_attn.tuning import BlockSizes
 
@@ -41,7 +44,6 @@ def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) 
     """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
     call, block_mask = call._replace(value=call.key), call.block_mask  # no values are read
     tiling = Tiling.of_call(call, scale, interpret)
-    whole = specs.WholeArrays(tiling)
     inputs = KernelArgs.from_call(call)
     inputs = inputs._replace(lists=block_mask.transposed)
     return specs.call(
@@ -51,10 +53,10 @@ def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) 
         tiling,
         grid=(tiling.kv_blocks, tiling.kv_heads, tiling.batch),
         in_specs=[
-            inputs.block_specs(tiling, whole),
-            jax.tree.map(lambda _: whole.all(tiling.batch, tiling.q_heads, tiling.q_rows), lse),
+            inputs.block_specs(tiling),
+            jax.tree.map(lambda _: tiling.per_query(), lse),
         ],
-        out_specs=whole.all(tiling.batch, tiling.kv_heads, tiling.kv_rows),
+        out_specs=specs.of_shape((tiling.batch, tiling.kv_heads, tiling.kv_rows)),
         out_shape=jax.ShapeDtypeStruct((tiling.batch, tiling.kv_heads, tiling.kv_len), jnp.float32),
     )(inputs, specs.in_kernels(lse))
 
@@ -69,9 +71,8 @@ def weights_of_logits(
         that are not in the list of their owner may hold anything.
       indices: of the lists, int32 ``[B|1, M, 1, width]``.
     """
-    whole = specs.WholeArrays(tiling)
     shape = tiling.batch, packing.owners, tiling.kv_len
-    blocks = whole.all(*shape[:2], tiling.kv_rows)
+    blocks = specs.of_shape((*shape[:2], tiling.kv_rows))
     weights = specs.call(
         functools.partial(_logits_kernel, packing=packing, tiling=tiling),
         "pallas_attn_decode_weights",
@@ -80,10 +81,8 @@ def weights_of_logits(
         grid=(schedule.row.shape[0], packing.heads, packing.copies(tiling)),
         in_specs=[
             blocks,
-            whole.all(*shape[:2], packing.tiles * packing.tile, tiling.kv_rows),
-            jax.tree.map(lambda x: whole.all(*x.shape), lse),
-            jax.tree.map(lambda x: whole.all(*x.shape), schedule),
-            whole.all(*indices.shape),
+            specs.of_shape((*shape[:2], packing.tiles * packing.tile, tiling.kv_rows)),
+            *jax.tree.map(specs.whole, (lse, schedule, indices)),
         ],
         out_specs=blocks,
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -129,45 +128,43 @@ def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
     k = stored.tile(refs.key, stored.locate(j), positions >= 0)
 
     def head(g: Any, state: tuple[Array]) -> tuple[Array]:
-        n = h * tiling.group + g
-        of_head = StoredKeys(refs, tiling, ProgramCoords(b, h, n))
+        coords = ProgramCoords(b, h, h * tiling.group + g)
+        keys_of_head = StoredKeys(refs, tiling, coords)
 
-        def load_rows(block: Array, in_bounds: Array | None) -> tuple[KeyBlocks, Array, Array]:
-            """A block of queries as what is known of its rows, and the parts of their lse."""
-            rows = pl.Slice(block * tiling.q_block, tiling.q_block)
-            q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), rows], in_bounds, -1)
-            peak = tiles.load(lse_refs.peak.at[b, n, rows], in_bounds, jnp.inf)
-            log_total = tiles.load(lse_refs.log_total.at[b, n, rows], in_bounds)
-            return KeyBlocks(of_head, rows, in_bounds, q_positions), peak, log_total
+        def load(queries: QueryBlock) -> tuple[QueryBlock, KeyBlocks, Array, Array]:
+            """A block of queries, what its mask and scores depend on, and the parts of its lse."""
+            blocks = KeyBlocks(keys_of_head, queries.at, queries.in_bounds, queries.positions())
+            peak = queries.vector(lse_refs.peak, queries.in_bounds, jnp.inf)
+            return queries, blocks, peak, queries.vector(lse_refs.log_total, queries.in_bounds)
 
-        def weights(blocks: KeyBlocks, lse: list[Array], in_bounds: Array | None, q_valid: Array | None) -> Array:
+        def weights(
+            queries: QueryBlock, blocks: KeyBlocks, peak: Array, log_total: Array, q_valid: Array | None
+        ) -> Array:
             """The probabilities ``[q_block, kv_block]`` of a block of queries; undefined for masked pairs."""
-
-            def load_queries(part: tiles.Columns) -> Array:
-                mask = tiles.outer(q_valid, part.in_bounds, (tiling.q_block, part.tile))
-                return tiles.load(refs.query.at[b, blocks.rows, n, part.at], mask)
-
-            logits = tiling.logits(k.products(tiling, tuple(load_queries(part) for part in columns)))
+            q = tuple(queries.tile(refs.query, part, q_valid) for part in columns)
+            logits = tiling.logits(k.products(tiling, q))
             if refs.scores:
-                where = blocks.q_positions[:, None], positions[None, :], n, b
+                where = blocks.q_positions[:, None], positions[None, :], coords.n, b
                 logits = score_algebra.apply(blocks.scores(keys, in_bounds), logits, *where)
-            return tiling.probabilities(logits, *(x[:, None] for x in lse))
+            return tiling.probabilities(logits, peak[:, None], log_total[:, None])
 
-        def full(block: Array, state: tuple[Array]) -> tuple[Array]:
-            blocks, *lse = load_rows(block, None)
-            return (state[0] + weights(blocks, lse, None, None),)
+        def full(block: Array) -> Array:
+            return weights(*load(QueryBlock.full(refs, tiling, coords, block)), None)
 
-        def partial(block: Array, state: tuple[Array]) -> tuple[Array]:
-            row_in_bounds = block * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
-            blocks, *lse = load_rows(block, row_in_bounds)
-            q_valid = (blocks.q_positions >= 0) & (lse[0] != jnp.inf)
+        def partial(block: Array) -> Array:
+            queries, blocks, peak, log_total = load(QueryBlock.ragged(refs, tiling, coords, block))
+            q_valid = (blocks.q_positions >= 0) & (peak != jnp.inf)
             allowed = blocks.allowed(keys, in_bounds, positions) & q_valid[:, None]
             # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
-            return (state[0] + jnp.where(allowed, weights(blocks, lse, in_bounds, q_valid), 0.0),)
+            return jnp.where(allowed, weights(queries, blocks, peak, log_total, q_valid), 0.0)
 
-        of = refs.lists.num_active
-        row = of_head.shared(of, lambda x: x.h if of.shape[1] == tiling.kv_heads else x.n)
-        return tiles.walk(refs.lists, (*row, j), full, partial, state)
+        def step(state: list, weights: Array) -> tuple[Array]:
+            return (state[0] + weights,)
+
+        walk = BlockWalk.of(refs.lists, (*coords.index(refs.lists.num_active, tiling), j))
+        carry = lax.fori_loop(walk.first, walk.num_full, walk.visit(full, step), walk.start(state))
+        _, total = lax.fori_loop(walk.num_full, walk.last, walk.visit(partial, step), carry)
+        return (total,)
 
     # Summed over its rows at the end alone: different warps hold them.
     state = (jnp.zeros((tiling.q_block, tiling.kv_block), jnp.float32),)

@@ -22,9 +22,11 @@ from pallas_attn import pointwise
 from pallas_attn import scores as score_algebra
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.triton import specs, tiles
+from pallas_attn.kernels.triton.coords import ProgramCoords
+from pallas_attn.kernels.triton.query_block import QueryBlock
 from pallas_attn.kernels.triton.specs import KernelArgs, Residuals, Tiling
+from pallas_attn.kernels.triton.stored import StoredKeys
 from pallas_attn.kernels.triton.tables import LookedUp, look_up, place_sums, width_of
-from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.scores import Score, Scores, Traced
 from pallas_attn.tuning import BlockSizes
 
@@ -85,15 +87,14 @@ def _table_gradient(
 
 
 def _call(kernel, tiling: Tiling, inputs, residuals, bitmap, sizes: BlockSizes, grid, padded, shape) -> Array:
-    whole = specs.WholeArrays(tiling)
     return specs.call(
         kernel,
         "pallas_attn_d_score",
         sizes,
         tiling,
         grid=grid,
-        in_specs=[inputs.block_specs(tiling, whole), residuals.block_specs(tiling, whole), whole.all(*bitmap.shape)],
-        out_specs=whole.all(*padded),
+        in_specs=[inputs.block_specs(tiling), residuals.block_specs(tiling), specs.whole(bitmap)],
+        out_specs=specs.of_shape(padded),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
     )(inputs, residuals, bitmap)
 
@@ -133,41 +134,34 @@ def _kernel(
 
     def visit_block(visit: Array, acc: Array) -> Array:
         b, n, i, j = block_of(visit)
-        live = bitmap_ref[*_shared(bitmap_ref, b, n, tiling), i, j] > 0
+        coords = ProgramCoords(b, n // tiling.group, n)
+        live = bitmap_ref[*coords.index(bitmap_ref, tiling), i, j] > 0
         # A loop of one iteration or none.
-        return lax.fori_loop(0, live.astype(jnp.int32), lambda _, acc: acc + _block(refs, residuals, b, n, i, j), acc)
+        return lax.fori_loop(0, live.astype(jnp.int32), lambda _, acc: acc + block(coords, i, j), acc)
 
-    def _block(refs: KernelArgs, residuals: Residuals, b: Array, n: Array, i: Array, j: Array) -> Array:
+    def block(coords: ProgramCoords, i: Array, j: Array) -> Array:
         """The gradient of one block's tile, ``[q_block|1, kv_block|1]``."""
-        at_q, at_k = pl.Slice(i * tiling.q_block, tiling.q_block), pl.Slice(j * tiling.kv_block, tiling.kv_block)
-        row_in_bounds = i * tiling.q_block + jnp.arange(tiling.q_block, dtype=jnp.int32) < tiling.q_len
-        key_in_bounds = j * tiling.kv_block + jnp.arange(tiling.kv_block, dtype=jnp.int32) < tiling.kv_len
         (head_columns,), (value_columns,) = tiles.columns(tiling.head_dim), tiles.columns(tiling.value_dim)
-        q_positions = tiles.load(refs.q_positions.at[tiles.of_head(refs.q_positions, b), at_q], row_in_bounds, -1)
-        kv_at = _shared(refs.kv_positions, b, n, tiling)
-        kv_positions = tiles.load(refs.kv_positions.at[*kv_at, at_k], key_in_bounds, -1)
-        peak = tiles.load(residuals.lse.peak.at[b, n, at_q], row_in_bounds, jnp.inf)
-        log_total = tiles.load(residuals.lse.log_total.at[b, n, at_q], row_in_bounds)
+        queries, stored = QueryBlock.ragged(refs, tiling, coords, i), StoredKeys(refs, tiling, coords)
+        keys, key_in_bounds = stored.slots(j), stored.in_bounds(j)
+        q_positions, kv_positions = queries.positions(), stored.positions(j, key_in_bounds)
+        peak = queries.vector(residuals.lse.peak, queries.in_bounds, jnp.inf)
+        log_total = queries.vector(residuals.lse.log_total, queries.in_bounds)
         q_valid, valid = (q_positions >= 0) & (peak != jnp.inf), kv_positions >= 0
-        delta = tiles.load(residuals.delta.at[b, n, at_q], q_valid)[:, None]
-
-        def tokens(ref, at: pl.Slice, head: Array, mask: Array, columns: Columns) -> Array:
-            return tiles.load(ref.at[b, at, head, :], tiles.outer(mask, columns.in_bounds, (mask.size, ref.shape[-1])))
-
-        q = tokens(refs.query, at_q, n, q_valid, head_columns)
-        do = tokens(residuals.d_out, at_q, n, q_valid, value_columns)
-        k = tokens(refs.key, at_k, n // tiling.group, valid, head_columns)
-        v = tokens(refs.value, at_k, n // tiling.group, valid, value_columns)
+        delta = queries.vector(residuals.delta, q_valid)[:, None]
+        q = queries.tile(refs.query, head_columns, q_valid)
+        do = queries.tile(residuals.d_out, value_columns, q_valid)
+        (k,), (v,) = (stored.tile(x, stored.locate(j), valid).parts for x in (refs.key, refs.value))
 
         def operand(ref) -> Array:
-            at = _shared(ref, b, n, tiling)
-            return tiles.load_operand(ref, at_q, row_in_bounds, at_k, key_in_bounds, *at)
+            heads = coords.index(ref, tiling)
+            return tiles.load_operand(ref, heads, queries.at, queries.in_bounds, keys, key_in_bounds)
 
         mask = pointwise.map_operands(operand, refs.mask)
         allowed = mask.allowed(q_positions[:, None], kv_positions[None, :]) & valid[None, :] & q_valid[:, None]
         scores = pointwise.map_operands(operand, refs.scores)
         raw = jnp.where(allowed, tiling.logits(tiling.dot(q, k, (1, 1))), 0.0)
-        where = (q_positions[:, None], kv_positions[None, :], n, b)
+        where = q_positions[:, None], kv_positions[None, :], coords.n, coords.b
 
         ready = look_up(_where_live(scores, allowed), raw, *where)
         changed = ready[at]
@@ -224,10 +218,3 @@ def _kernel(
 def _where_live(operands: Scores, live: Array) -> Scores:
     """Float32 tiles, 0 for masked pairs: their operands may be NaN, and 0 * NaN is NaN."""
     return pointwise.map_operands(lambda x: jnp.where(live, x.astype(jnp.float32), 0.0), operands)
-
-
-def _shared(ref, b: Array, n: Array, tiling: Tiling) -> tuple[Any, Any]:
-    """The index of a batch row and a query head in ``[B|1, 1|K|N, ...]``."""
-    rows, heads = ref.shape[:2]
-    zero = np.int32(0)  # a plain int fails in the interpreter
-    return b if rows > 1 else zero, n * heads // tiling.q_heads if heads > 1 else zero

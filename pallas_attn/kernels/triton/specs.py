@@ -1,4 +1,4 @@
-"""The arguments of the kernels, and the part of each array that a program sees."""
+"""The arguments of the kernels. Every program sees whole arrays and takes its own part of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -53,9 +53,9 @@ class Tiling(CallShape):
             interpret=interpret,
         )
 
-    # A compiled kernel sees arrays as they are: where blocks do not divide an array, the lowering of JAX 0.12 masks every
-    # load from it, even in the loop over full blocks. The interpreter sees whole blocks, as it would move a slice that
-    # begins inside of an array and ends beyond it.
+    # A compiled kernel sees arrays as they are: where a block does not divide an array, JAX 0.12 masks every load from
+    # it, even in the loop over full blocks. The interpreter sees whole blocks, because it moves a slice that reaches
+    # beyond its array.
     @property
     def q_rows(self) -> int:
         """T of the arrays that a kernel sees."""
@@ -65,6 +65,18 @@ class Tiling(CallShape):
     def kv_rows(self) -> int:
         """S of the arrays that a kernel sees."""
         return self.kv_blocks * self.kv_block if self.interpret else self.kv_len
+
+    def queries(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, T, N, width]``, in a whole tile of columns."""
+        return of_shape((self.batch, self.q_rows, self.q_heads, tiles.tile_width(width)))
+
+    def keys(self, width: int) -> pl.BlockSpec:
+        """Of ``[B, S, K, width]``, in a whole tile of columns."""
+        return of_shape((self.batch, self.kv_rows, self.kv_heads, tiles.tile_width(width)))
+
+    def per_query(self) -> pl.BlockSpec:
+        """Of ``[B, N, T]``."""
+        return of_shape((self.batch, self.q_heads, self.q_rows))
 
     def dot(self, a: Array, b: Array, contract: tuple[int, int]) -> Array:
         """The float32 product of two tiles, over axis ``contract[0]`` of a and ``contract[1]`` of b."""
@@ -112,117 +124,23 @@ class Tiling(CallShape):
         return x if self.interpret or is_wide else tiles.opaque(x)
 
 
-class PerQueryHead:
-    """Programs (query block i, query head n, batch row b)."""
-
-    def __init__(self, tiling: Tiling):
-        self._tiling = tiling
-
-    def queries(self, width: int) -> pl.BlockSpec:
-        """Of ``[B, T, N, width]``: ``[q_rows, tile]``."""
-        return pl.BlockSpec((None, self._tiling.q_rows, None, tiles.tile_width(width)), lambda i, n, b: (b, 0, n, 0))
-
-    def keys(self, width: int) -> pl.BlockSpec:
-        """Of ``[B, S, K, width]``: ``[kv_rows, tile]``."""
-        return self.tokens(None, tiles.tile_width(width))
-
-    def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
-        """Of ``[B, S, K, ...]``: ``[kv_rows, *block]``; or of a pool ``[P, page, K, ...]``: ``[P, page, *block]``."""
-        group, zeros = self._tiling.group, (0,) * len(block)
-        if pool:
-            return pl.BlockSpec((*pool, None, *block), lambda i, n, b: (0, 0, n // group, *zeros))
-        return pl.BlockSpec((None, self._tiling.kv_rows, None, *block), lambda i, n, b: (b, 0, n // group, *zeros))
-
-    def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
-        """Of ``[B|1, 1|K|N, ...]``: ``[*block]``."""
-        (rows, heads), zeros, q_heads = x.shape[:2], (0,) * len(block), self._tiling.q_heads
-        return pl.BlockSpec((None, None, *block), lambda i, n, b: (b if rows > 1 else 0, n * heads // q_heads, *zeros))
-
-    def per_row(self, x: Array, *block: int) -> pl.BlockSpec:
-        """Of ``[B|1, ...]``: ``[*block]``."""
-        rows, zeros = x.shape[0], (0,) * len(block)
-        return pl.BlockSpec((None, *block), lambda i, n, b: (b if rows > 1 else 0, *zeros))
-
-
-class PerKVHead:
-    """Programs (KV block j, KV head h, batch row b), which see all query heads of their group.
-
-    Arrays with an axis of heads keep it: of size ``group`` where every query head has its own part, else of size 1.
-    """
-
-    def __init__(self, tiling: Tiling):
-        self._tiling = tiling
-
-    def queries(self, width: int) -> pl.BlockSpec:
-        """Of ``[B, T, N, width]``: ``[q_rows, group, tile]``."""
-        block = (None, self._tiling.q_rows, self._tiling.group, tiles.tile_width(width))
-        return pl.BlockSpec(block, lambda j, h, b: (b, 0, h, 0))
-
-    def keys(self, width: int) -> pl.BlockSpec:
-        """Of ``[B, S, K, width]``: ``[kv_rows, tile]``."""
-        return self.tokens(None, tiles.tile_width(width))
-
-    def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
-        """Of ``[B, S, K, ...]``: ``[kv_rows, *block]``. There is no pool, for pages have no gradient."""
-        zeros = (0,) * len(block)
-        return pl.BlockSpec((None, self._tiling.kv_rows, None, *block), lambda j, h, b: (b, 0, h, *zeros))
-
-    def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
-        """Of ``[B|1, 1|K|N, ...]``: ``[group|1, *block]``."""
-        (rows, heads), zeros = x.shape[:2], (0,) * len(block)
-        group = self._tiling.group if heads == self._tiling.q_heads else 1
-        return pl.BlockSpec(
-            (None, group, *block), lambda j, h, b: (b if rows > 1 else 0, h if heads > 1 else 0, *zeros)
-        )
-
-    def per_row(self, x: Array, *block: int) -> pl.BlockSpec:
-        """Of ``[B|1, ...]``: ``[*block]``."""
-        rows, zeros = x.shape[0], (0,) * len(block)
-        return pl.BlockSpec((None, *block), lambda j, h, b: (b if rows > 1 else 0, *zeros))
-
-
-class WholeArrays:
-    """Programs that see every array whole, with its tokens in whole blocks."""
-
-    def __init__(self, tiling: Tiling):
-        self._tiling = tiling
-
-    def all(self, *block: int) -> pl.BlockSpec:
-        return pl.BlockSpec(block, lambda *_: (0,) * len(block))
-
-    def queries(self, width: int) -> pl.BlockSpec:
-        """Of ``[B, T, N, width]``: ``[B, q_rows, N, tile]``."""
-        tiling = self._tiling
-        return self.all(tiling.batch, tiling.q_rows, tiling.q_heads, tiles.tile_width(width))
-
-    def keys(self, width: int) -> pl.BlockSpec:
-        """Of ``[B, S, K, width]``: ``[B, kv_rows, K, tile]``."""
-        return self.tokens(None, tiles.tile_width(width))
-
-    def tokens(self, pool: tuple[int, ...] | None, *block: int) -> pl.BlockSpec:
-        """Of ``[B, S, K, ...]``: ``[B, kv_rows, K, *block]``; or of a pool ``[P, page, K, ...]``, the same for it."""
-        tiling = self._tiling
-        return self.all(*(pool or (tiling.batch, tiling.kv_rows)), tiling.kv_heads, *block)
-
-    def per_head(self, x: Array, *block: int) -> pl.BlockSpec:
-        """Of ``[B|1, 1|K|N, ...]``: ``[B|1, 1|K|N, *block]``."""
-        return self.all(*x.shape[:2], *block)
-
-    def per_row(self, x: Array, *block: int) -> pl.BlockSpec:
-        """Of ``[B|1, ...]``: ``[B|1, *block]``."""
-        return self.all(x.shape[0], *block)
-
-
 def _in_base_2(x: Array, unit: float) -> Array:
     factor = unit * tiles.LOG2_E
     return x * factor if factor <= _LARGEST else x * unit * tiles.LOG2_E
 
 
-BlockLayout = PerQueryHead | PerKVHead | WholeArrays
+def whole(x: Any) -> pl.BlockSpec:
+    """The BlockSpec of an array that every program sees whole, from anything with its shape."""
+    return of_shape(x.shape)
+
+
+def of_shape(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """The same, of a shape."""
+    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
 class KernelArgs(NamedTuple):
-    """The arrays that every kernel reads; inside a kernel, refs to the part that one program sees."""
+    """The arrays that every kernel reads; inside a kernel, refs to them."""
 
     query: Any  # [B, T, N, D]
     key: Any  # [B, S, K, D] or a pool [P, page, K, D]; quantized or not
@@ -249,32 +167,34 @@ class KernelArgs(NamedTuple):
         mask, scores = with_tables((block_mask.mask, scores))
         return cls(*arrays, *positions, block_mask.lists, mask, scores, page_table)
 
-    def block_specs(self, tiling: Tiling, layout: BlockLayout) -> "KernelArgs":
-        """The same structure, of BlockSpecs."""
+    def block_specs(self, tiling: Tiling) -> "KernelArgs":
+        """The same structure, of BlockSpecs: arrays whole, in whole tiles of columns."""
 
         def operand(x: Array) -> pl.BlockSpec:
-            return layout.per_head(x, tiling.q_rows if x.shape[2] > 1 else 1, tiling.kv_rows if x.shape[3] > 1 else 1)
-
-        def flat(x: Array) -> pl.BlockSpec:
-            return pl.BlockSpec(x.shape, lambda *_: (0,))
+            rows, heads, queries, keys = x.shape
+            return of_shape((rows, heads, tiling.q_rows if queries > 1 else 1, tiling.kv_rows if keys > 1 else 1))
 
         def stored(x: KVArray) -> Any:
-            pool = None if self.page_table is None else x.shape[:2]
-            if not isinstance(x, QuantizedArray):
-                return layout.tokens(pool, tiles.tile_width(x.shape[-1]))
-            values = layout.tokens(pool, tiles.tile_width(x.values.shape[-1]))
-            return dataclasses.replace(x, values=values, scales=layout.tokens(pool, *x.scales.shape[3:]))
+            if isinstance(x, QuantizedArray):
+                return dataclasses.replace(x, values=tokens(x.values), scales=of_shape(rows(x.scales)))
+            return tokens(x)
+
+        def tokens(x: Array) -> pl.BlockSpec:
+            return of_shape((*rows(x)[:-1], tiles.tile_width(x.shape[-1])))
+
+        def rows(x: Array) -> tuple[int, ...]:
+            return x.shape if self.page_table is not None else (x.shape[0], tiling.kv_rows, *x.shape[2:])
 
         return KernelArgs(
-            layout.queries(tiling.head_dim),
+            tiling.queries(tiling.head_dim),
             stored(self.key),
             stored(self.value),
-            layout.per_row(self.q_positions, tiling.q_rows),
-            layout.per_head(self.kv_positions, tiling.kv_rows),
-            jax.tree.map(lambda x: layout.per_head(x, *x.shape[2:]), self.lists),
-            pointwise.map_arrays(operand, flat, self.mask),
-            pointwise.map_arrays(operand, flat, self.scores),
-            None if self.page_table is None else layout.per_row(self.page_table, self.page_table.shape[1]),
+            of_shape((self.q_positions.shape[0], tiling.q_rows)),
+            of_shape((*self.kv_positions.shape[:2], tiling.kv_rows)),
+            jax.tree.map(whole, self.lists),
+            pointwise.map_arrays(operand, whole, self.mask),
+            pointwise.map_arrays(operand, whole, self.scores),
+            None if self.page_table is None else whole(self.page_table),
         )
 
 
@@ -290,10 +210,10 @@ class Residuals(NamedTuple):
         """From the ``lse`` of the forward pass."""
         return cls(in_kernels(lse), delta, d_out)
 
-    def block_specs(self, tiling: Tiling, layout: BlockLayout) -> "Residuals":
+    def block_specs(self, tiling: Tiling) -> "Residuals":
         """The same structure, of BlockSpecs."""
-        rows = layout.per_head(self.delta, tiling.q_rows)
-        return Residuals(jax.tree.map(lambda _: rows, self.lse), rows, layout.queries(tiling.value_dim))
+        rows = tiling.per_query()
+        return Residuals(jax.tree.map(lambda _: rows, self.lse), rows, tiling.queries(tiling.value_dim))
 
 
 def in_kernels(lse: Lse) -> Lse:

@@ -6,7 +6,6 @@ columns, which multiplies the tile. Pages are looked up together with the index 
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn.kernels.triton import tiles
+from pallas_attn.kernels.triton.coords import ProgramCoords
 from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
 from pallas_attn.kernels.triton.tiles import Columns
 from pallas_attn.quantized import KVArray, QuantizedArray
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     scale: Array | None = None  # float32 [kv_block]
 
     def products(self, tiling: Tiling, q: tuple[Array, ...]) -> Array:
-        """Float32 ``q k'``."""
+        """Float32 ``q k'``, of queries whose columns are cut like those of the keys."""
         pairs = zip(q, self.parts, strict=True)
         first, *rest = [tiling.dot(x, part.astype(tiling.dtype), (1, 1)) for x, part in pairs]
         products = sum(rest, first)
@@ -48,14 +48,6 @@ class Tile(NamedTuple):
         return sums if unit is None else tuple(x * unit for x in sums)
 
 
-class ProgramCoords(NamedTuple):
-    """The batch row and heads of a program that sees whole arrays."""
-
-    b: Any  # its batch row
-    h: Any  # its KV head
-    n: Any  # its query head, or int32 [rows]: one for each row of its tile
-
-
 class KVBlockRef(NamedTuple):
     """A block of keys and the pages that hold it."""
 
@@ -65,15 +57,11 @@ class KVBlockRef(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StoredKeys:
-    """The keys and values of one head of one batch row.
-
-    Attributes:
-      refs: the part of the arguments that one program sees; with ``coords``, whole arrays.
-    """
+    """The keys and values of one head of one batch row."""
 
     refs: KernelArgs
     tiling: Tiling
-    coords: ProgramCoords | None = None
+    coords: ProgramCoords
 
     def columns(self, stored: KVArray) -> tuple[Columns, ...]:
         """The columns of the keys (or values), split as in their tiles."""
@@ -89,7 +77,7 @@ class StoredKeys:
         if self.refs.page_table is None:
             return KVBlockRef(block, None)
         pages, page = self._pool
-        row = (self.coords.b,) if self.coords else ()
+        row = (self.coords.row(self.refs.page_table),)
         if page % self.tiling.kv_block == 0:
             found = self.refs.page_table[(*row, block // (page // self.tiling.kv_block))]
         else:
@@ -110,8 +98,7 @@ class StoredKeys:
     def positions(self, block: Array, in_bounds: Array | None) -> Array:
         """int32 ``[kv_block]``, -1 where there is no key."""
         ref = self.refs.kv_positions
-        at = (*self.shared(ref, lambda coords: coords.h), self.slots(block))
-        return tiles.load(ref.at[at], in_bounds, -1)
+        return tiles.load(ref.at[(*self.coords.index(ref, self.tiling), self.slots(block))], in_bounds, -1)
 
     def tile(self, stored: KVArray, at: KVBlockRef, valid: Array | None) -> Tile:
         """The keys (or values) of a block; those that are not ``valid`` are not read, and count as 0."""
@@ -147,13 +134,6 @@ class StoredKeys:
             scale = tiles.load(tiles.at(stored.scales, *at, each), tiles.outer(valid, None, (rows, columns)))
         return (values.astype(jnp.float32) * scale).astype(self.tiling.dtype)
 
-    def shared(self, ref: Any, head: Callable[[ProgramCoords], Any]) -> tuple:
-        """The index of a batch row and a head along the first axes, which have size 1 where they are shared."""
-        if self.coords is None:
-            return ()
-        zero = np.int32(0)  # a plain int fails in the interpreter
-        return self.coords.b if ref.shape[0] > 1 else zero, head(self.coords) if ref.shape[1] > 1 else zero
-
     @property
     def _pool(self) -> tuple[int, int]:
         """How many pages there are, and keys per page."""
@@ -164,15 +144,14 @@ class StoredKeys:
     def _at(self, at: KVBlockRef) -> tuple:
         """The index of the block's keys along all axes but the last."""
         keys = self.slots(at.block)
-        before, after = ((self.coords.b,), (self.coords.h,)) if self.coords else ((), ())
         if at.page is None:
-            return (*before, keys, *after)
+            return (self.coords.b, keys, self.coords.h)
         _, page = self._pool
         if at.page.ndim == 0:
             offset = lax.rem(keys.start, np.int32(page))
-            return (at.page, pl.Slice(offset, self.tiling.kv_block), *after)
+            return (at.page, pl.Slice(offset, self.tiling.kv_block), self.coords.h)
         offsets = keys.start + jnp.arange(self.tiling.kv_block, dtype=jnp.int32)
-        return (at.page, lax.rem(offsets, jnp.full_like(offsets, page)), *after)
+        return (at.page, lax.rem(offsets, jnp.full_like(offsets, page)), self.coords.h)
 
     def _width(self, stored: KVArray) -> int:
         """Columns of the keys (or values); a ref may be wider."""

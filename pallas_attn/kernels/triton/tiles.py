@@ -1,4 +1,4 @@
-"""Operations on tiles: loads, products, and the walk along a list of blocks."""
+"""Operations on tiles: loads, stores, products."""
 
 import functools
 import math
@@ -68,7 +68,7 @@ def tile_width(head_dim: int) -> int:
 
 
 class Columns(NamedTuple):
-    """neighboring columns of an array, in a tile that may be wider."""
+    """Neighboring columns of an array, in a tile that may be wider."""
 
     at: pl.Slice
     in_bounds: Array | None  # bool [tile]; None: all of them
@@ -119,18 +119,12 @@ def at(ref, *index: Any) -> Any:
     return ref.at[(*places, jnp.broadcast_to(vectors[-1][None, :], shape))]
 
 
-def load_rows(ref, rows: pl.Slice, row_mask: Array | None, columns: Columns, *head: Array) -> Array:
-    """Rows of a ref ``[rows, columns]``, or, given a head, ``[rows, heads, columns]``."""
-    mask = outer(row_mask, columns.in_bounds, (_length(rows), columns.tile))
-    return load(ref.at[(rows, *head, columns.at)], mask)
-
-
 def load_operand(
-    ref, rows: pl.Slice | Array, row_mask: Array | None, keys: pl.Slice, key_mask: Array | None, *heads: Array | int
+    ref, heads: tuple, rows: pl.Slice | Array, row_mask: Array | None, keys: pl.Slice, key_mask: Array | None
 ) -> Array:
-    """The tile ``[q_block|1, kv_block|1]`` of an operand ``[T|1, S|1]``; an axis of size 1 is shared.
+    """The tile ``[q_block|1, kv_block|1]`` of an operand ``[B|1, 1|K|N, T|1, S|1]``; an axis of size 1 is shared.
 
-    An operand with more axes is taken at the index ``heads`` of these, or at one index for each of the rows.
+    ``heads`` is its index along the first axes, with one head, or one for each of the rows.
     """
     if isinstance(rows, Array) and any(jnp.ndim(x) for x in heads):
         at_rows = rows if ref.shape[-2] > 1 else jnp.zeros_like(rows)
@@ -141,9 +135,10 @@ def load_operand(
     return load(at(ref, *heads, at_rows, at_keys), mask)
 
 
-def of_head(ref, head: Array | int) -> Any:
-    """The index of a head, or of a batch row, along the first axis, which all may share."""
-    return head if ref.shape[0] > 1 else np.int32(0)  # a plain int fails in the interpreter
+def store_rows(ref, index: tuple, columns: Columns, row_mask: Array, x: Array) -> None:
+    """Stores the rows of a tile that are in bounds, in the dtype of the ref; ``index`` is all but the last axis."""
+    x = x.astype(ref.dtype)
+    plgpu.store(at(ref, *index, columns.at), x, mask=outer(row_mask, columns.in_bounds, x.shape))
 
 
 def _length(rows: pl.Slice | Array) -> int:
@@ -159,41 +154,3 @@ def loop(first: int, last: int, body: Callable, state: Any) -> Any:
 
     (_, state), _ = lax.scan(step, (np.int32(first), state), length=last - first)
     return state
-
-
-def walk(
-    lists,
-    row: tuple,
-    full: Callable,
-    partial: Callable,
-    state,
-    *,
-    slots: tuple[Array, Array] | None = None,
-    locate: Callable = lambda block: block,
-):
-    """Runs ``full(block, state)``, then ``partial(block, state)``, over the blocks in a row of the lists.
-
-    The index of the *next* block is read while its own block is computed, so that no load waits for its address.
-
-    Args:
-      row: the index of the row in ``num_full``.
-      slots: ``(first, last)``: only the blocks in these slots of the row's list; default: all of them.
-      locate: maps the index of a block to the argument of the two functions; it runs one block ahead, too.
-    """
-    width = lists.indices.shape[-1]
-
-    def step(visit: Callable):
-        def body(slot: Array, carry):
-            block, *state = carry
-            following = locate(lists.indices[(*row, jnp.minimum(slot + 1, width - 1))])
-            return following, *visit(block, state)
-
-        return body
-
-    num_full = lists.num_full[row]
-    first, last = (0, lists.num_active[row]) if slots is None else slots
-    if slots is not None:
-        num_full = jnp.clip(num_full, first, last)
-    carry = lax.fori_loop(first, num_full, step(full), (locate(lists.indices[(*row, first)]), *state))
-    _, *state = lax.fori_loop(num_full, last, step(partial), carry)
-    return tuple(state)
