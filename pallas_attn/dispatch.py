@@ -13,7 +13,7 @@ from pallas_attn.kernels import reference, triton, xla
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.derivative import differentiable
 from pallas_attn.quantized import QuantizedArray
-from pallas_attn.refusal import without_derivative
+from pallas_attn.refusal import no_forward_mode, without_derivative
 from pallas_attn.tuning import BlockSizes
 
 # Best first. Each module has `forward`, `backward` (the reference needs none: JAX differentiates it), `unavailable()`
@@ -88,5 +88,8 @@ def run(name: str, call: Call, **options: Any) -> tuple[Array, ...]:
     elif module is reference:
         out, lse, *rest = reference.forward(call, **options)
     else:
-        return differentiable(module, name, **options)(call)
+        attend = differentiable(module, name, paged=call.page_table is not None, **options)
+        remedy = f"implementation={name!r} has derivatives in reverse mode only; for forward mode (jvp, jacfwd)"
+        with no_forward_mode(TypeError(f"{remedy} pass implementation='reference'")):
+            return attend(call)
     return out, lse.value, *rest

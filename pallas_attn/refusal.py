@@ -1,6 +1,7 @@
 """Functions that refuse differentiation: a silent gradient of 0 would pass for a result."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -23,11 +24,18 @@ def without_derivative(function: Callable, reason: str) -> Callable:
     call.defvjp(lambda *arguments: (call(*arguments), None), refuse)
 
     def call_or_refuse(*arguments):
-        try:
+        with no_forward_mode(NotImplementedError(reason)):
             return call(*arguments)
-        except TypeError as error:
-            if "forward-mode" not in str(error):
-                raise
-            raise NotImplementedError(reason) from error
 
     return call_or_refuse
+
+
+@contextlib.contextmanager
+def no_forward_mode(refusal: Exception) -> Iterator[None]:
+    """Raises ``refusal`` where JAX finds no rule for forward mode, which names the rule but no remedy."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise refusal from error

@@ -15,17 +15,17 @@ from jax import Array, lax
 from pallas_attn import pointwise
 from pallas_attn.block_mask import BlockMask
 from pallas_attn.kernels.call import Call
-from pallas_attn.kernels.lse import Lse
 from pallas_attn.scores import Scores, Traced
 
 
-def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> Callable:
-    """``forward(call) -> (out, lse)``, made ready for ``jax.vmap``; with ``return_key_weights`` a third result."""
-    one_by_one = jax.custom_batching.sequential_vmap(forward)
+def batched_forward(forward: Callable, *, paged: bool, return_key_weights: bool = False) -> Callable:
+    """``forward(call) -> (out, lse)``, made ready for ``jax.vmap``; with ``return_key_weights`` a third result.
 
-    @jax.custom_batching.custom_vmap
-    def run(call: Call):
-        return forward(call)
+    With a page table (``paged``) elements run one after another.
+    """
+    if paged:
+        return jax.custom_batching.sequential_vmap(forward)
+    run = jax.custom_batching.custom_vmap(forward)
 
     @run.def_vmap
     def rule(size: int, batched_arguments: Sequence[Call], call: Call):
@@ -44,15 +44,13 @@ def batched_forward(forward: Callable, *, return_key_weights: bool = False) -> C
         results = run(Call(query, key, value, block_mask, scores, call.sinks))
         return _all_batched(jax.tree.map(lambda x: _split(x, size), results))
 
-    return lambda call: run(call) if call.page_table is None else one_by_one(call)
+    return run
 
 
 def batched_backward(backward: Callable) -> Callable:
     """``backward(call, lse, delta, d_out)`` of an implementation, made ready for ``jax.vmap``."""
 
-    @jax.custom_batching.custom_vmap
-    def run(call: Call, lse: Lse, delta: Array, d_out: Array):
-        return backward(call, lse, delta, d_out)
+    run = jax.custom_batching.custom_vmap(backward)
 
     @run.def_vmap
     def rule(size: int, batched: Sequence, call: Call, *residuals):

@@ -1,6 +1,7 @@
 """The derivative of attention from a kernel's forward and backward pass."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
@@ -14,7 +15,9 @@ from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 
 
-def differentiable(implementation: ModuleType, name: str, *, return_key_weights: bool = False, **options):
+def differentiable(
+    implementation: ModuleType, name: str, *, paged: bool, return_key_weights: bool = False, **options
+) -> Callable:
     """``implementation.forward`` with ``implementation.backward`` as its derivative, of first order and in reverse.
 
     It takes a :class:`Call` and returns ``(out, lse)``, the lse rounded to one number. With a page table the backward
@@ -23,11 +26,12 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
     Args:
       implementation: a module with ``forward`` and ``backward``.
       name: its name in messages.
+      paged: whether calls have a page table.
       return_key_weights: return them too, without a derivative.
       **options: keywords of both passes.
     """
     run = functools.partial(implementation.forward, return_key_weights=return_key_weights, **options)
-    forward = batched_forward(run, return_key_weights=return_key_weights)
+    forward = batched_forward(run, paged=paged, return_key_weights=return_key_weights)
     forward_once = _once_only(forward, name)  # a second derivative would begin here
     backward = _once_only(batched_backward(functools.partial(implementation.backward, **options)), name)
 
@@ -54,17 +58,7 @@ def differentiable(implementation: ModuleType, name: str, *, return_key_weights:
 
     attend.defvjp(attend_forward, attend_backward)
 
-    def attend_or_refuse(call: Call):
-        try:
-            return attend(call)
-        except TypeError as error:
-            if "forward-mode" not in str(error):
-                raise
-            # JAX names the missing rule; this names the remedy.
-            message = f"implementation={name!r} has derivatives in reverse mode only; for forward mode (jvp, jacfwd)"
-            raise TypeError(f"{message} pass implementation='reference'") from error
-
-    return attend_or_refuse
+    return attend
 
 
 def _contiguous(x: Array, page_table: Array | None) -> Array:

@@ -71,10 +71,12 @@ def _kernel(refs: KernelArgs, sinks_ref, out_ref, lse_refs: Lse, *, tiling: Tili
     carry = lax.fori_loop(walk.first, walk.num_full, walk.visit(blocks.full, step), carry)
     _, *state = lax.fori_loop(walk.num_full, walk.last, walk.visit(blocks.partial, step), carry)
 
+    # Recomputed: what the loops do not need must not occupy registers, or the stack, while they run.
+    queries = QueryBlock.ragged(refs, tiling, coords, tiling.opaque(i))
     state, above = SoftmaxState(*state), 0.0
     if sinks_ref is not None:
         state, above = state.with_sink(tiling, sinks_ref[n])
-    out, peak, log_total = state.finish(q_positions >= 0, above)
+    out, peak, log_total = state.finish(queries.positions() >= 0, above)
     for part, x in zip(value_columns, out, strict=True):
         tiles.store_rows(out_ref, (b, queries.at, n), part, queries.in_bounds, x)
     plgpu.store(lse_refs.peak.at[b, n, queries.at], peak, mask=queries.in_bounds)
