@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from bench.machine_code.compiled import _as_text, triton_calls, lower_for_cuda
+from bench.machine_code.compiled import _as_text, lower_for_cuda, triton_calls
 from pallas_attn.kernels import triton
 from tests import oracle, tolerances
 from tests.gradient_check import Case, check, implementations

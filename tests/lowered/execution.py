@@ -1,4 +1,4 @@
-"""From JAX to the interpreter: while :func:`executed` is entered, ``pl.pallas_call`` lowers its kernel and runs it here.
+"""From JAX to the interpreter: inside :func:`executed`, ``pl.pallas_call`` lowers its kernel and runs it here.
 
 Calls run inside ``jax.pure_callback``, so that jit, vjp, vmap and scan work around them.
 """
@@ -79,9 +79,9 @@ def executed(*, capability: int = 90, edit: Callable[[Lowered], Lowered] = lambd
     with contextlib.ExitStack() as stack:
         stack.callback(jax.clear_caches)
         stack.enter_context(mock.patch.object(pl, "pallas_call", pallas_call))
-        stack.enter_context(mock.patch.object(triton, "unavailable", lambda: None))
+        stack.enter_context(mock.patch.object(triton, "unavailable", return_value=None))
         for module in (tuning, triton):
-            stack.enter_context(mock.patch.object(module, "gpu_capability", lambda: capability / 10))
+            stack.enter_context(mock.patch.object(module, "gpu_capability", return_value=capability / 10))
         jax.clear_caches()
         yield watch
 

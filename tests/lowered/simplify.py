@@ -50,9 +50,9 @@ def _without_unused(block: Block, used: set[int]) -> Block:
     used |= set(block.yields)
     operations: list[Operation] = []
     for operation in reversed(block.operations):
-        if operation.name not in _HAS_EFFECTS and not operation.attributes.get("isVolatile"):
-            if used.isdisjoint(operation.results):
-                continue
+        is_needed = operation.name in _HAS_EFFECTS or operation.attributes.get("isVolatile")
+        if not is_needed and used.isdisjoint(operation.results):
+            continue
         used |= set(operation.operands)
         regions = tuple(_without_unused(x, used) for x in operation.regions)
         operations.append(dataclasses.replace(operation, regions=regions))
