@@ -1,7 +1,9 @@
 """Triton IR as plain data: functions of operations whose values have numbers. Only this file knows MLIR."""
 
 import dataclasses
+import functools
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +41,7 @@ class Type:
     is_pointer: bool = False
 
     @staticmethod
+    @functools.cache
     def of(text: str) -> "Type":
         """From MLIR's text, such as ``tensor<16x32x!tt.ptr<f32>>``."""
         shape = None
@@ -118,6 +121,11 @@ def read(text: str) -> Function:
         (function,) = [x.operation for x in module.body.operations if x.operation.name == "tt.func"]
         reader = _Reader()
         return Function(reader.block(function.regions[0].blocks), len(reader.numbers))
+
+
+# MLIR looks for Python classes of a dialect whenever it meets an operation, until an import succeeds; the search takes
+# most of the time of reading.
+sys.modules.setdefault("jaxlib.mlir.dialects.tt", triton_dialect)
 
 
 def _context() -> ir.Context:
