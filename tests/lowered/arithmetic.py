@@ -50,6 +50,11 @@ _ASSEMBLY: dict[str, Meaning] = {
     "tanh.approx.f32 $0, $1;": np.tanh,
 }
 _EXACT: dict[str, Meaning] = {"arith.addi": operator.add, "arith.subi": operator.sub, "arith.muli": operator.mul}
+# An element of an integer tensor that overflowed. Sums and products of it are as far out of range, except by 0.
+OVERFLOWED = -0x2AAAAAAAAAAAAAAB
+# Loads and stores report it, and operations whose result would hide it.
+_NEED_NUMBERS = {"arith.cmpi", "arith.divsi", "arith.remsi", "arith.divui", "arith.remui", "arith.shli", "arith.shrsi"}
+_NEED_NUMBERS |= {"arith.shrui", "arith.trunci", "arith.extui", "arith.sitofp", "arith.uitofp", "arith.bitcast"}
 _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)  # in MLIR's order
 
 
@@ -57,7 +62,8 @@ def meaning(operation: Operation, report: Report) -> Meaning | None:
     """The function of an arithmetic operation, or None for another one.
 
     Args:
-      report: gets integers that overflow, divisions by zero and shifts that are too wide.
+      report: gets divisions by zero, shifts that are too wide, and numbers that overflow; tensors may overflow in
+        elements that are of no use later.
     """
     name = operation.name
     for table in (_FLOAT_OPERATIONS, _LOGIC):
@@ -66,7 +72,8 @@ def meaning(operation: Operation, report: Report) -> Meaning | None:
     if name in _EXACT:
         return _exact(_EXACT[name], operation.type.bits, report)
     if name in _BUILDERS:
-        return _BUILDERS[name](operation, report)
+        function = _BUILDERS[name](operation, report)
+        return _of_numbers(function, report) if name in _NEED_NUMBERS else function
     if name == "tt.elementwise_inline_asm":
         return _known(_ASSEMBLY, operation.attributes["asm_string"], "inline assembly")
     if name == "tt.extern_elementwise":
@@ -85,6 +92,18 @@ def wrapped(x: Any, bits: int) -> Any:
         return x
     half = 1 << (bits - 1)
     return ((x + half) & ((1 << bits) - 1)) - half
+
+
+def _of_numbers(function: Meaning, report: Report) -> Meaning:
+    """The function, which reports tensors with elements that overflowed."""
+
+    def checked(*values: Any) -> Any:
+        for x in values:
+            if isinstance(x, np.ndarray) and x.dtype == np.int64 and (x == OVERFLOWED).any():
+                report("overflow", f"{(x == OVERFLOWED).sum()} numbers of {x.size}")
+        return function(*values)
+
+    return checked
 
 
 def _known(table: dict[str, Meaning], name: str, what: str) -> Meaning:
@@ -112,13 +131,13 @@ def _exact(function: Meaning, bits: int, report: Report) -> Meaning:
             if not least <= x <= most:
                 report("overflow", f"{a} and {b} give {x}, which has more than {bits} bits")
                 x = wrapped(x, bits)
-        elif bits == 64:
+        elif bits == 64 and not np.min(x, initial=0) < OVERFLOWED // 2:
             around = np.abs(function(np.asarray(a, np.float64), np.asarray(b, np.float64))).max(initial=0)
             if around >= 2.0**63:
                 report("overflow", f"{around} has more than 64 bits")
         elif x.min() < least or x.max() > most:
-            report("overflow", f"numbers from {x.min()} to {x.max()} have more than {bits} bits")
-            x = wrapped(x, bits)
+            # Lanes that no load or store will use may overflow.
+            x = np.where((x < least) | (x > most), OVERFLOWED, x)
         return x
 
     return exact

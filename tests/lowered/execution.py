@@ -52,29 +52,34 @@ def lower(function: Callable, *operands: Any, capability: int = 90) -> list[Lowe
     ]
 
 
+def lower_call(call: Callable, operands: tuple, *, capability: int = 90) -> Lowered:
+    """The only kernel of a function of arrays, tracers or ``jax.ShapeDtypeStruct``."""
+    flat, structure = jax.tree.flatten(operands)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
+    (lowered,) = lower(lambda *x: call(*structure.unflatten(x)), *shapes, capability=capability)
+    return lowered
+
+
 _original = pl.pallas_call
 # Programs of these kernels that have no work leave their results unwritten; later kernels must not read those.
 _PARTLY_WRITTEN = {"pallas_attn_decode"}
+# A function of what pl.pallas_call returned, its options and the operands of the kernel, instead of that call.
+Handler = Callable[[Callable, dict[str, Any], tuple], Any]
 
 
 @contextlib.contextmanager
-def executed(*, capability: int = 90, edit: Callable[[Lowered], Lowered] = lambda x: x) -> Iterator[Watch]:
-    """Runs every kernel of ``implementation="triton"`` in the interpreter, as if this machine had a GPU.
+def intercepted(handle: Handler, *, capability: int = 90) -> Iterator[None]:
+    """Lets ``handle`` run every kernel of ``implementation="triton"``, as if this machine had a GPU.
 
     Programs that JAX traced before or inside are forgotten on entry and on exit.
 
     Args:
-      capability: 80 or 90, ten times the compute capability of the GPU that kernels are lowered for.
-      edit: changes kernels before they run.
-
-    Yields:
-      the watch, which collects faults.
+      capability: 80 or 90, ten times the compute capability of that GPU.
     """
-    watch = Watch()
 
     def pallas_call(*arguments: Any, **options: Any) -> Callable:
         call = _original(*arguments, **options)
-        return call if options.get("interpret") else _runs_here(call, options, watch, capability, edit)
+        return call if options.get("interpret") else lambda *operands: handle(call, options, operands)
 
     with contextlib.ExitStack() as stack:
         stack.callback(jax.clear_caches)
@@ -83,27 +88,35 @@ def executed(*, capability: int = 90, edit: Callable[[Lowered], Lowered] = lambd
         for module in (tuning, triton):
             stack.enter_context(mock.patch.object(module, "gpu_capability", return_value=capability / 10))
         jax.clear_caches()
-        yield watch
+        yield
 
 
-def _runs_here(
-    call: Callable, options: dict[str, Any], watch: Watch, capability: int, edit: Callable[[Lowered], Lowered]
-) -> Callable:
-    aliases = dict(options.get("input_output_aliases", {}))
+@contextlib.contextmanager
+def executed(*, capability: int = 90, edit: Callable[[Lowered], Lowered] = lambda x: x) -> Iterator[Watch]:
+    """Runs every kernel of ``implementation="triton"`` in the interpreter.
 
-    def run(*operands: Any) -> Any:
-        flat, structure = jax.tree.flatten(operands)
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
-        expected, of_results = jax.tree.flatten(jax.eval_shape(call, *operands))
-        (lowered,) = lower(lambda *x: call(*jax.tree.unflatten(structure, x)), *shapes, capability=capability)
-        kernel, results = edit(lowered).compiled(), [(x.shape, x.dtype) for x in expected]
-        is_complete = lowered.name not in _PARTLY_WRITTEN
+    Args:
+      capability: as for :func:`intercepted`.
+      edit: changes kernels before they run.
+
+    Yields:
+      the watch, which collects faults.
+    """
+    watch = Watch()
+
+    def handle(call: Callable, options: dict[str, Any], operands: tuple) -> Any:
+        lowered = edit(lower_call(call, operands, capability=capability))
+        kernel, is_complete = lowered.compiled(), lowered.name not in _PARTLY_WRITTEN
+        expected, structure = jax.tree.flatten(jax.eval_shape(call, *operands))
+        results = [(x.shape, x.dtype) for x in expected]
+        aliases = dict(options.get("input_output_aliases", {}))
 
         def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
-            operands = [np.asarray(x) for x in arrays]
-            return tuple(kernel.run(operands, results, watch, aliases=aliases, is_complete=is_complete))
+            arrays = tuple(np.asarray(x) for x in arrays)
+            return tuple(kernel.run(arrays, results, watch, aliases=aliases, is_complete=is_complete))
 
-        found = jax.pure_callback(on_host, tuple(expected), *flat, vmap_method="sequential")
-        return jax.tree.unflatten(of_results, found)
+        flat = jax.tree.leaves(operands)
+        return structure.unflatten(jax.pure_callback(on_host, tuple(expected), *flat, vmap_method="sequential"))
 
-    return run
+    with intercepted(handle, capability=capability):
+        yield watch

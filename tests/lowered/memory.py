@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tests.lowered.arithmetic import OVERFLOWED
 from tests.lowered.faults import Report
 from tests.lowered.ttir import Type
 
@@ -129,14 +130,15 @@ class VirtualBuffer(Buffer):
     def __init__(self, name: str, shape: tuple[int, ...], dtype: Any, value: Callable | float, *, is_output: bool):
         super().__init__(name, shape, dtype, is_output=is_output)
         self._value = value
-        self.last_written = -1
+        self.highest = -1  # offset of a read or write
 
     def read(self, offset: Any, live: Any, access: Access) -> Any:
+        self.highest = max(self.highest, int(np.max(offset, initial=-1)))
         x = self._value(offset) if callable(self._value) else self._value
         return np.broadcast_to(x, np.shape(offset)).astype(np.int64 if self.is_integer else self.dtype)[()]
 
     def write(self, offset: np.ndarray, values: np.ndarray, access: Access) -> None:
-        self.last_written = max(self.last_written, int(offset.max(initial=-1)))
+        self.highest = max(self.highest, int(offset.max(initial=-1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +156,12 @@ def within(pointer: Pointer, live: Any, kind: Type, report: Report) -> Any:
         offset = np.where(live, offset, 0)
     if offset.size and (offset.min() < 0 or offset.max() >= buffer.size):
         lanes = kind.full(offset).reshape(-1)
-        wrong = lanes[(lanes < 0) | (lanes >= buffer.size)]
-        ends = f"{buffer.place(int(wrong.min()))} to {buffer.place(int(wrong.max()))}"
-        report("out of bounds", f"{wrong.size} of {lanes.size} lanes, {ends}")
+        if (lanes < OVERFLOWED // 2).any():
+            report("overflow", f"{(lanes < OVERFLOWED // 2).sum()} of {lanes.size} offsets into {buffer.name}")
+        wrong = lanes[((lanes < 0) & (lanes >= OVERFLOWED // 2)) | (lanes >= buffer.size)]
+        if wrong.size:
+            ends = f"{buffer.place(int(wrong.min()))} to {buffer.place(int(wrong.max()))}"
+            report("out of bounds", f"{wrong.size} of {lanes.size} lanes, {ends}")
         offset = np.clip(offset, 0, buffer.size - 1)
     return offset[()]
 
