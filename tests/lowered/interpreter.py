@@ -208,7 +208,8 @@ class Kernel:
 
         def step(values: Values) -> None:
             at, live = values[pointer], None if mask is None else values[mask]
-            x = at.buffer.read(within(at, live, kind, report), live, Access(self._index, report))
+            offset, live = within(at, live, kind, report)
+            x = at.buffer.read(offset, live, Access(self._index, report))
             if kind.element == "i1":
                 x = x != 0
             if live is not None:
@@ -226,8 +227,8 @@ class Kernel:
             if not at.buffer.is_output:
                 report("write to an operand", at.buffer.name)
                 return
-            offset = kind.full(within(at, live, kind, report)).reshape(-1)
-            x = kind.full(np.asarray(values[value])).reshape(-1)
+            offset, live = within(at, live, kind, report)
+            offset, x = (kind.full(np.asarray(y)).reshape(-1) for y in (offset, values[value]))
             if live is not None:
                 chosen = kind.full(live).reshape(-1)
                 offset, x = offset[chosen], x[chosen]

@@ -149,8 +149,11 @@ class Pointer:
     offset: Any
 
 
-def within(pointer: Pointer, live: Any, kind: Type, report: Report) -> Any:
-    """The offsets of a load or store; excluded lanes become 0, and those out of bounds are reported and clipped."""
+def within(pointer: Pointer, live: Any, kind: Type, report: Report) -> tuple[Any, Any]:
+    """The offsets of a load or store, and its live lanes (None: all), without those out of bounds, which are reported.
+
+    Offsets of other lanes are within the buffer, too.
+    """
     buffer, offset = pointer.buffer, np.asarray(pointer.offset)
     if live is not None:
         offset = np.where(live, offset, 0)
@@ -162,8 +165,9 @@ def within(pointer: Pointer, live: Any, kind: Type, report: Report) -> Any:
         if wrong.size:
             ends = f"{buffer.place(int(wrong.min()))} to {buffer.place(int(wrong.max()))}"
             report("out of bounds", f"{wrong.size} of {lanes.size} lanes, {ends}")
-        offset = np.clip(offset, 0, buffer.size - 1)
-    return offset[()]
+        inside = (offset >= 0) & (offset < buffer.size)
+        offset, live = np.where(inside, offset, 0), inside if live is None else live & inside
+    return offset[()], live
 
 
 def poison(size: int, dtype: Any) -> np.ndarray:
