@@ -208,7 +208,8 @@ class Kernel:
 
         def step(values: Values) -> None:
             at, live = values[pointer], None if mask is None else values[mask]
-            offset, live = within(at, live, kind, report)
+            # Undefined elements of a list could make a loop endless, so lanes out of bounds get an element, too.
+            offset, _ = within(at, live, kind, report)
             x = at.buffer.read(offset, live, Access(self._index, report))
             if kind.element == "i1":
                 x = x != 0
