@@ -32,6 +32,8 @@ _LOGIC: dict[str, Meaning] = {
     "arith.ori": operator.or_,
     "arith.xori": operator.xor,
     "arith.maxsi": lambda a, b: max(a, b) if _are_numbers(a, b) else np.maximum(a, b),
+    "arith.maxui": lambda a, b: _chosen(_unsigned(a) >= _unsigned(b), a, b),
+    "arith.minui": lambda a, b: _chosen(_unsigned(a) <= _unsigned(b), a, b),
     "arith.minsi": lambda a, b: min(a, b) if _are_numbers(a, b) else np.minimum(a, b),
 }
 # By the names of the dialect "math" and of libdevice.
@@ -116,6 +118,16 @@ def _are_numbers(*values: Any) -> bool:
     return all(isinstance(x, int | np.generic) for x in values)
 
 
+def _unsigned(x: Any) -> np.ndarray:
+    """Integers of any width in the order of unsigned ones: extended with their sign, negative ones are the largest."""
+    return np.asarray(x, np.int64).view(np.uint64)
+
+
+def _chosen(condition: np.ndarray, a: Any, b: Any) -> Any:
+    x = np.where(condition, a, b)
+    return int(x) if _are_numbers(a, b) else x
+
+
 def _flushed(x: Any) -> Any:
     """Zero instead of numbers below the smallest normal one."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)[()]
@@ -178,11 +190,11 @@ def _shift(operation: Operation, report: Report) -> Meaning:
 
 
 def _compare_integers(operation: Operation, report: Report) -> Meaning:
-    predicate, mask = operation.attributes["predicate"], (1 << operation.operand_types[0].bits) - 1
+    predicate = operation.attributes["predicate"]
     if predicate < 6:
         return _COMPARISONS[predicate]
-    compare = _COMPARISONS[predicate - 4]  # unsigned
-    return lambda a, b: compare(a & mask, b & mask)
+    compare = _COMPARISONS[predicate - 4]
+    return lambda a, b: compare(_unsigned(a), _unsigned(b))
 
 
 def _compare_floats(operation: Operation, report: Report) -> Meaning:

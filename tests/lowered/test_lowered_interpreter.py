@@ -62,6 +62,9 @@ FUNCTIONS = {
     "bfloat16": lambda x: (x.astype(jnp.bfloat16) * jnp.bfloat16(0.3)).astype(jnp.float32),
     "integers": lambda x: ((x.astype(jnp.int32) * 7 - 3) // 4 % 5).astype(jnp.float32),
     "bits": lambda x: ((x.astype(jnp.int32) << 3 >> 1) & 12 ^ 5 | 1).astype(jnp.float32),
+    "unsigned integers": lambda x: (
+        jnp.maximum(x.astype(jnp.int32).astype(jnp.uint32), 9) < x.astype(jnp.int32).astype(jnp.uint32)
+    ).astype(jnp.float32),
     "bytes": lambda x: (x.astype(jnp.int8) << 4 >> 4).astype(jnp.float32),
     "casts of bits": lambda x: lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -2, jnp.float32),
     "a loop in a loop": doubled_until_large,
