@@ -38,9 +38,18 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile with LLVM's optimizations, as users do; slower",
     )
+    parser.addoption(
+        "--execute-lowered",
+        action="store_true",
+        help="run the tests of compiled kernels (-m gpu) without a GPU, in the interpreter of tests/lowered",
+    )
 
 
 def pytest_configure(config):
+    if config.getoption("--execute-lowered"):
+        from tests.lowered.plugin import ExecuteLowered
+
+        config.pluginmanager.register(ExecuteLowered())
     if not config.getoption("--optimize"):
         jax.config.update("jax_disable_most_optimizations", True)
     if hasattr(config, "cache"):  # `-p no:cacheprovider` removes it

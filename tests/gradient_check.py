@@ -144,15 +144,7 @@ def check(case: Case, implementation: str, seed: int = 0, *, few_pairs: bool = F
     with backward_blocks(case.block_sizes):
         (out, lse), actual = case.both_passes(implementation)(arrays, d_out, d_lse)
 
-    has_part = seen.any(-1)
-    if case.sinks is not None:
-        has_part = np.broadcast_to(~case.missing_queries[:, None], has_part.shape)
-    out, lse = (np.asarray(x, np.float64) for x in (out, lse))
-    assert (out.swapaxes(1, 2)[~seen.any(-1)] == 0).all(), "a query that sees no key gets 0"
-    assert (lse[~has_part] == -np.inf).all(), "a query that sees neither key nor sink gets -inf"
-    assert_error(out, expected[0], plain[0], case.dtype, "out")
-    assert_error(lse[has_part], expected[1][has_part], plain[1][has_part], "float32", "lse")
-
+    assert_outputs(case, out, lse, expected, plain)
     right = oracle.gradients(*common, d_out, d_lse, *extras)
     ways = (False, True) if few_pairs or case.scores else (False,)
     yardsticks = [oracle.gradients(*common, d_out, d_lse, *extras, plain=True, from_output=way) for way in ways]
@@ -169,6 +161,19 @@ def check(case: Case, implementation: str, seed: int = 0, *, few_pairs: bool = F
         numbers = [np.asarray(x, np.float64) for x in (gradient, *others)]
         summed = sizes.get(name, 0.0) if few_pairs or name.startswith("scores") else 0.0
         assert_gradient(*numbers, dtype=dtype, name=name, recomputed=recomputed, summed=summed)
+
+
+def assert_outputs(case: Case, out, lse, expected: tuple, plain: tuple) -> None:
+    """Checks output and lse against those of the oracle and of plain attention."""
+    seen = case.visible
+    has_part = seen.any(-1)
+    if case.sinks is not None:
+        has_part = np.broadcast_to(~case.missing_queries[:, None], has_part.shape)
+    out, lse = (np.asarray(x, np.float64) for x in (out, lse))
+    assert (out.swapaxes(1, 2)[~seen.any(-1)] == 0).all(), "a query that sees no key gets 0"
+    assert (lse[~has_part] == -np.inf).all(), "a query that sees neither key nor sink gets -inf"
+    assert_error(out, expected[0], plain[0], case.dtype, "out")
+    assert_error(lse[has_part], expected[1][has_part], plain[1][has_part], "float32", "lse")
 
 
 def _named(gradients: Arrays | oracle.Gradients) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from bench.machine_code.compiled import _as_text, _triton_calls, lower_for_cuda
+from bench.machine_code.compiled import _as_text, lower_for_cuda, triton_calls
 from pallas_attn.kernels import triton
 from tests import oracle, tolerances
 from tests.gradient_check import Case, check, implementations
@@ -105,7 +105,7 @@ def widths_of_offsets(dtype: str, program, *arguments) -> dict[str, set[int]]:
     """The bits of every kernel's offsets into arrays of a dtype."""
     widths = {}
     lowered = lower_for_cuda(program, *arguments)
-    for config in _triton_calls(lowered.compiler_ir("stablehlo").operation):
+    for config in triton_calls(lowered.compiler_ir("stablehlo").operation):
         found = re.findall(
             rf"tt\.addptr .*ptr<{dtype}>.*[x ]i(32|64)>?$", _as_text(config["ir"].value_bytes), re.MULTILINE
         )

@@ -333,7 +333,7 @@ def lowered_kernels(kind: str | None, page: int | None, q_len: int, dtype: str, 
         struct(N, dtype="float32"),
         biases,
     )
-    calls = compiled._triton_calls(lowered.compiler_ir("stablehlo").operation)
+    calls = compiled.triton_calls(lowered.compiler_ir("stablehlo").operation)
     return {f"{i} {call['name'].value}": simplified(call) for i, call in enumerate(calls)}
 
 

@@ -46,6 +46,15 @@ def summed_limit(summed: float, dtype) -> float:
     return max(2.0**-21, float(jnp.finfo(dtype).eps) / 8) * summed
 
 
+def key_weights_limit(rounded_error: float, largest: float) -> float:
+    """Absolute, for sums of up to a hundred float32 probabilities, of which the ``largest`` may be dozens.
+
+    Keys of few bits times their scales are rounded to the dtype of the query; with that alone, in float64, weights have
+    ``rounded_error``.
+    """
+    return KEY_WEIGHTS * max(1.0, largest) + 2 * rounded_error
+
+
 # --- quantized arrays ---
 
 

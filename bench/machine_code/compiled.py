@@ -96,7 +96,7 @@ def compile_kernels(lowered, capability: int = 90, *, name: str | None = None) -
       ModuleNotFoundError: PyPI's `triton` is not installed (extra [bench]).
       FileNotFoundError: the wheel of `triton` lacks one of its tools.
     """
-    calls = _triton_calls(lowered.compiler_ir("stablehlo").operation)
+    calls = triton_calls(lowered.compiler_ir("stablehlo").operation)
     return [_compile(config, capability) for config in calls if name in (None, config["name"].value)]
 
 
@@ -160,14 +160,14 @@ def _disassembled(cubin: Path) -> dict[str, Any]:
     }
 
 
-def _triton_calls(operation) -> Iterator[dict]:
+def triton_calls(operation) -> Iterator[dict]:
     for region in operation.regions:
         for block in region.blocks:
             for child in block.operations:
                 child = child.operation
                 if child.name == "stablehlo.custom_call" and "triton" in str(child.attributes["call_target_name"]):
                     yield {attribute.name: attribute.attr for attribute in child.attributes["mhlo.backend_config"]}
-                yield from _triton_calls(child)
+                yield from triton_calls(child)
 
 
 def _as_text(bytecode: bytes) -> str:
