@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import pallas_attn as pa
-from bench.machine_code.compiled import _assumed_device
+from bench.machine_code.compiled import assumed_device
 from pallas_attn.kernels import triton
 from tests import tolerances
 
@@ -127,7 +127,7 @@ def test_compiled_kernels_are_exported_for_gpus_that_are_not_here(monkeypatch):
     program = with_gradients(lambda arrays, where: attend(arrays, where, {"implementation": "triton"}))
     target = "__gpu$xla.gpu.triton"
     consent = [export.DisabledSafetyCheck.custom_call(target)]
-    with _assumed_device("NVIDIA H100"):
+    with assumed_device("NVIDIA H100"):
         exported = export.export(program, platforms=("cuda",), disabled_checks=consent)(ARRAYS, POSITIONS)
     restored = export.deserialize(exported.serialize())
     assert restored.platforms == ("cuda",)
