@@ -100,6 +100,12 @@ def compile_kernels(lowered, capability: int = 90, *, name: str | None = None) -
     return [_compile(config, capability) for config in calls if name in (None, config["name"].value)]
 
 
+def kernel_irs(lowered) -> list[tuple[str, str]]:
+    """``(name, Triton IR)`` of every Triton kernel of a lowered function, in order of appearance."""
+    calls = triton_calls(lowered.compiler_ir("stablehlo").operation)
+    return [(config["name"].value, _as_text(config["ir"].value_bytes)) for config in calls]
+
+
 def _compile(config: dict, capability: int) -> MachineCode:
     import triton
     from triton.backends.compiler import GPUTarget

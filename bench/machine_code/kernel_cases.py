@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,31 @@ from pallas_attn.scores import Scores
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Two rows of 2048 tokens, eight query heads on two KV heads. The loops do not depend on these sizes.
-_BATCH, _LENGTH, _Q_HEADS, _KV_HEADS = 2, 2048, 8, 2
+_BATCH, LENGTH, _Q_HEADS, _KV_HEADS = 2, 2048, 8, 2
+RAGGED_LENGTH = 1999  # of no whole number of blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The target and sizes of a compiled kernel; ``capability`` is ten times the compute capability."""
+    """The target and sizes of a compiled kernel.
+
+    Attributes:
+      capability: ten times the compute capability.
+      length: queries (except in decode) and keys.
+    """
 
     capability: int
     head_dim: int
     dtype: str
     sizes: pa.BlockSizes
+    length: int = LENGTH
+
+
+class Program(NamedTuple):
+    """A function that calls the kernels directly, and the arrays or shapes for it."""
+
+    function: Callable
+    arguments: tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +56,7 @@ class KernelCase:
       kernel: the kernel's name in Pallas; cases of one kernel differ in their mask and scores.
       about: the mask and the scores, in words.
       loops: names of the kernel's loops over blocks, in order; one named "full" must hold no mask.
-      lower: a setting -> the lowered function.
+      program: a setting -> the function with the kernel.
       default_sizes: (head_dim, dtype, capability) -> the entry of the tuning table.
       has_scores: whether scores change logits, which allows compares in full blocks, plain loads, and spills around the
         loops.
@@ -53,10 +67,15 @@ class KernelCase:
     kernel: str
     about: str
     loops: tuple[str, ...]
-    lower: Callable[[Setting], object]
+    program: Callable[[Setting], Program]
     default_sizes: Callable[[int, str, int], pa.BlockSizes]
     has_scores: bool = False
     pipelined: bool = True
+
+    def lower(self, setting: Setting) -> jax.stages.Lowered:
+        """The function, lowered for a GPU."""
+        function, arguments = self.program(setting)
+        return lower_for_cuda(function, *arguments, capability=setting.capability)
 
 
 def _forward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
@@ -64,7 +83,7 @@ def _forward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, setting.sizes)
         return kernels.forward(Call(query, key, value, block_mask, scores), scale=setting.head_dim**-0.5)
 
-    return lower_for_cuda(forward, *_tensors(setting), mask, scores, capability=setting.capability)
+    return Program(forward, (*_tensors(setting), mask, scores))
 
 
 def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
@@ -75,8 +94,7 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
         return kernels.backward(call, lse, delta, d_out, scale=setting.head_dim**-0.5, block_sizes=sizes)
 
     tensors = _tensors(setting)
-    arguments = *tensors, mask, scores, _lse(), _per_query(), tensors[0]
-    return lower_for_cuda(backward, *arguments, capability=setting.capability)
+    return Program(backward, (*tensors, mask, scores, _lse(setting), _per_query(setting), tensors[0]))
 
 
 def _key_weights(setting: Setting, mask: pa.masks.Mask, scores: Scores):
@@ -85,8 +103,7 @@ def _key_weights(setting: Setting, mask: pa.masks.Mask, scores: Scores):
         return kernels.key_weights(Call(query, key, key, block_mask, scores), lse, scale=setting.head_dim**-0.5)
 
     query, key, _, *positions = _tensors(setting)
-    arguments = query, key, *positions, mask, scores, _lse()
-    return lower_for_cuda(key_weights, *arguments, capability=setting.capability)
+    return Program(key_weights, (query, key, *positions, mask, scores, _lse(setting)))
 
 
 def _decode(
@@ -99,7 +116,7 @@ def _decode(
     """The split kernel, the merge, and with ``return_key_weights`` the kernel for key weights."""
 
     def decode(query, key, value, q_positions, kv_positions, page_table):
-        block_mask = pa.BlockMask.from_mask(_CAUSAL, q_positions, kv_positions, setting.sizes)
+        block_mask = pa.BlockMask.from_mask(pa.masks.causal(), q_positions, kv_positions, setting.sizes)
         scale = setting.head_dim**-0.5
         call = Call(query, key, value, block_mask, page_table=page_table)
         return kernels.decode(call, scale=scale, return_key_weights=return_key_weights)
@@ -108,11 +125,12 @@ def _decode(
     query = jax.ShapeDtypeStruct((_BATCH, q_len, *query.shape[2:]), query.dtype)
     q_positions, page_table = jax.ShapeDtypeStruct((_BATCH, q_len), jnp.int32), None
     if page:
-        key = jax.ShapeDtypeStruct((_BATCH * _LENGTH // page, page, *key.shape[2:]), key.dtype)
-        page_table = jax.ShapeDtypeStruct((_BATCH, _LENGTH // page), jnp.int32)
+        pages = -(-setting.length // page)
+        key = jax.ShapeDtypeStruct((_BATCH * pages, page, *key.shape[2:]), key.dtype)
+        page_table = jax.ShapeDtypeStruct((_BATCH, pages), jnp.int32)
+        kv_positions = jax.ShapeDtypeStruct((_BATCH, pages * page), jnp.int32)
     stored = jax.eval_shape(lambda x: pa.QuantizedArray.quantize(x, kind), key) if kind else key
-    arguments = query, stored, stored, q_positions, kv_positions, page_table
-    return lower_for_cuda(decode, *arguments, capability=setting.capability)
+    return Program(decode, (query, stored, stored, q_positions, kv_positions, page_table))
 
 
 def _decode_in_default_blocks(setting: Setting, **options):
@@ -124,25 +142,25 @@ def _decode_in_default_blocks(setting: Setting, **options):
 def _tensors(setting: Setting) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Query, key, value, and the positions of queries and keys."""
     heads = (_Q_HEADS, _KV_HEADS, _KV_HEADS)
-    tensors = (jax.ShapeDtypeStruct((_BATCH, _LENGTH, n, setting.head_dim), setting.dtype) for n in heads)
-    positions = jax.ShapeDtypeStruct((_BATCH, _LENGTH), jnp.int32)
+    tensors = (jax.ShapeDtypeStruct((_BATCH, setting.length, n, setting.head_dim), setting.dtype) for n in heads)
+    positions = jax.ShapeDtypeStruct((_BATCH, setting.length), jnp.int32)
     return *tensors, positions, positions
 
 
-def _per_query() -> jax.ShapeDtypeStruct:
+def _per_query(setting: Setting) -> jax.ShapeDtypeStruct:
     """A float32 per query and head."""
-    return jax.ShapeDtypeStruct((_BATCH, _Q_HEADS, _LENGTH), jnp.float32)
+    return jax.ShapeDtypeStruct((_BATCH, _Q_HEADS, setting.length), jnp.float32)
 
 
-def _lse() -> Lse:
+def _lse(setting: Setting) -> Lse:
     """The lse of the forward pass."""
-    return Lse(_per_query(), _per_query())
+    return Lse(_per_query(setting), _per_query(setting))
 
 
 def _default_sizes(kernel: tuning.Kernel) -> Callable[[int, str, int], pa.BlockSizes]:
     def default_sizes(head_dim: int, dtype: str, capability: int) -> pa.BlockSizes:
         return tuning.default_block_sizes(
-            *(1 if kernel == "decode" else _LENGTH, _LENGTH),
+            *(1 if kernel == "decode" else LENGTH, LENGTH),
             implementation="triton",
             kernel=kernel,
             head_dim=head_dim,
@@ -153,41 +171,73 @@ def _default_sizes(kernel: tuning.Kernel) -> Callable[[int, str, int], pa.BlockS
     return default_sizes
 
 
-def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: pa.masks.Mask, scores: Scores = ()) -> KernelCase:
-    lower = _forward if kernel == "forward" else _backward
-    entry: tuning.Kernel = "d_key_value_bias" if kernel == "d_key_value" and scores is _BIAS else kernel
+def _causal(length: int) -> pa.masks.Mask:
+    return pa.masks.causal()
+
+
+def _composed(length: int) -> pa.masks.Mask:
+    return pa.masks.causal() & pa.masks.sliding_window(300) | pa.masks.sink(4)
+
+
+def _array(length: int) -> pa.masks.Mask:
+    return pa.masks.causal() & pa.masks.dense(jnp.ones((1, 1, length, length), jnp.bool_))
+
+
+def _alibi(length: int) -> Scores:
+    return pa.scores.alibi(jnp.ones(_Q_HEADS)), pa.scores.softcap(30.0)
+
+
+def _slopes(length: int) -> Scores:
+    return (pa.scores.alibi(jnp.ones(_Q_HEADS)),)
+
+
+def _bias(length: int) -> Scores:
+    return (pa.scores.bias(jnp.zeros((1, _Q_HEADS, length, length), jnp.bfloat16)),)
+
+
+def _no_scores(length: int) -> Scores:
+    return ()
+
+
+_Mask = Callable[[int], pa.masks.Mask]  # of a length
+_Scores = Callable[[int], Scores]
+
+
+def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: _Mask, scores: _Scores = _no_scores) -> KernelCase:
+    program = _forward if kernel == "forward" else _backward
+    entry: tuning.Kernel = "d_key_value_bias" if kernel == "d_key_value" and scores is _bias else kernel
     return KernelCase(
         kernel.replace("_", "-") + suffix,
         f"pallas_attn_{kernel}",
         about,
         ("full", "partial"),
-        lambda setting: lower(setting, mask, scores),
+        lambda setting: program(setting, mask(setting.length), scores(setting.length)),
         _default_sizes(entry),
-        has_scores=bool(scores),
+        has_scores=scores is not _no_scores,
     )
 
 
-def _key_weights_case(suffix: str, about: str, mask: pa.masks.Mask, scores: Scores = ()) -> KernelCase:
+def _key_weights_case(suffix: str, about: str, mask: _Mask, scores: _Scores = _no_scores) -> KernelCase:
     """The second pass that computes key weights after a forward pass, with its blocks."""
     return KernelCase(
         f"key-weights{suffix}",
         "pallas_attn_key_weights",
         about,
         ("full", "partial"),
-        lambda setting: _key_weights(setting, mask, scores),
+        lambda setting: _key_weights(setting, mask(setting.length), scores(setting.length)),
         lambda *setting: key_weights_sizes(_default_sizes("forward")(*setting)),
-        has_scores=bool(scores),
+        has_scores=scores is not _no_scores,
     )
 
 
-def _score_gradient_case(suffix: str, about: str, scores: Scores) -> KernelCase:
+def _score_gradient_case(suffix: str, about: str, scores: _Scores) -> KernelCase:
     """The gradient of a score's array."""
     return KernelCase(
         f"d-score{suffix}",
         "pallas_attn_d_score",
         f"causal; {about}",
         ("visited",),
-        lambda setting: _backward(setting, _CAUSAL, scores),
+        lambda setting: _backward(setting, pa.masks.causal(), scores(setting.length)),
         _default_sizes("d_score"),
         has_scores=True,
     )
@@ -211,29 +261,23 @@ def _decode_case(
 
 
 _KERNELS: tuple[tuning.Kernel, ...] = ("forward", "d_query", "d_key_value")
-_CAUSAL = pa.masks.causal()
-_COMPOSED = _CAUSAL & pa.masks.sliding_window(300) | pa.masks.sink(4)
-_ARRAY = _CAUSAL & pa.masks.dense(jnp.ones((1, 1, _LENGTH, _LENGTH), jnp.bool_))
-_ALIBI = pa.scores.alibi(jnp.ones(_Q_HEADS)), pa.scores.softcap(30.0)
-_SLOPES = (pa.scores.alibi(jnp.ones(_Q_HEADS)),)
-_BIAS = (pa.scores.bias(jnp.zeros((1, _Q_HEADS, _LENGTH, _LENGTH), jnp.bfloat16)),)
 
 CASES = [
     case
     for kernel in _KERNELS
     for case in (
-        _case(kernel, "", "causal", _CAUSAL),
-        _case(kernel, "-composed", "causal & sliding_window(300) | sink(4)", _COMPOSED),
-        _case(kernel, "-array", "causal & dense(array)", _ARRAY),
-        _case(kernel, "-alibi", "causal; alibi, softcap", _CAUSAL, _ALIBI),
-        _case(kernel, "-bias", "causal; a bias [1, N, T, S] in bfloat16", _CAUSAL, _BIAS),
+        _case(kernel, "", "causal", _causal),
+        _case(kernel, "-composed", "causal & sliding_window(300) | sink(4)", _composed),
+        _case(kernel, "-array", "causal & dense(array)", _array),
+        _case(kernel, "-alibi", "causal; alibi, softcap", _causal, _alibi),
+        _case(kernel, "-bias", "causal; a bias [1, N, T, S] in bfloat16", _causal, _bias),
     )
 ] + [
-    _key_weights_case("", "causal", _CAUSAL),
-    _key_weights_case("-array", "causal & dense(array)", _ARRAY),
-    _key_weights_case("-bias", "causal; a bias [1, N, T, S] in bfloat16", _CAUSAL, _BIAS),
-    _score_gradient_case("-slopes", "the slopes of alibi", _SLOPES),
-    _score_gradient_case("-bias", "a bias [1, N, T, S] in bfloat16", _BIAS),
+    _key_weights_case("", "causal", _causal),
+    _key_weights_case("-array", "causal & dense(array)", _array),
+    _key_weights_case("-bias", "causal; a bias [1, N, T, S] in bfloat16", _causal, _bias),
+    _score_gradient_case("-slopes", "the slopes of alibi", _slopes),
+    _score_gradient_case("-bias", "a bias [1, N, T, S] in bfloat16", _bias),
     _decode_case("", "plain keys"),
     _decode_case("-int8", "int8 keys and values", "int8"),
     _decode_case("-int4", "int4 keys and values", "int4"),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 
-from bench.machine_code import issue_rates, sass, triton_ir
+from bench.machine_code import issue_rates, sass, triton_ir, xla_registers
 from bench.machine_code.compiled import MachineCode, compile_kernels
 from bench.machine_code.kernel_cases import KernelCase, Setting
 
@@ -11,7 +11,7 @@ from bench.machine_code.kernel_cases import KernelCase, Setting
 def entry(case: KernelCase, setting: Setting) -> dict:
     """Compiles a case and returns its entry of the report's JSON."""
     (code,) = compile_kernels(case.lower(setting), setting.capability, name=case.kernel)
-    return describe(code, case, setting)
+    return {**describe(code, case, setting), "xla": xla_registers.entries(case, setting)}
 
 
 def describe(code: MachineCode, case: KernelCase, setting: Setting) -> dict:
@@ -114,7 +114,8 @@ def problems(entry: dict) -> list[str]:
     With scores, full blocks may have compares and plain loads of operands, and values that are needed only after the
     loops may be spilled before them.
     """
-    found = [] if entry["has_scores"] else spills(entry)
+    found = xla_registers.problems(entry)
+    found += [] if entry["has_scores"] else spills(entry)
     if entry["occupancy"]["blocks"] == 0:
         found.append(f"does not fit on a multiprocessor: too much of {entry['occupancy']['limit']}")
     for name, loop in entry["loops"].items():

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import machine
-from bench.machine_code import report, sweep
+from bench.machine_code import report, sweep, xla_gpu
 from bench.machine_code.kernel_cases import CASES, DTYPES, KernelCase, Setting
 from bench.machine_code.sweep import Candidate
 from pallas_attn import BlockSizes
@@ -93,6 +93,8 @@ def _run(options: argparse.Namespace) -> int:
         entries = compiled("compiling", _default_entry, work)
     document = {**_report_head("static"), "entries": entries}
     console.print(_resources_table(entries), _loops_table(entries))
+    if reason := xla_gpu.missing():
+        console.print(f"[yellow]registers by XLA: {reason}[/yellow]", highlight=False)
     for line in differences(baseline, document) if baseline else [f"no baseline at {BASELINE}"]:
         console.print(line, highlight=False)
     for entry in entries:
@@ -362,7 +364,8 @@ def differences(baseline: dict, report: dict) -> list[str]:
             lines.append(f"{label(entry)}: not in the baseline")
             continue
         old, new = _facts(before[label(entry)]), _facts(entry)
-        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]
+        # Without XLA's plugin a report lacks its figures.
+        changed = [f"{k}: {old[k]} -> {new[k]}" for k in old if k in new and old[k] != new[k]]
         if changed:
             lines.append(f"{label(entry)}: {', '.join(changed)}")
     return lines or ["no difference from the baseline"]
@@ -373,6 +376,8 @@ def _facts(entry: dict) -> dict[str, object]:
     facts: dict[str, object] = {"blocks": "x".join(map(str, entry["blocks"].values()))}
     facts |= {name: entry[name] for name in ("registers", "stack_bytes", "shared_bytes")}
     facts["warps on SM"] = entry["occupancy"]["warps"]
+    for xla in entry.get("xla", []):
+        facts |= {f"XLA {name} at {xla['length']}": xla[name] for name in ("registers", "stack_bytes")}
     for name, loop in entry["loops"].items():
         facts |= {f"{name} {key}": loop[key] for key in ("instructions", "mask", "cycles", "bound")}
         facts |= {f"{name} {kind}": loop["kinds"].get(kind, 0) for kind in _COUNTED}

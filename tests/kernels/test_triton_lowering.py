@@ -6,7 +6,9 @@ import pytest
 from jax import lax
 
 import pallas_attn as pa
-from bench.machine_code.compiled import lower_for_cuda
+from bench.machine_code import triton_ir
+from bench.machine_code.compiled import kernel_irs, lower_for_cuda
+from bench.machine_code.kernel_cases import CASES, Setting
 from pallas_attn import tuning
 from pallas_attn.kernels import triton as kernels
 from pallas_attn.kernels.call import Call
@@ -232,3 +234,16 @@ def test_elementwise_operations_lower():
 def test_other_elementwise_operations_are_known_not_to_lower(name):
     with pytest.raises(Exception, match=f"(?i)unimplemented primitive.*{name}"):
         lower_custom(3, (as_score(operations()[name]),), pa.masks.causal())
+
+
+@pytest.mark.parametrize("name", ["forward", "d-query", "d-key-value", "key-weights", "decode", "decode-int8"])
+def test_full_blocks_are_loaded_without_masks_at_ragged_lengths(name):
+    """Blocks that do not divide T or S: the lowering must not mask the loads of a loop that stays within both."""
+    (case,) = [case for case in CASES if case.name == name]
+    sizes = case.default_sizes(64, "bfloat16", 90)
+    for length in (2048, 2047):
+        setting = Setting(90, 64, "bfloat16", sizes, length)
+        (text,) = [text for kernel, text in kernel_irs(case.lower(setting)) if kernel == case.kernel]
+        (full, partial), masks = triton_ir.read(text)
+        assert not full.lines & (masks.loads | masks.logic), f"length {length}"
+        assert partial.lines & masks.loads and partial.lines & masks.logic

@@ -20,7 +20,7 @@ class ProgramCoords(NamedTuple):
         """The index along the first axis of ``[B|1, ...]``."""
         return self.b if ref.shape[0] > 1 else _ZERO
 
-    def index(self, ref: Any, shape: CallShape) -> tuple[Any, Any]:
+    def at(self, ref: Any, shape: CallShape) -> tuple[Any, Any]:
         """The index along the first axes of ``[B|1, 1|K|N, ...]``."""
         heads = ref.shape[1]
         return self.row(ref), _ZERO if heads == 1 else self.h if heads == shape.kv_heads else self.n

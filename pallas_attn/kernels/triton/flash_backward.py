@@ -129,7 +129,7 @@ def _d_query_kernel(refs: KernelArgs, residuals: Residuals, d_query_ref, *, tili
     (head_columns,), (value_columns,) = tiles.columns(tiling.head_dim), tiles.columns(tiling.value_dim)
     n, b = pl.program_id(1), pl.program_id(2)
     coords = ProgramCoords(b, n // tiling.group, n)
-    heads = coords.index(refs.lists.order, tiling)
+    heads = coords.at(refs.lists.order, tiling)
     i = refs.lists.order[(*heads, pl.program_id(0))]
 
     def load(i: Array) -> tuple[QueryBlock, Array, Array, Array]:
@@ -182,7 +182,7 @@ def _d_key_value_kernel(refs: KernelArgs, residuals: Residuals, d_key_ref, d_val
     (head_columns,), (value_columns,) = tiles.columns(tiling.head_dim), tiles.columns(tiling.value_dim)
     h, b = pl.program_id(1), pl.program_id(2)
     first_head = ProgramCoords(b, h, h * tiling.group)
-    j = refs.lists.order[(*first_head.index(refs.lists.order, tiling), pl.program_id(0))]
+    j = refs.lists.order[(*first_head.at(refs.lists.order, tiling), pl.program_id(0))]
     stored = StoredKeys(refs, tiling, first_head)
 
     def load_keys(j: Array) -> tuple[pl.Slice, Array, Array]:
@@ -195,14 +195,14 @@ def _d_key_value_kernel(refs: KernelArgs, residuals: Residuals, d_key_ref, d_val
     (k,), (v,) = (stored.tile(x, stored.locate(j), valid).parts for x in (refs.key, refs.value))
 
     # Tiles are [kv_block, q_block] here, so that both sums have their probabilities on the left.
-    def head(g: Array, state: tuple) -> tuple:
+    def head(g: Any, state: tuple) -> tuple:
         coords = ProgramCoords(b, h, h * tiling.group + g)
 
         def operands(tree, queries: QueryBlock):
             """The transposed tiles of the operands of a mask or of scores."""
 
             def load(ref):
-                heads = coords.index(ref, tiling)
+                heads = coords.at(ref, tiling)
                 return tiles.load_operand(ref, heads, queries.at, queries.in_bounds, keys, key_in_bounds).T
 
             return pointwise.map_operands(load, tree)
@@ -239,10 +239,10 @@ def _d_key_value_kernel(refs: KernelArgs, residuals: Residuals, d_key_ref, d_val
             ds = back(p * (tiling.dot(v, do, (1, 1)) - delta))
             return d_key + tiling.dot(ds, q, (1, 0)), d_value
 
-        walk = BlockWalk.of(refs.lists, (*coords.index(refs.lists.num_full, tiling), j))
+        walk = BlockWalk.of(refs.lists, (*coords.at(refs.lists.num_full, tiling), j))
         carry = lax.fori_loop(walk.first, walk.num_full, walk.visit(full, step), walk.start(state))
-        _, *state = lax.fori_loop(walk.num_full, walk.last, walk.visit(partial, step), carry)
-        return tuple(state)
+        _, d_key, d_value = lax.fori_loop(walk.num_full, walk.last, walk.visit(partial, step), carry)
+        return d_key, d_value
 
     zeros = tuple(jnp.zeros((tiling.kv_block, x.shape[1]), jnp.float32) for x in (k, v))
     # A plain 0 fails in the interpreter.

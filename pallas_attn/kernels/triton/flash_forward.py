@@ -54,7 +54,7 @@ def forward(call: Call, *, scale: float, interpret: bool = False) -> tuple[Array
 def _kernel(refs: KernelArgs, sinks_ref, out_ref, lse_refs: Lse, *, tiling: Tiling):
     n, b = pl.program_id(1), pl.program_id(2)
     coords = ProgramCoords(b, n // tiling.group, n)
-    heads = coords.index(refs.lists.order, tiling)
+    heads = coords.at(refs.lists.order, tiling)
     i = refs.lists.order[(*heads, pl.program_id(0))]
     queries, keys = QueryBlock.ragged(refs, tiling, coords, i), StoredKeys(refs, tiling, coords)
     columns, value_columns = keys.columns(refs.key), keys.columns(refs.value)

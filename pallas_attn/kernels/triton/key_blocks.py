@@ -79,5 +79,5 @@ class KeyBlocks:
         return jnp.broadcast_to(allowed, (self.q_positions.size, positions.size))
 
     def _operand(self, ref: Any, keys: pl.Slice, in_bounds: Array | None) -> Array:
-        heads = self.stored.coords.index(ref, self.stored.tiling)
+        heads = self.stored.coords.at(ref, self.stored.tiling)
         return tiles.load_operand(ref, heads, self.rows, self.row_in_bounds, keys, in_bounds)

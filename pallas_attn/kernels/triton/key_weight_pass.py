@@ -161,7 +161,7 @@ def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
         def step(state: list, weights: Array) -> tuple[Array]:
             return (state[0] + weights,)
 
-        walk = BlockWalk.of(refs.lists, (*coords.index(refs.lists.num_active, tiling), j))
+        walk = BlockWalk.of(refs.lists, (*coords.at(refs.lists.num_active, tiling), j))
         carry = lax.fori_loop(walk.first, walk.num_full, walk.visit(full, step), walk.start(state))
         _, total = lax.fori_loop(walk.num_full, walk.last, walk.visit(partial, step), carry)
         return (total,)

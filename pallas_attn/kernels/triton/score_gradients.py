@@ -135,7 +135,7 @@ def _kernel(
     def visit_block(visit: Array, acc: Array) -> Array:
         b, n, i, j = block_of(visit)
         coords = ProgramCoords(b, n // tiling.group, n)
-        live = bitmap_ref[*coords.index(bitmap_ref, tiling), i, j] > 0
+        live = bitmap_ref[*coords.at(bitmap_ref, tiling), i, j] > 0
         # A loop of one iteration or none.
         return lax.fori_loop(0, live.astype(jnp.int32), lambda _, acc: acc + block(coords, i, j), acc)
 
@@ -154,7 +154,7 @@ def _kernel(
         (k,), (v,) = (stored.tile(x, stored.locate(j), valid).parts for x in (refs.key, refs.value))
 
         def operand(ref) -> Array:
-            heads = coords.index(ref, tiling)
+            heads = coords.at(ref, tiling)
             return tiles.load_operand(ref, heads, queries.at, queries.in_bounds, keys, key_in_bounds)
 
         mask = pointwise.map_operands(operand, refs.mask)

@@ -98,7 +98,7 @@ class StoredKeys:
     def positions(self, block: Array, in_bounds: Array | None) -> Array:
         """int32 ``[kv_block]``, -1 where there is no key."""
         ref = self.refs.kv_positions
-        return tiles.load(ref.at[(*self.coords.index(ref, self.tiling), self.slots(block))], in_bounds, -1)
+        return tiles.load(ref.at[(*self.coords.at(ref, self.tiling), self.slots(block))], in_bounds, -1)
 
     def tile(self, stored: KVArray, at: KVBlockRef, valid: Array | None) -> Tile:
         """The keys (or values) of a block; those that are not ``valid`` are not read, and count as 0."""

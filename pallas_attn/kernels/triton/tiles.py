@@ -135,7 +135,7 @@ def load_operand(
     return load(at(ref, *heads, at_rows, at_keys), mask)
 
 
-def store_rows(ref, index: tuple, columns: Columns, row_mask: Array, x: Array) -> None:
+def store_rows(ref, index: tuple, columns: Columns, row_mask: Array | None, x: Array) -> None:
     """Stores the rows of a tile that are in bounds, in the dtype of the ref; ``index`` is all but the last axis."""
     x = x.astype(ref.dtype)
     plgpu.store(at(ref, *index, columns.at), x, mask=outer(row_mask, columns.in_bounds, x.shape))
