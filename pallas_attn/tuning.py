@@ -38,8 +38,8 @@ class BlockSizes:
 
 
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first match applies. The
-# entries come from `python -m bench.static --sweep`: among the sizes that compile without spills under every mask of
-# its cases, and with scores without spills in a loop, those with the best estimate, or up to a few percent worse where
+# entries come from `python -m bench.static --sweep`: among the sizes that compile without spills, by PyPI's Triton under
+# every mask of its cases and by XLA under a causal one, and with scores without spills in a loop, those with the best estimate, or up to a few percent worse where
 # only those leave shared memory for tiles of a bias. float32 products use no tensor cores (TF32 would lose 13 bits), so
 # their tiles are small. The entries from 8.6 on fit, even with a bias, in the 99 KiB of shared memory per block there.
 _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
@@ -54,9 +54,9 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
         (4, 9.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=3),
         (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
-        (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
+        (4, 9.0, 128): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=3),
-        (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 8.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=2),
     },
     # dQ. (2, 9.0, 128) is the forward entry, so that the two share block lists. At D 256, 32 x 64 needs slightly more
     # shared memory than 8.6 and 8.9 have.
@@ -69,8 +69,8 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.6, 256): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
         (4, 9.0, 64): BlockSizes(64, 32, num_warps=8, num_stages=3),
-        (4, 9.0, 128): BlockSizes(32, 64, num_warps=8, num_stages=2),
-        (4, 9.0, 256): BlockSizes(16, 64, num_warps=8, num_stages=2),
+        (4, 9.0, 128): BlockSizes(32, 16, num_warps=8, num_stages=2),
+        (4, 9.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 64): BlockSizes(32, 32, num_warps=4, num_stages=2),
         (4, 8.0, 128): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
@@ -87,8 +87,8 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 8.0, 64): BlockSizes(16, 64, num_warps=8, num_stages=2),
         (4, 9.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=2),
         (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=3),
-        (4, 8.0, 128): BlockSizes(16, 32, num_warps=8, num_stages=2),
-        (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
+        (4, 8.0, 128): BlockSizes(16, 64, num_warps=8, num_stages=2),
+        (4, 8.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
     },
     # Decode; a tile holds the queries of a group. Also chosen for 8- and 4-bit keys. Decode with plain keys is bound by
     # memory, so among entries with similar clock estimates the one with more bytes in flight is taken.

@@ -7,6 +7,8 @@ from bench.machine_code.kernel_cases import LENGTH, RAGGED_LENGTH, KernelCase, S
 
 _GPUS = {80: "A100", 90: "H100"}
 LENGTHS = (LENGTH, RAGGED_LENGTH)
+# Each takes seconds, so the masks with arrays are left to PyPI's Triton.
+CASES = ("forward", "d-query", "d-key-value", "key-weights", "decode", "decode-int8", "decode-paged")
 
 # Entries that spill a little outside of their loops and are faster by the estimate than the best that does not: (case,
 # capability, head_dim, dtype) -> why, with both figures.
@@ -30,8 +32,8 @@ def read(case: KernelCase, setting: Setting) -> dict:
 
 
 def entries(case: KernelCase, setting: Setting) -> list[dict]:
-    """Of every length; an empty list without XLA's plugin."""
-    if xla_gpu.missing():
+    """Of every length, if the case is one of :data:`CASES`; an empty list without XLA's plugin."""
+    if case.name not in CASES or xla_gpu.missing():
         return []
     return [read(case, dataclasses.replace(setting, length=length)) for length in LENGTHS]
 
