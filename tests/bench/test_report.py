@@ -49,7 +49,7 @@ def test_the_mask_is_in_the_loop_over_partial_blocks_alone(entry):
 
 
 def test_loops_are_distinguished_under_any_mask(entry):
-    everything = dataclasses.replace(FORWARD, lower=CASE["forward-composed"].lower)
+    everything = dataclasses.replace(FORWARD, program=CASE["forward-composed"].program)
     other = report.entry(everything, SETTING)
     assert other["loops"]["full"]["kinds"] == entry["loops"]["full"]["kinds"]
     assert other["loops"]["partial"]["mask"] > entry["loops"]["partial"]["mask"]

@@ -246,4 +246,5 @@ def test_full_blocks_are_loaded_without_masks_at_ragged_lengths(name):
         (text,) = [text for kernel, text in kernel_irs(case.lower(setting)) if kernel == case.kernel]
         (full, partial), masks = triton_ir.read(text)
         assert not full.lines & (masks.loads | masks.logic), f"length {length}"
-        assert partial.lines & masks.loads and partial.lines & masks.logic
+        assert partial.lines & masks.loads
+        assert partial.lines & masks.logic
