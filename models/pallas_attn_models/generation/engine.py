@@ -11,8 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-import pallas_attn as pa
-from pallas_attn_models.decoder import Decoder
+from pallas_attn_models.decoder import Decoder, LayerCaches
 from pallas_attn_models.generation import steps
 from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays
 from pallas_attn_models.generation.speculation import Speculation
@@ -26,7 +25,7 @@ class Engine:
     Args:
       model: the decoder; :meth:`refresh_weights` reads its weights.
       speculation: drafts tokens for decode, or None; a draft model prefills the same prompts as the model.
-      new_caches: creates the empty caches, one per layer; those of the draft model follow the model's.
+      new_caches: creates the empty caches; those of the draft model follow the model's.
       batch_size, max_length: rows, and tokens per row.
       chunk, chunk_rows: a prefill call processes ``chunk`` tokens of ``chunk_rows`` rows.
       limits: see :class:`~pallas_attn_models.generation.Limits`.
@@ -40,7 +39,7 @@ class Engine:
         self,
         model: Decoder,
         speculation: Speculation | None,
-        new_caches: Callable[[], tuple[pa.caches.KVCache, ...]],
+        new_caches: Callable[[], LayerCaches],
         *,
         batch_size: int,
         max_length: int,

@@ -16,7 +16,7 @@ from jax import Array
 import pallas_attn as pa
 from pallas_attn import bits, checks
 from pallas_attn_models.checks import require_positive_int, require_size, shown
-from pallas_attn_models.decoder import Decoder, whole_pages
+from pallas_attn_models.decoder import Decoder, LayerCaches, whole_pages
 from pallas_attn_models.generation.engine import Engine
 from pallas_attn_models.generation.fair_lock import FairLock
 from pallas_attn_models.generation.requests import Handle, RequestGroup, ScoreRequest, TopLogprobs
@@ -194,8 +194,8 @@ class Generator:
 
     @property
     def cache_nbytes(self) -> int:
-        """Bytes that the caches of all layers occupy."""
-        return sum(cache.nbytes for cache in jax.eval_shape(self._new_caches))
+        """Bytes that the caches of all layers occupy; layers with the same kind of cache share its index."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self._new_caches)))
 
     def warmup(self, progress: Callable[[str], None] | None = None) -> float:
         """Compiles both executables unless they are compiled already; returns the seconds spent.
@@ -454,7 +454,7 @@ class Generator:
                 expected = f"caches that can truncate {nodes} tokens" + ("" if chain else ", from a tree: Dense")
                 raise ValueError(f"speculation: expected {expected}, got {where}")
 
-    def _new_caches(self) -> tuple[pa.caches.KVCache, ...]:
+    def _new_caches(self) -> LayerCaches:
         capacity, chunk = self.capacity, max(self.prefill_chunk, num_nodes(self.speculation))
         caches = self.model.init_caches(
             batch_size=self.batch_size,
@@ -463,8 +463,9 @@ class Generator:
             storage=self.storage,
             chunk=chunk,
         )
+        models = [caches]
         draft = None if self.speculation is None else self.speculation.draft_model
         if draft is not None:
             size = whole_pages(self.max_length)
-            caches += draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk)
-        return bits.pack(caches)  # generation needs no gradients
+            models.append(draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk))
+        return bits.pack(LayerCaches(*models))  # generation needs no gradients

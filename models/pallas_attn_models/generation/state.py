@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import pallas_attn as pa
+from pallas_attn_models.decoder import LayerCaches
 from pallas_attn_models.generation.sampling import SamplingArrays
 
 # Status of a row. Values above RUNNING mean finished, and give the reason.
@@ -133,7 +133,7 @@ class State:
       counters: totals.
     """
 
-    caches: tuple[pa.caches.KVCache, ...]
+    caches: LayerCaches
     rows: RowState
     counters: Counters
 

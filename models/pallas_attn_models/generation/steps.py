@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.caches import row_index
-from pallas_attn_models.decoder import Decoder, DecoderOutput
+from pallas_attn_models.decoder import Decoder, DecoderOutput, LayerCaches
 from pallas_attn_models.generation.sampling import SampledTokens, count_prompt, sample
 from pallas_attn_models.generation.speculation import Speculation, TreeVerification, ancestors, depths, speculated_rows
 from pallas_attn_models.generation.state import (
@@ -62,11 +62,9 @@ class BoundModel:
 
     def __call__(self, tokens: Array, positions: Array, state: State, **options: Any) -> tuple[State, Array]:
         """The state after these tokens, and the last layer's output ``[.., T, E]``; arguments as for Decoder."""
-        caches, own = [*state.caches], self.spec.caches
-        hook = self.spec.layer_hook
-        out = self.decoder(tokens, positions, caches[own], layer_hook=hook, apply_head=False, **options)
-        caches[own] = out.caches or ()
-        return _with_output(state, tuple(caches), out), out.hidden
+        hook, own = self.spec.layer_hook, self.spec.caches
+        out = self.decoder(tokens, positions, state.caches[own], layer_hook=hook, apply_head=False, **options)
+        return _with_output(state, state.caches.replaced(own, out.caches or ()), out), out.hidden
 
 
 # --- prefill ---
@@ -163,11 +161,11 @@ def _with_next_token(batch: PrefillBatch) -> Array:
 
 def _start(state: State, batch: PrefillBatch) -> State:
     """Copies prefilled rows to the samples that share a prompt, and starts decoding in rows with a complete prompt."""
-    sources, targets = jnp.asarray(batch.sources), jnp.asarray(batch.targets)
-    caches = tuple(cache.copy_rows(sources, targets, jnp.asarray(batch.num_copies)) for cache in state.caches)
     rows = state.rows
-    fields = (rows.status, rows.tokens, rows.length, rows.counts)
-    status, tokens, length, counts = row_index.copy(fields, sources, targets, jnp.asarray(batch.num_copies))
+    before = state.caches.map(lambda cache: cache.row_data), (rows.status, rows.tokens, rows.length, rows.counts)
+    pairs = (jnp.asarray(x) for x in (batch.sources, batch.targets, batch.num_copies))
+    row_data, (status, tokens, length, counts) = row_index.copy(before, *pairs)
+    caches = state.caches.map(lambda cache, rows: cache.with_row_data(rows), row_data)
     rows = dataclasses.replace(
         rows,
         status=jnp.where(batch.started & (status == PREFILLING), RUNNING, status),
@@ -296,15 +294,20 @@ def _feed(model: BoundModel) -> Callable[[Array, Array, State], tuple[State, Arr
 
 
 def _kept(
-    caches: tuple, speculation: Speculation, verification: TreeVerification, first: Array, new: Array, running: Array
-) -> tuple:
+    caches: LayerCaches,
+    speculation: Speculation,
+    verification: TreeVerification,
+    first: Array,
+    new: Array,
+    running: Array,
+) -> LayerCaches:
     """The caches without rejected drafts: keeps ``new`` tokens from index ``first`` on, both int32 ``[B]``."""
     if speculation.num_candidates == 1:
-        return tuple(cache.truncate(jnp.where(running, first + new, cache.lengths)) for cache in caches)
+        return caches.map(lambda cache: cache.truncate(jnp.where(running, first + new, cache.lengths)))
     path = jnp.arange(speculation.length + 1, dtype=jnp.int32)[None]
     candidate = lax.argmax(verification.accepted, 1, jnp.int32)[:, None]
     path = jnp.where(path == 0, 0, path + candidate * speculation.length)
-    return tuple(cache.keep(jnp.where(running, first, cache.lengths), path, new) for cache in caches)
+    return caches.map(lambda cache: cache.keep(jnp.where(running, first, cache.lengths), path, new))
 
 
 def _sample_next(
@@ -373,13 +376,13 @@ def _cleared(rows: RowState, done: Array) -> RowState:
     return dataclasses.replace(rows, request=request)
 
 
-def _emptied(caches: tuple, rows: Array) -> tuple:
+def _emptied(caches: LayerCaches, rows: Array) -> LayerCaches:
     """The caches after clearing ``rows`` bool ``[B]``; without such rows, as in most calls, nothing is computed."""
     iterations = rows.any().astype(jnp.int32)
-    return lax.fori_loop(0, iterations, lambda _, caches: tuple(cache.reset(rows) for cache in caches), caches)
+    return lax.fori_loop(0, iterations, lambda _, caches: caches.map(lambda cache: cache.reset(rows)), caches)
 
 
-def _with_output(state: State, caches: tuple, out: DecoderOutput) -> State:
+def _with_output(state: State, caches: LayerCaches, out: DecoderOutput) -> State:
     """The state after a decoder call: stores the caches and counts the KV blocks.
 
     A row whose cache overflowed is finished, because it lacks tokens that later queries must see.
@@ -392,7 +395,7 @@ def _with_output(state: State, caches: tuple, out: DecoderOutput) -> State:
             kv_blocks_total=live * (mask.num_active.shape[1] * math.prod(mask.grid)),
         )
     rows, request = state.rows, state.rows.request
-    overflowed = functools.reduce(jnp.logical_or, (cache.overflowed for cache in caches))
+    overflowed = functools.reduce(jnp.logical_or, (cache.overflowed for cache in caches.distinct))
     overflowed = (overflowed | overflowed[request.partner])[request.leader]
     ends = overflowed & ((rows.status == PREFILLING) | (rows.status == RUNNING))
     rows = dataclasses.replace(rows, status=jnp.where(ends, CAPACITY, rows.status))
