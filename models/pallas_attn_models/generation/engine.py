@@ -1,6 +1,5 @@
 """The executables of a Generator, and the device state that they pass on."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -53,7 +52,7 @@ class Engine:
         self.chunk, self.chunk_rows = chunk, chunk_rows
         self.limits = limits
         self.usage = UsageStats()
-        self._counted = dict.fromkeys((field.name for field in dataclasses.fields(Counters)), 0)
+        self._counted = dict.fromkeys(Counters.NAMES, 0)
         self._new_caches = new_caches
         self._state: State | None = None
         self._models = [_Weights(model)]
