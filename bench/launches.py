@@ -2,6 +2,7 @@
 
 import argparse
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -9,7 +10,15 @@ from bench.machine_code import generator_steps, xla_gpu
 from bench.machine_code.generator_steps import BATCH_SIZE, CAPACITY, STORAGES, StepGraph
 from bench.machine_code.gpus import GPUS
 
-_COLUMNS = ("launches", "copies", "attention", "graphs", "conditionals", "host_loops")
+# Names of columns, and what they show of a step.
+_COLUMNS = {
+    "launches": "launches",
+    "copies": "copies",
+    "attention": "attention",
+    "conds": "conditionals",
+    "host loops": "host_loops",
+}
+_WITH_LOOPS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,24 +26,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__, allow_abbrev=False)
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the decoder (default %(default)s)")
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="default %(default)s")
-    parser.add_argument("--storages", nargs="+", choices=STORAGES, default=[*STORAGES], metavar="NAME", help="of caches")
+    parser.add_argument(
+        "--storages", nargs="+", choices=STORAGES, default=[*STORAGES], metavar="NAME", help="of caches"
+    )
     parser.add_argument("--while-graphs", action="store_true", help="let CUDA graphs contain loops")
     options = parser.parse_args(argv)
     if options.layers < 1:
         parser.error(f"--layers: expected an int of at least 1, got {options.layers}")
     if reason := xla_gpu.missing():
         parser.error(reason)
-    xla_options = {"xla_gpu_enable_command_buffer": "+WHILE"} if options.while_graphs else {}
+    xla_options = {"xla_gpu_enable_command_buffer": _WITH_LOOPS} if options.while_graphs else {}
     table = Table(
-        "storage",
-        "step",
-        *(name.replace("_", " ") for name in _COLUMNS),
-        "loops of the call",
-        "temporary",
-        "aliased",
-        "caches",
+        *("storage", "step", *_COLUMNS, "of the call", "temp", "aliased", "caches"),
         title=f"{options.layers} layers, {BATCH_SIZE} rows of {CAPACITY} tokens, {options.gpu}",
-        caption="Per step, with the cheapest branch of each conditional; MiB.",
+        caption="Per step, with the cheapest branch of each conditional; all host loops of the call; MiB.",
+        box=box.SIMPLE,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     console = Console()
     for name in options.storages:
@@ -48,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _cells(graph: StepGraph) -> list[str]:
-    counts = [getattr(graph.step, name) for name in _COLUMNS] + [graph.call.loops]
+    counts = [getattr(graph.step, name) for name in _COLUMNS.values()] + [graph.call.host_loops]
     sizes = graph.temporary_bytes, graph.aliased_bytes, graph.cache_bytes
     return [*map(str, counts), *(f"{size / 2**20:.1f}" for size in sizes)]
 

@@ -53,9 +53,7 @@ def generator(storage: pa.caches.Storage, num_layers: int, **options: Any) -> Ge
         num_kv_heads=4,
         head_dim=64,
     )
-    model = nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, implementation="triton")
-    )
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, implementation="triton"))
     return Generator(model, batch_size=BATCH_SIZE, capacity=CAPACITY, storage=storage, **options)
 
 
