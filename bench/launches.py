@@ -14,11 +14,10 @@ from bench.machine_code.gpus import GPUS
 _COLUMNS = {
     "launches": "launches",
     "copies": "copies",
-    "attention": "attention",
+    "pallas": "attention",
     "conds": "conditionals",
     "host loops": "host_loops",
 }
-_WITH_LOOPS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,17 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--storages", nargs="+", choices=STORAGES, default=[*STORAGES], metavar="NAME", help="of caches"
     )
-    parser.add_argument("--while-graphs", action="store_true", help="let CUDA graphs contain loops")
+    parser.add_argument("--graph-loops", action="store_true", help="let CUDA graphs contain loops")
     options = parser.parse_args(argv)
     if options.layers < 1:
         parser.error(f"--layers: expected an int of at least 1, got {options.layers}")
     if reason := xla_gpu.missing():
         parser.error(reason)
-    xla_options = {"xla_gpu_enable_command_buffer": _WITH_LOOPS} if options.while_graphs else {}
     table = Table(
-        *("storage", "step", *_COLUMNS, "of the call", "temp", "aliased", "caches"),
+        *("storage", "step", *_COLUMNS, "of call", "temp", "alias", "caches"),
         title=f"{options.layers} layers, {BATCH_SIZE} rows of {CAPACITY} tokens, {options.gpu}",
-        caption="Per step, with the cheapest branch of each conditional; all host loops of the call; MiB.",
+        caption="Per step, with the cheapest branch of each conditional; host loops of the call; memory in MiB.",
         box=box.SIMPLE,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -48,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.storages:
         for which in ("decode", "prefill"):
             with console.status(f"compiling {which}, {name}"):
-                generator = generator_steps.generator(STORAGES[name], options.layers)
-                graph = generator_steps.compile_step(generator, which, gpu=options.gpu, **xla_options)
+                generator = generator_steps.generator(STORAGES[name], options.layers, graph_loops=options.graph_loops)
+                graph = generator_steps.compile_step(generator, which, gpu=options.gpu)
             table.add_row(name, which, *_cells(graph))
     console.print(table)
     return 0

@@ -17,6 +17,11 @@ from pallas_attn_models.generation.speculation import Speculation
 from pallas_attn_models.generation.state import Counters, DecodeOutput, PrefillBatch, Request, State, empty_row_state
 from pallas_attn_models.generation.stats import UsageStats
 
+# What a CUDA graph of XLA may contain: all that it contains by default, and loops.
+_GRAPH_LOOPS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+
 
 class Engine:
     """Runs prefill, decode and score on the device. The scheduler owns the request queue.
@@ -29,6 +34,7 @@ class Engine:
       chunk, chunk_rows: a prefill call processes ``chunk`` tokens of ``chunk_rows`` rows.
       limits: see :class:`~pallas_attn_models.generation.Limits`.
       layer_hook: see :class:`~pallas_attn_models.decoder.Decoder`.
+      graph_loops: on a GPU, whether CUDA graphs may contain loops; then all steps of a decode call are one graph.
 
     Attributes:
       usage: totals so far, without compile time.
@@ -46,6 +52,7 @@ class Engine:
         chunk_rows: int,
         limits: Limits,
         layer_hook: Callable[[int, Array], Array] | None,
+        graph_loops: bool,
     ) -> None:
         self.model = model
         self.batch_size, self.max_length = batch_size, max_length
@@ -62,9 +69,10 @@ class Engine:
             specs.append(steps.ModelSpec(self._models[1].bind, slice(model.config.num_layers, None)))
         self._template = self._new_batch()
         # Donating the state updates it in place, so that memory never holds two copies.
-        self._prefill = jax.jit(functools.partial(steps.prefill, specs), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(steps.decode, specs, speculation), donate_argnums=1)
-        self._score = jax.jit(functools.partial(steps.score, specs), donate_argnums=1)
+        jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=_GRAPH_LOOPS if graph_loops else None)
+        self._prefill = jit(functools.partial(steps.prefill, specs))
+        self._decode = jit(functools.partial(steps.decode, specs, speculation))
+        self._score = jit(functools.partial(steps.score, specs))
 
     @property
     def compile_counts(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pallas_attn_models.generation.stopping import match_stop_sequences
 from pallas_attn_models.generation.token_log import entry
 
 
+@jax.named_scope("sampler")
 def sample_step(rows: RowState, logits: Array, live: Array | None = None) -> tuple[RowState, Array, Array]:
     """Samples the next token of the running rows.
 

@@ -333,6 +333,23 @@ def test_a_count_goes_beyond_32_bits():
     assert Counters.values(np.asarray(counters.digits)) == expected
 
 
+def test_a_profile_names_the_parts_of_a_step(generator):
+    engine = generator._engine
+    text = engine._decode.lower(engine._weights(), engine.abstract_state(), np.int32(1), np.bool_(False)).as_text(
+        debug_info=True
+    )
+    for name in ("layer_1/attention/cache", "layer_0/mlp", "block_masks", "head", "sampler"):
+        assert f"{name}/" in text
+
+
+def test_loops_in_graphs_change_nothing_without_a_gpu(generator):
+    options = {"batch_size": BATCH, "capacity": CAPACITY, "prefill_chunk": CHUNK}
+    other = Generator(generator.model, **options, graph_loops=True)
+    assert other.generate([prompt_of(5)], Sampling(4)).tokens == generator.generate([prompt_of(5)], Sampling(4)).tokens
+    with pytest.raises(TypeError, match="graph_loops: expected a bool, got"):
+        Generator(generator.model, **options, graph_loops=1)
+
+
 def test_figures_of_a_run(generator):
     stats = generator.generate([prompt_of(5)], Sampling(8)).stats
     assert stats.prefill_seconds > 0
