@@ -82,7 +82,7 @@ def compile_step(
     with tempfile.TemporaryDirectory() as directory:
         compiled = xla_gpu.compile(lowered, dump=Path(directory), **options)
         thunks = launches.read(Path(directory))
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return StepGraph(
         call=launches.Launches.of(thunks),
         step=launches.Launches.of(launches.step(thunks)),

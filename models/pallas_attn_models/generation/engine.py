@@ -59,7 +59,7 @@ class Engine:
         self.chunk, self.chunk_rows = chunk, chunk_rows
         self.limits = limits
         self.usage = UsageStats()
-        self._counted = dict.fromkeys(Counters.NAMES, 0)
+        self._counted: dict[str, int] = dict.fromkeys(Counters.NAMES, 0)
         self._new_caches = new_caches
         self._state: State | None = None
         self._models = [_Weights(model)]

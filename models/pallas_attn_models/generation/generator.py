@@ -7,7 +7,7 @@ The Generator validates requests and passes them to the scheduler, which assigns
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -483,7 +483,7 @@ class Generator:
         return bits.pack(LayerCaches(*models))  # generation needs no gradients
 
 
-def _device(model: Decoder) -> jax.Device:
+def _device(model: Decoder) -> Any:
     """One of the devices that hold the model; the default device if it is abstract."""
     sharding = getattr(model.embedding.table.get_value(), "sharding", None)
     return jax.devices()[0] if sharding is None else min(sharding.device_set, key=lambda device: device.id)

@@ -1,14 +1,14 @@
 """How many tokens of how many prompts a prefill call processes, unless the user says."""
 
-import jax
+from typing import Any
 
 # Queries in a tile of the attention kernel, and the most that one prompt contributes to a call: decoding rows wait for
 # the call, and a sliding-window layer has slots for it.
 _TILE, _LONGEST = 128, 512
 
 
-def multiprocessors(device: jax.Device) -> int | None:
-    """Multiprocessors of a GPU, or None."""
+def multiprocessors(device: Any) -> int | None:
+    """Multiprocessors of a ``jax.Device`` that is a GPU, or None."""
     return getattr(device, "core_count", None) if device.platform in ("gpu", "cuda", "rocm") else None
 
 
