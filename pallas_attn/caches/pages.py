@@ -16,8 +16,8 @@ from pallas_attn.caches.row_index import copy as copy_rows
 from pallas_attn.caches.row_index import numbers as row_numbers
 from pallas_attn.quantized import KVArray
 
-# The most copies per row that are made by one gather and one scatter.
-AT_ONCE = 4
+# The most copies per row that are made by one gather and one scatter: one for each of 8 heads with tokens of their own.
+AT_ONCE = 8
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,8 @@ class Pages:
           pages to make before the rows write.
         """
         batch_size, per_row = self.table.shape
-        copies = min(logical.shape[1] if copies is None else copies, per_row)
+        copies = logical.shape[1] if copies is None else copies
+        copies = copies if copies <= min(AT_ONCE, per_row) else per_row
         row = row_numbers(rows, logical.shape)
         page = self.table.at[row, logical].get(mode="fill", fill_value=0)
         beyond = logical >= per_row
@@ -115,6 +116,8 @@ class PageCopies(NamedTuple):
     @staticmethod
     def of(copied: Array, before: Array, after: Array, most: int) -> "PageCopies":
         """``most`` copies per row, from ``before`` to ``after``, int32 ``[B, L]``, at the entries ``copied``."""
+        if most == copied.shape[1]:
+            return PageCopies(*(jnp.where(copied, table, -1) for table in (before, after)))
         entry, pairs = lax.broadcasted_iota(jnp.int32, copied.shape, 1), []
         for _ in range(most):
             first = lax.argmax(copied, 1, jnp.int32)[:, None]

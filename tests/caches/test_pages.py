@@ -364,6 +364,30 @@ def test_few_pages_are_copied_without_a_loop_and_many_one_after_another(most, in
     jax.tree.map(np.testing.assert_array_equal, jax.jit(copies.make)(pools), expected)
 
 
+@pytest.mark.parametrize("policy", [Window(20, 3), H2O(4)], ids=["window", "h2o"])
+def test_a_chunk_that_writes_to_many_shared_pages_copies_all_of_them(policy):
+    pages = 2 * AT_ONCE
+    sizes = {"batch_size": 2, "capacity": pages * PAGE, "kv_heads": K, "head_dim": D, "dtype": "float32"}
+    length, more = pages * PAGE - 8, (AT_ONCE + 1) * PAGE
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((2, 2, count, K, D)).astype(np.float32) for count in (length, more))
+    number = np.arange(length, dtype=np.int32)
+    # Only one of the rows that share all pages writes.
+    next_number = np.stack([np.arange(more) + length, np.full(more, -1)]).astype(np.int32)
+
+    def life(storage) -> pa.caches.KVCache:
+        cache = append(pa.caches.init(policy, storage, **sizes), *first, np.stack([number, number]))
+        return append(fork(cache, np.array([0, 0], np.int32)), *second, next_number)
+
+    paged, plain = life(Paged(PAGE, 2 * pages)), life(pa.caches.Plain())
+    assert (np.asarray(paged.pages.table[0]) != np.asarray(paged.pages.table[1])).sum() > AT_ONCE
+    assert not paged.overflowed.any()
+    np.testing.assert_array_equal(paged.positions, plain.positions)
+    held = np.broadcast_to(np.asarray(plain.positions) >= 0, (2, K, pages * PAGE)).swapaxes(1, 2)
+    key = cache_models.read(paged.view().key, paged.view().page_table)
+    np.testing.assert_array_equal(key[held], np.asarray(plain.key)[held])
+
+
 def test_a_step_of_one_token_copies_at_most_a_page_per_row():
     """Of other policies, whose heads write to pages of their own, at most one per head."""
     positions = jnp.zeros((B, 1), jnp.int32)
