@@ -54,7 +54,8 @@ class Schedule:
         end = jnp.cumsum(count, dtype=jnp.int32)
         begin = end - count
         program = jnp.arange(programs, dtype=jnp.int32)
-        row = jnp.searchsorted(end, program, side="right").astype(jnp.int32)
+        # By comparisons, R per program: the other methods are loops, which the host runs on a GPU.
+        row = jnp.searchsorted(end, program, side="right", method="compare_all").astype(jnp.int32)
         busy = row < num_active.shape[0]
         row = jnp.where(busy, row, 0)
         first = jnp.where(busy, (program - begin[row]) * chunk, 0)

@@ -150,7 +150,20 @@ def compile(lowered: jax.stages.Lowered, *, dump: Path | None = None, **options)
     if dump:
         # Since JAX 0.12 PTX is not written unless its emitter is named.
         options |= {"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*ptx.*"}
-    return lowered.compile(compiler_options=options)
+    with _uncached():
+        return lowered.compile(compiler_options=options)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Keeps what is compiled out of JAX's persistent cache: XLA writes nothing about what comes from there."""
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, option)
+    jax.config.update(option, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def kernels(lowered: jax.stages.Lowered) -> list[Assembly]:

@@ -5,7 +5,7 @@ does not matter to attention, and an empty slot (position -1) is never read.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from pallas_attn import bits, checks, masks
 from pallas_attn.caches import row_index
-from pallas_attn.caches.pages import Pages
+from pallas_attn.caches.pages import PageCopies, Pages
 from pallas_attn.caches.policies import Dense, Policy, Slots, State, Tokens, at_slots
 from pallas_attn.caches.storage import Paged, Plain, Storage, read, take, write
 from pallas_attn.quantized import KVArray, QuantizedArray
@@ -45,7 +45,7 @@ class Reservation(NamedTuple):
       lengths: int32 ``[R]``, tokens appended so far, including these.
       lost: bool ``[R]``, rows that lose a token which the policy should keep.
       pages: for paged storage, the page table afterwards.
-      sources: for paged storage, int32 ``[B, L]``: the page to copy into each entry's page first, -1: none.
+      copies: for paged storage, the copies of shared pages to make before the tokens are written.
     """
 
     rows: Array | None
@@ -54,7 +54,7 @@ class Reservation(NamedTuple):
     lengths: Array
     lost: Array
     pages: Pages | None
-    sources: Array | None
+    copies: PageCopies | None
 
 
 @jax.tree_util.register_dataclass
@@ -134,15 +134,17 @@ class KVCache:
         rows = row_index.check(rows, self.batch_size)
         positions = self._check_positions(positions, rows)
         slots, lengths, lost = self.policy.place(self._slots_of(rows), positions >= 0)
-        pages, sources = self.pages, None
+        pages, copies = self.pages, None
         if pages is not None:
             page_size = self.key.shape[1]
-            pages, refused, sources = pages.reserve(slots.reshape(slots.shape[0], -1) // page_size, rows)
+            # In order, only the page of the last token can be shared: those after it hold none, so no row has them.
+            shared = 1 if self.policy.ordered else None
+            pages, refused, copies = pages.reserve(slots.reshape(slots.shape[0], -1) // page_size, rows, shared)
             refused = row_index.take(refused, rows)
             slots = jnp.where(refused[:, None, None], self.capacity, slots)
             lengths = jnp.where(refused, row_index.take(self.lengths, rows), lengths)
             lost = lost | refused
-        return Reservation(rows, positions, slots, lengths, lost, pages, sources)
+        return Reservation(rows, positions, slots, lengths, lost, pages, copies)
 
     def write(self, key: Array, value: Array, reservation: Reservation) -> "KVCache":
         """The second half of :meth:`append`: writes tokens ``[R, t, K, D]`` to reserved slots.
@@ -152,7 +154,7 @@ class KVCache:
           reservation: from :meth:`reserve` of this cache or, unless ``policy.per_head``, of another with the same
             policy, storage, capacity and tokens.
         """
-        rows, positions, slots, lengths, lost, pages, sources = _check_reservation(reservation)
+        rows, positions, slots, lengths, lost, pages, copies = _check_reservation(reservation)
         key, value = (
             _check_tokens(name, x, (*positions.shape, *buffer.shape[2:]))
             for name, x, buffer in (("key", key, self.key), ("value", value, self.value))
@@ -163,8 +165,8 @@ class KVCache:
         new_state = self.policy.new_state(Tokens(*lax.stop_gradient((key, value, *encoded))))
         state_slots = jnp.broadcast_to(slots, (slots.shape[0], key.shape[2], slots.shape[2]))
         buffers = self.key, self.value
-        if pages is not None and sources is not None:
-            buffers = pages.copy(sources, buffers)
+        if copies is not None:
+            buffers = copies.make(buffers)
         new_key, new_value = (write(into, first, second, x) for into, x in zip(buffers, encoded, strict=True))
         return dataclasses.replace(
             after,
@@ -288,11 +290,11 @@ class KVCache:
         buffers = self.key, self.value
         if self.pages is not None:
             written = jnp.where(moved, targets, self.capacity) // self.key.shape[1]
-            pages, refused, copied = self.pages.reserve(written)
+            pages, refused, copies = self.pages.reserve(written)
             # A refused row keeps the nodes before the first that would move.
             stays = (jnp.cumsum(moved, axis=1, dtype=jnp.int32) == 0) | ~refused[:, None]
             stored, moved = stored & stays, moved & stays
-            buffers = pages.copy(copied, buffers)
+            buffers = copies.make(buffers)
             after = dataclasses.replace(self, pages=pages)
         sources = jnp.where(moved, sources, 0)[:, None]
         targets = jnp.where(moved, targets, self.capacity)[:, None]
@@ -396,16 +398,24 @@ class KVCache:
         in_bounds = row_index.in_bounds(sources, self.batch_size) & row_index.in_bounds(targets, self.batch_size)
         sources, targets = (jnp.where(in_bounds, x, 0) for x in (sources, targets))
         count = jnp.minimum(count, sources.shape[0])
-        after = self
+        return self.with_row_data(row_index.copy(self.row_data, sources, targets, count))
+
+    @property
+    def row_data(self) -> "KVCache":
+        """The cache without the arrays that its rows share, the pools and the reference counts of their pages.
+
+        The first axis of every array is B.
+        """
         if self.pages is None:
-            key, value = row_index.copy((self.key, self.value), sources, targets, count)
-            after = dataclasses.replace(after, key=key, value=value)
-        else:
-            table = row_index.copy(self.pages.table, sources, targets, count)
-            after = dataclasses.replace(after, pages=self.pages.of_table(table))
-        rows = self.positions, self.lengths, self.overflowed, self.state
-        positions, lengths, overflowed, state = row_index.copy(rows, sources, targets, count)
-        return dataclasses.replace(after, positions=positions, lengths=lengths, overflowed=overflowed, state=state)
+            return self
+        pages: Any = dataclasses.replace(self.pages, users=None)
+        return dataclasses.replace(self, key=None, value=None, pages=pages)
+
+    def with_row_data(self, rows: "KVCache") -> "KVCache":
+        """The cache with ``rows``, a changed :attr:`row_data`."""
+        if self.pages is None or rows.pages is None:
+            return rows
+        return dataclasses.replace(rows, key=self.key, value=self.value, pages=self.pages.of_table(rows.pages.table))
 
     def _slots_of(self, rows: Array | None) -> Slots:
         state = {name: row_index.take(lax.stop_gradient(x), rows) for name, x in self.state.items()}

@@ -55,13 +55,15 @@ def copy(x: Tree, sources: Array, targets: Array, count: Array) -> Tree:
 
     def copy_in_order(x: Any, sources: Array, targets: Array, count: Array) -> Any:
         def copy_row(n: Array, x: Any) -> Any:
-            source, target = sources[n], targets[n]
-            return jax.tree.map(
-                lambda x: lax.dynamic_update_index_in_dim(
-                    x, lax.dynamic_index_in_dim(x, source, keepdims=False), target, 0
-                ),
-                x,
-            )
+            arrays, structure = jax.tree.flatten(x)
+            pair = sources[n], targets[n]
+            for index, array in enumerate(arrays):
+                row = lax.dynamic_index_in_dim(array, pair[0], keepdims=False)
+                # One array after another: XLA would read the rows of all before it writes one.
+                arrays[index], pair = lax.optimization_barrier(
+                    (lax.dynamic_update_index_in_dim(array, row, pair[1], 0), pair)
+                )
+            return structure.unflatten(arrays)
 
         return lax.fori_loop(0, count, copy_row, x)
 

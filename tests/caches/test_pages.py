@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 
 import jax
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 import pallas_attn as pa
 from pallas_attn.caches import H2O, Dense, Int8, Paged, Window
+from pallas_attn.caches.pages import AT_ONCE, PageCopies
 from tests import cache_models
 from tests.cache_models import NearTieError, Row
 
@@ -338,18 +338,65 @@ def test_steps_without_new_pages_leave_the_table_alone():
     assert after.lengths.tolist() == [7, 4, 0]
 
 
-def test_a_step_that_copies_no_page_does_not_look_for_one():
-    """The unconditional part of the program only finds out whether a copy is needed, and how many."""
-    cache = filled(5, 3, 0)
-    copy = functools.partial(cache.pages.copy, pools=(cache.key, cache.value))
-    program = jax.make_jaxpr(copy)(jnp.full(cache.pages.table.shape, -1, jnp.int32))
-    always = {equation.primitive.name for equation in program.jaxpr.eqns}
-    (copies,) = (x for x in program.jaxpr.eqns if x.primitive.name == "custom_jvp_call")
-    always |= {equation.primitive.name for equation in copies.params["call_jaxpr"].eqns}
-    assert {"cond", "while"} <= always
-    assert always <= {"reshape", "ge", "reduce_or", "reduce_sum", "convert_element_type", "cond", "while"} | {
-        copies.primitive.name
-    }
+@pytest.mark.parametrize("inner", [None, Int8()], ids=["plain", "int8"])
+@pytest.mark.parametrize("most", [1, AT_ONCE, AT_ONCE + 1])
+def test_few_pages_are_copied_without_a_loop_and_many_one_after_another(most, inner):
+    """A GPU's host runs loops; but all pages at once would take as much memory as the rows."""
+    num_pages = 2 * B * (AT_ONCE + 1)
+    cache = empty(num_pages=num_pages, inner=inner)
+    rng = np.random.default_rng(most)
+    pools = jax.tree.map(
+        lambda x: jnp.asarray(rng.integers(-99, 99, x.shape).astype(x.dtype)), (cache.key, cache.value)
+    )
+    pages = rng.permutation(num_pages)[: 2 * B * most].reshape(2, B, most).astype(np.int32)
+    pages[:, 1] = -1
+    pages[:, 0, : most - 1] = -1
+    copies = PageCopies(*map(jnp.asarray, pages))
+    primitives = str(jax.make_jaxpr(copies.make)(pools))
+    assert ("while" in primitives) == (most > AT_ONCE)
+    assert "cond[" not in primitives
+
+    expected = jax.tree.map(lambda x: np.array(x), pools)
+    for source, target in zip(*pages.reshape(2, -1), strict=True):
+        if source >= 0:
+            for pool in jax.tree.leaves(expected):
+                pool[target] = pool[source]
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(copies.make)(pools), expected)
+
+
+@pytest.mark.parametrize("policy", [Window(20, 3), H2O(4)], ids=["window", "h2o"])
+def test_a_chunk_that_writes_to_many_shared_pages_copies_all_of_them(policy):
+    pages = 2 * AT_ONCE
+    sizes = {"batch_size": 2, "capacity": pages * PAGE, "kv_heads": K, "head_dim": D, "dtype": "float32"}
+    length, more = pages * PAGE - 8, (AT_ONCE + 1) * PAGE
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((2, 2, count, K, D)).astype(np.float32) for count in (length, more))
+    number = np.arange(length, dtype=np.int32)
+    # Only one of the rows that share all pages writes.
+    next_number = np.stack([np.arange(more) + length, np.full(more, -1)]).astype(np.int32)
+
+    def life(storage) -> pa.caches.KVCache:
+        cache = append(pa.caches.init(policy, storage, **sizes), *first, np.stack([number, number]))
+        return append(fork(cache, np.array([0, 0], np.int32)), *second, next_number)
+
+    paged, plain = life(Paged(PAGE, 2 * pages)), life(pa.caches.Plain())
+    assert (np.asarray(paged.pages.table[0]) != np.asarray(paged.pages.table[1])).sum() > AT_ONCE
+    assert not paged.overflowed.any()
+    np.testing.assert_array_equal(paged.positions, plain.positions)
+    held = np.broadcast_to(np.asarray(plain.positions) >= 0, (2, K, pages * PAGE)).swapaxes(1, 2)
+    key = cache_models.read(paged.view().key, paged.view().page_table)
+    np.testing.assert_array_equal(key[held], np.asarray(plain.key)[held])
+
+
+def test_a_step_of_one_token_copies_at_most_a_page_per_row():
+    """Of other policies, whose heads write to pages of their own, at most one per head."""
+    positions = jnp.zeros((B, 1), jnp.int32)
+    for name, (policy, *_) in POLICIES.items():
+        copies = jax.eval_shape(empty(policy).reserve, positions).copies
+        assert copies.sources.shape == copies.targets.shape == (B, K if name == "h2o" else 1)
+    chunk = jnp.zeros((B, 20), jnp.int32)
+    assert jax.eval_shape(empty().reserve, chunk).copies.sources.shape == (B, 1)
+    assert jax.eval_shape(empty(Window(20, 3)).reserve, chunk).copies.sources.shape == (B, CAPACITY // PAGE)
 
 
 def test_pages_are_part_of_what_a_model_can_know_before():

@@ -10,5 +10,6 @@ from pallas_attn_models.decoder.decoder import Decoder as Decoder
 from pallas_attn_models.decoder.decoder import DecoderOutput as DecoderOutput
 from pallas_attn_models.decoder.decoder import check_dtype as check_dtype
 from pallas_attn_models.decoder.decoder import check_implementation as check_implementation
+from pallas_attn_models.decoder.layer_caches import LayerCaches as LayerCaches
 from pallas_attn_models.decoder.layer_caches import init_caches as init_caches
 from pallas_attn_models.decoder.layer_caches import whole_pages as whole_pages

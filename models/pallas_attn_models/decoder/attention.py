@@ -1,5 +1,6 @@
 """Self-attention of a decoder layer: projections, rotary embedding, cache, and a call of ``pallas_attn.attention``."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -55,7 +56,8 @@ class Attention(nnx.Module):
         if cache is None or reservation is None:
             out = pa.attention(query, key, value, block_mask, implementation=self.implementation)
         else:
-            cache = cache.write(key, value, reservation)
+            with jax.named_scope("cache"):
+                cache = cache.write(key, value, reservation)
             out, cache = self._attend(query, cache, block_mask, reservation.rows)
         return self.output(out.reshape(*out.shape[:2], -1)), cache
 

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 import pallas_attn as pa
 from pallas_attn.tuning import default_block_sizes
 from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.layer_caches import cache_kind
 
 # KV blocks per share of decode. A fixed number makes a row's bits independent of the other rows.
 DECODE_CHUNK = 8
@@ -50,7 +51,7 @@ def reservations(
     made: dict[tuple, pa.caches.Reservation] = {}
     layers = []
     for layer, cache in enumerate(caches):
-        key = _kind(cache, layer)
+        key = cache_kind(cache, layer)
         if key not in made:
             made[key] = cache.reserve(positions, rows)
         layers.append(made[key])
@@ -77,7 +78,7 @@ def block_masks(
     for layer in range(config.num_layers):
         window = config.sliding_window(layer)
         cache = None if caches is None else caches[layer]
-        key = (window, None if cache is None else _kind(cache, layer))
+        key = (window, None if cache is None else cache_kind(cache, layer))
         if key not in made:
             mask = pa.masks.causal() if window is None else pa.masks.sliding_window(window)
             if extra is not None:
@@ -89,8 +90,3 @@ def block_masks(
             made[key] = pa.BlockMask.from_mask(mask, positions, held, cut)
         layers.append(made[key])
     return tuple(layers)
-
-
-def _kind(cache: pa.caches.KVCache, layer: int) -> tuple:
-    """A key that is equal for caches with the same tokens in the same slots."""
-    return cache.policy, cache.storage, cache.capacity, layer if cache.policy.per_head else None

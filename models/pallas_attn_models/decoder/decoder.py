@@ -71,9 +71,11 @@ class DecoderLayer(nnx.Module):
         reservation: pa.caches.Reservation | None,
     ) -> tuple[Array, pa.caches.KVCache | None]:
         """``[B, T, E] -> [B, T, E]``, and the cache; arguments as in :meth:`Attention.__call__`."""
-        attended, cache = self.attention(self.attention_norm(hidden), rotary, block_mask, cache, reservation)
-        hidden = hidden + attended
-        return hidden + self.mlp(self.mlp_norm(hidden)), cache
+        with jax.named_scope("attention"):
+            attended, cache = self.attention(self.attention_norm(hidden), rotary, block_mask, cache, reservation)
+            hidden = hidden + attended
+        with jax.named_scope("mlp"):
+            return hidden + self.mlp(self.mlp_norm(hidden)), cache
 
 
 class Decoder(nnx.Module):
@@ -192,9 +194,11 @@ class Decoder(nnx.Module):
             if rows is not None:
                 in_bounds = (rows >= 0) & (rows < caches[0].batch_size)
                 positions = jnp.where(in_bounds[:, None], positions, -1)
-            reserved = reservations(positions, rows, caches)
+            with jax.named_scope("cache"):
+                reserved = reservations(positions, rows, caches)
         sizes = Sizes(self.block_sizes, self.implementation, self.config.head_dim, self.dtype)
-        masks = block_masks(self.config, positions, extra, caches, reserved, sizes)
+        with jax.named_scope("block_masks"):
+            masks = block_masks(self.config, positions, extra, caches, reserved, sizes)
 
         # Padding may hold invalid tokens, which the embedding would map to NaN.
         hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))
@@ -205,7 +209,8 @@ class Decoder(nnx.Module):
                 hidden = _hooked(layer_hook, index, hidden)
             cache = None if caches is None else caches[index]
             reservation = None if reserved is None else reserved[index]
-            hidden, cache = layer(hidden, rotary, masks[index], cache, reservation)
+            with jax.named_scope(f"layer_{index}"):
+                hidden, cache = layer(hidden, rotary, masks[index], cache, reservation)
             new_caches.append(cache)
         hidden = self.norm(hidden)
         return DecoderOutput(
@@ -228,7 +233,8 @@ class Decoder(nnx.Module):
         if not jnp.issubdtype(given.dtype, jnp.floating):
             raise ValueError(f"hidden: expected floating-point numbers, got {given.dtype}")
         hidden = jnp.asarray(given)
-        return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+        with jax.named_scope("head"):
+            return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
 
     def init_caches(
         self,

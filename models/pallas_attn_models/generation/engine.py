@@ -1,6 +1,5 @@
 """The executables of a Generator, and the device state that they pass on."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -11,13 +10,17 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-import pallas_attn as pa
-from pallas_attn_models.decoder import Decoder
+from pallas_attn_models.decoder import Decoder, LayerCaches
 from pallas_attn_models.generation import steps
 from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays
 from pallas_attn_models.generation.speculation import Speculation
 from pallas_attn_models.generation.state import Counters, DecodeOutput, PrefillBatch, Request, State, empty_row_state
 from pallas_attn_models.generation.stats import UsageStats
+
+# What a CUDA graph of XLA may contain: all that it contains by default, and loops.
+_GRAPH_LOOPS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
 
 
 class Engine:
@@ -26,11 +29,12 @@ class Engine:
     Args:
       model: the decoder; :meth:`refresh_weights` reads its weights.
       speculation: drafts tokens for decode, or None; a draft model prefills the same prompts as the model.
-      new_caches: creates the empty caches, one per layer; those of the draft model follow the model's.
+      new_caches: creates the empty caches; those of the draft model follow the model's.
       batch_size, max_length: rows, and tokens per row.
       chunk, chunk_rows: a prefill call processes ``chunk`` tokens of ``chunk_rows`` rows.
       limits: see :class:`~pallas_attn_models.generation.Limits`.
       layer_hook: see :class:`~pallas_attn_models.decoder.Decoder`.
+      graph_loops: on a GPU, whether CUDA graphs may contain loops; then all steps of a decode call are one graph.
 
     Attributes:
       usage: totals so far, without compile time.
@@ -40,7 +44,7 @@ class Engine:
         self,
         model: Decoder,
         speculation: Speculation | None,
-        new_caches: Callable[[], tuple[pa.caches.KVCache, ...]],
+        new_caches: Callable[[], LayerCaches],
         *,
         batch_size: int,
         max_length: int,
@@ -48,13 +52,14 @@ class Engine:
         chunk_rows: int,
         limits: Limits,
         layer_hook: Callable[[int, Array], Array] | None,
+        graph_loops: bool,
     ) -> None:
         self.model = model
         self.batch_size, self.max_length = batch_size, max_length
         self.chunk, self.chunk_rows = chunk, chunk_rows
         self.limits = limits
         self.usage = UsageStats()
-        self._counted = dict.fromkeys((field.name for field in dataclasses.fields(Counters)), 0)
+        self._counted: dict[str, int] = dict.fromkeys(Counters.NAMES, 0)
         self._new_caches = new_caches
         self._state: State | None = None
         self._models = [_Weights(model)]
@@ -64,9 +69,10 @@ class Engine:
             specs.append(steps.ModelSpec(self._models[1].bind, slice(model.config.num_layers, None)))
         self._template = self._new_batch()
         # Donating the state updates it in place, so that memory never holds two copies.
-        self._prefill = jax.jit(functools.partial(steps.prefill, specs), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(steps.decode, specs, speculation), donate_argnums=1)
-        self._score = jax.jit(functools.partial(steps.score, specs), donate_argnums=1)
+        jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=_GRAPH_LOOPS if graph_loops else None)
+        self._prefill = jit(functools.partial(steps.prefill, specs))
+        self._decode = jit(functools.partial(steps.decode, specs, speculation))
+        self._score = jit(functools.partial(steps.score, specs))
 
     @property
     def compile_counts(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ The Generator validates requests and passes them to the scheduler, which assigns
 import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,9 +16,10 @@ from jax import Array
 import pallas_attn as pa
 from pallas_attn import bits, checks
 from pallas_attn_models.checks import require_positive_int, require_size, shown
-from pallas_attn_models.decoder import Decoder, whole_pages
+from pallas_attn_models.decoder import Decoder, LayerCaches, whole_pages
 from pallas_attn_models.generation.engine import Engine
 from pallas_attn_models.generation.fair_lock import FairLock
+from pallas_attn_models.generation.prefill_sizes import default_chunk, default_rows, multiprocessors
 from pallas_attn_models.generation.requests import Handle, RequestGroup, ScoreRequest, TopLogprobs
 from pallas_attn_models.generation.sampling import SEEDS, Limits, Sampling, Stop
 from pallas_attn_models.generation.scheduler import Scheduler
@@ -104,7 +105,8 @@ class Generator:
       model: the decoder.
       batch_size: rows.
       capacity: tokens per row that a cache can hold, rounded up to a multiple of 16; one number, or one per layer.
-      prefill_chunk: prompts are prefilled in chunks of this many tokens, between decode steps of other rows.
+      prefill_chunk: prompts are prefilled in chunks of this many tokens, between decode steps of other rows; default
+        128, or on a GPU up to 512, so that attention has a program for each multiprocessor.
       policy, storage: of the caches; default ``pa.caches.Dense()`` and ``pa.caches.Plain()``; or one per layer.
         Layers with a sliding window never allocate more than the window needs.
       max_length: tokens per row, prompt and new tokens together; default: capacity. May exceed the capacity if the
@@ -113,11 +115,13 @@ class Generator:
       max_queue: requests that can wait for a row.
       layer_hook: ``layer_hook(layer_index, hidden) -> hidden``, ``[R|B, T, E]``, called before each layer of the model,
         not of a draft model. The executables trace it once.
-      prefill_rows: prompts prefilled in one call.
+      prefill_rows: prompts prefilled in one call; default 1, or on a GPU as many as it has multiprocessors for.
       speculation: a ``PromptLookup`` or ``DraftModel``: decode drafts tokens and verifies several per step. Neither
         results nor the number of executables change; but a request too long for the whole pool of a paged cache may end
         a few tokens earlier, because drafts occupy slots until they are verified. Policies must be able to truncate:
         ``Dense``, or ``Window`` with as many spare slots as a step feeds tokens.
+      graph_loops: on an NVIDIA GPU, lets XLA put all steps of a decode call in one CUDA graph, so that the host does
+        not wait for each. Off by default, because it has been compiled but not yet run.
 
     Raises:
       ValueError: a size below 1 or beyond 32 bits, or one that the policy does not support.
@@ -130,15 +134,16 @@ class Generator:
         *,
         batch_size: int,
         capacity: int | Sequence[int],
-        prefill_chunk: int = 128,
+        prefill_chunk: int | None = None,
         policy: pa.caches.Policy | Sequence[pa.caches.Policy] | None = None,
         storage: pa.caches.Storage | Sequence[pa.caches.Storage] | None = None,
         max_length: int | None = None,
         limits: Limits | None = None,
         max_queue: int = 1024,
         layer_hook: Callable[[int, Array], Array] | None = None,
-        prefill_rows: int = 1,
+        prefill_rows: int | None = None,
         speculation: Speculation | None = None,
+        graph_loops: bool = False,
     ) -> None:
         if not isinstance(model, Decoder):
             raise TypeError(f"model: expected a Decoder, got {type(model).__name__}")
@@ -157,12 +162,18 @@ class Generator:
             require_size(name, size, checks.LONGEST_AXIS)
         # No upper bound here: larger values act like the largest useful one.
         for name, size in (("prefill_chunk", prefill_chunk), ("max_queue", max_queue), ("prefill_rows", prefill_rows)):
-            require_positive_int(name, size)
+            if size is not None or name == "max_queue":
+                require_positive_int(name, size)
         self.model = model
         self.batch_size = batch_size
         self.capacity = capacity
         self.max_length = max(capacities) if max_length is None else max_length
-        self.prefill_chunk = min(prefill_chunk, max(capacities))
+        heads, cores = model.config.num_heads, multiprocessors(_device(model))
+        # A policy may have room for no more than a tile.
+        bounded = self.max_length > min(capacities)
+        chunk = prefill_chunk or default_chunk(heads, None if bounded else cores)
+        self.prefill_chunk = min(chunk, max(capacities))
+        prefill_rows = prefill_rows or default_rows(self.prefill_chunk, heads, cores)
         self.policy = policy
         self.storage = storage
         self.limits = Limits() if limits is None else limits
@@ -178,6 +189,7 @@ class Generator:
             chunk_rows=min(prefill_rows, batch_size),
             limits=self.limits,
             layer_hook=layer_hook,
+            graph_loops=checks.boolean("graph_loops", graph_loops),
         )
         self._scheduler = Scheduler(self._engine, max_queue, spare=num_nodes(speculation) - 1)
         self._lock = FairLock()
@@ -194,8 +206,8 @@ class Generator:
 
     @property
     def cache_nbytes(self) -> int:
-        """Bytes that the caches of all layers occupy."""
-        return sum(cache.nbytes for cache in jax.eval_shape(self._new_caches))
+        """Bytes that the caches of all layers occupy; layers with the same kind of cache share its index."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self._new_caches)))
 
     def warmup(self, progress: Callable[[str], None] | None = None) -> float:
         """Compiles both executables unless they are compiled already; returns the seconds spent.
@@ -454,7 +466,7 @@ class Generator:
                 expected = f"caches that can truncate {nodes} tokens" + ("" if chain else ", from a tree: Dense")
                 raise ValueError(f"speculation: expected {expected}, got {where}")
 
-    def _new_caches(self) -> tuple[pa.caches.KVCache, ...]:
+    def _new_caches(self) -> LayerCaches:
         capacity, chunk = self.capacity, max(self.prefill_chunk, num_nodes(self.speculation))
         caches = self.model.init_caches(
             batch_size=self.batch_size,
@@ -463,8 +475,15 @@ class Generator:
             storage=self.storage,
             chunk=chunk,
         )
+        models = [caches]
         draft = None if self.speculation is None else self.speculation.draft_model
         if draft is not None:
             size = whole_pages(self.max_length)
-            caches += draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk)
-        return bits.pack(caches)  # generation needs no gradients
+            models.append(draft.init_caches(batch_size=self.batch_size, capacity=size, chunk=chunk))
+        return bits.pack(LayerCaches(*models))  # generation needs no gradients
+
+
+def _device(model: Decoder) -> Any:
+    """One of the devices that hold the model; the default device if it is abstract."""
+    sharding = getattr(model.embedding.table.get_value(), "sharding", None)
+    return jax.devices()[0] if sharding is None else min(sharding.device_set, key=lambda device: device.id)

@@ -7,32 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import pallas_attn as pa
+from pallas_attn_models.decoder import LayerCaches
 from pallas_attn_models.generation.sampling import SamplingArrays
 
 # Status of a row. Values above RUNNING mean finished, and give the reason.
 FREE, PREFILLING, RUNNING, STOP, LENGTH, CAPACITY, INVALID = range(7)
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", CAPACITY: "capacity", INVALID: "invalid"}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Count:
-    """An integer as two base-2**30 digits, because JAX enables 64-bit integers only behind a flag."""
-
-    high: Array
-    low: Array
-
-    @staticmethod
-    def zero() -> "Count":
-        return Count(jnp.int32(0), jnp.int32(0))
-
-    def __add__(self, number: Array) -> "Count":
-        low = self.low + number.astype(jnp.int32)
-        return Count(self.high + (low >> 30), low & (2**30 - 1))
-
-    def value(self) -> int:
-        return (int(self.high) << 30) + int(self.low)
 
 
 @jax.tree_util.register_dataclass
@@ -88,38 +68,41 @@ class RowState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Counters:
-    """Totals since the state was created.
+    """Totals since the state was created, in one array: each that a step updates or Python reads costs time.
 
     Attributes:
-      kv_blocks_visited, kv_blocks_total: KV blocks that the layers visited, and those of a dense pass.
-      row_steps: decode steps, summed over the running rows.
-      drafted, accepted: draft tokens, and those of them that were accepted.
+      digits: int32 ``[n, 2]``, a total for each of :attr:`NAMES`, as two base-2**30 digits, because JAX enables 64-bit
+        integers only behind a flag.
     """
 
-    kv_blocks_visited: Count
-    kv_blocks_total: Count
-    row_steps: Count
-    drafted: Count
-    accepted: Count
+    high: Array
+    low: Array
+
+    # KV blocks that the layers visited, and those of a dense pass; decode steps, summed over the running rows; draft
+    # tokens, and those of them that were accepted.
+    NAMES = ("kv_blocks_visited", "kv_blocks_total", "row_steps", "drafted", "accepted")
 
     @staticmethod
     def zero() -> "Counters":
-        return Counters(*(Count.zero() for _ in dataclasses.fields(Counters)))
+        return Counters(*jnp.zeros((2, len(Counters.NAMES)), jnp.int32))
+
+    @property
+    def digits(self) -> Array:
+        """int32 ``[n, 2]``: all totals in one array."""
+        return jnp.stack([self.high, self.low], axis=1)
 
     def plus(self, **numbers: Array) -> "Counters":
         """The counters after adding int32 scalars to those named."""
-        return dataclasses.replace(self, **{name: getattr(self, name) + number for name, number in numbers.items()})
-
-    def digits(self) -> Array:
-        """All counters in one array, int32 ``[n, 2]``: each array read from Python costs time."""
-        counts = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return jnp.stack([jnp.stack([count.high, count.low]) for count in counts])
+        index, more = jnp.arange(len(self.NAMES), dtype=jnp.int32), jnp.zeros(len(self.NAMES), jnp.int32)
+        for name, number in numbers.items():
+            more = jnp.where(index == self.NAMES.index(name), number, more)
+        low = self.low + more
+        return Counters(self.high + (low >> 30), low & (2**30 - 1))
 
     @staticmethod
     def values(digits: np.ndarray) -> dict[str, int]:
-        """Inverse of :meth:`digits`, as Python integers by name."""
-        names = (field.name for field in dataclasses.fields(Counters))
-        return {name: Count(high, low).value() for name, (high, low) in zip(names, digits.tolist(), strict=True)}
+        """The totals as Python integers by name."""
+        return {name: (high << 30) + low for name, (high, low) in zip(Counters.NAMES, digits.tolist(), strict=True)}
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +116,7 @@ class State:
       counters: totals.
     """
 
-    caches: tuple[pa.caches.KVCache, ...]
+    caches: LayerCaches
     rows: RowState
     counters: Counters
 
@@ -179,7 +162,7 @@ class DecodeOutput:
       first: int32 ``[B]``, ``num_new`` before the call.
       tokens, logprobs: int32 and float32 ``[B, W]``, new tokens from index ``first`` on, stop tokens included.
       top_tokens, top_logprobs: ``[B, W, n]``, the most likely tokens at each of these indices.
-      counters: :meth:`Counters.digits` of the state.
+      counters: :attr:`Counters.digits` of the state.
     """
 
     status: Array

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.caches import row_index
-from pallas_attn_models.decoder import Decoder, DecoderOutput
-from pallas_attn_models.generation.sampling import SampledTokens, count_prompt, sample
+from pallas_attn_models.decoder import Decoder, DecoderOutput, LayerCaches
+from pallas_attn_models.generation.sampling import count_prompt
 from pallas_attn_models.generation.speculation import Speculation, TreeVerification, ancestors, depths, speculated_rows
 from pallas_attn_models.generation.state import (
     CAPACITY,
@@ -28,6 +28,7 @@ from pallas_attn_models.generation.state import (
     RowState,
     State,
 )
+from pallas_attn_models.generation.token_log import TokenLog
 from pallas_attn_models.generation.token_step import sample_step
 
 # Capacity of a DecodeOutput in new tokens per row; decode returns to Python after at most this many steps.
@@ -62,11 +63,9 @@ class BoundModel:
 
     def __call__(self, tokens: Array, positions: Array, state: State, **options: Any) -> tuple[State, Array]:
         """The state after these tokens, and the last layer's output ``[.., T, E]``; arguments as for Decoder."""
-        caches, own = [*state.caches], self.spec.caches
-        hook = self.spec.layer_hook
-        out = self.decoder(tokens, positions, caches[own], layer_hook=hook, apply_head=False, **options)
-        caches[own] = out.caches or ()
-        return _with_output(state, tuple(caches), out), out.hidden
+        hook, own = self.spec.layer_hook, self.spec.caches
+        out = self.decoder(tokens, positions, state.caches[own], layer_hook=hook, apply_head=False, **options)
+        return _with_output(state, state.caches.replaced(own, out.caches or ()), out), out.hidden
 
 
 # --- prefill ---
@@ -163,11 +162,11 @@ def _with_next_token(batch: PrefillBatch) -> Array:
 
 def _start(state: State, batch: PrefillBatch) -> State:
     """Copies prefilled rows to the samples that share a prompt, and starts decoding in rows with a complete prompt."""
-    sources, targets = jnp.asarray(batch.sources), jnp.asarray(batch.targets)
-    caches = tuple(cache.copy_rows(sources, targets, jnp.asarray(batch.num_copies)) for cache in state.caches)
     rows = state.rows
-    fields = (rows.status, rows.tokens, rows.length, rows.counts)
-    status, tokens, length, counts = row_index.copy(fields, sources, targets, jnp.asarray(batch.num_copies))
+    before = state.caches.map(lambda cache: cache.row_data), (rows.status, rows.tokens, rows.length, rows.counts)
+    pairs = (jnp.asarray(x) for x in (batch.sources, batch.targets, batch.num_copies))
+    row_data, (status, tokens, length, counts) = row_index.copy(before, *pairs)
+    caches = state.caches.map(lambda cache, rows: cache.with_row_data(rows), row_data)
     rows = dataclasses.replace(
         rows,
         status=jnp.where(batch.started & (status == PREFILLING), RUNNING, status),
@@ -198,46 +197,52 @@ def decode(
     before = state.rows.status == RUNNING
     tokens_per_step = 1 if speculation is None else 1 + speculation.length
 
-    def step(carry: tuple[Array, State, DecodeOutput]) -> tuple[Array, State, DecodeOutput]:
-        number, state, output = carry
+    def step(carry: tuple[Array, State, TokenLog]) -> tuple[Array, State, TokenLog]:
+        number, state, log = carry
         running = (state.rows.status == RUNNING).sum(dtype=jnp.int32)
         state = dataclasses.replace(state, counters=state.counters.plus(row_steps=running))
         if speculation is None:
-            state, output = _advance(models[0], state, output)
+            state, log = _advance(models[0], state, log)
         else:
-            state, output = _speculate(models, speculation, state, output)
-        return number + 1, state, output
+            state, log = _speculate(models, speculation, state, log)
+        return number + 1, state, log
 
-    def should_continue(carry: tuple[Array, State, DecodeOutput]) -> Array:
-        number, state, output = carry
+    def should_continue(carry: tuple[Array, State, TokenLog]) -> Array:
+        number, state, log = carry
         running = state.rows.status == RUNNING
-        has_room = (state.rows.num_new - output.first).max() + tokens_per_step <= OUTPUT_WIDTH
+        has_room = (state.rows.num_new - log.first).max() + tokens_per_step <= OUTPUT_WIDTH
         return (number < steps) & has_room & running.any() & ~(eager & (before & ~running).any())
 
-    _, state, output = lax.while_loop(should_continue, step, (jnp.int32(0), state, _empty_output(state)))
+    log = TokenLog.empty(state.rows.num_new, OUTPUT_WIDTH, state.rows.request.sampling.limits.top_logprobs)
+    _, state, log = lax.while_loop(should_continue, step, (jnp.int32(0), state, log))
     done = before & (state.rows.status != RUNNING)
-    caches = _emptied(state.caches, done)
-    rows = _cleared(state.rows, done)
-    output = dataclasses.replace(
-        output, status=rows.status, num_new=rows.num_new, matched=rows.matched, counters=state.counters.digits()
+    caches, rows = _emptied(state.caches, done), _cleared(state.rows, done)
+    output = DecodeOutput(
+        status=rows.status,
+        num_new=rows.num_new,
+        matched=rows.matched,
+        first=log.first,
+        counters=state.counters.digits,
+        **log.fields(),
     )
     return dataclasses.replace(state, caches=caches, rows=rows), output
 
 
-def _advance(model: BoundModel, state: State, output: DecodeOutput) -> tuple[State, DecodeOutput]:
+def _advance(model: BoundModel, state: State, log: TokenLog) -> tuple[State, TokenLog]:
     """One new token for every running row."""
     rows = state.rows
     newest = jnp.maximum(rows.length - 1, 0)[:, None]
-    tokens = jnp.take_along_axis(rows.tokens, newest, axis=1)
+    row = lax.broadcasted_iota(jnp.int32, newest.shape, 0)
+    tokens = rows.tokens.at[row, newest].get(mode="promise_in_bounds")
     # Other rows feed padding, which leaves their caches unchanged and their lists of KV blocks empty.
     positions = jnp.where((rows.status == RUNNING)[:, None], newest, -1)
     state, hidden = model(tokens, positions, state)
-    return _sample_next(state, output, model.decoder.logits(hidden)[:, 0])
+    return _sample_next(state, log, model.decoder.logits(hidden)[:, 0])
 
 
 def _speculate(
-    models: Sequence[BoundModel], speculation: Speculation, state: State, output: DecodeOutput
-) -> tuple[State, DecodeOutput]:
+    models: Sequence[BoundModel], speculation: Speculation, state: State, log: TokenLog
+) -> tuple[State, TokenLog]:
     """One new token for every running row, plus one for each accepted draft token."""
     state, drafts, found = speculation.draft(state, speculated_rows(state.rows, speculation), _feed(models[-1]))
     model, before = models[0], state.rows
@@ -258,18 +263,16 @@ def _speculate(
     state, hidden = model(jnp.maximum(tokens, 0), positions, state, tree=ancestors(speculation))
     logits = model.decoder.logits(hidden)
 
-    def deeper(carry: tuple[TreeVerification, State, DecodeOutput]) -> tuple[TreeVerification, State, DecodeOutput]:
-        verification, state, output = carry
+    def deeper(carry: tuple[TreeVerification, State, TokenLog]) -> tuple[TreeVerification, State, TokenLog]:
+        verification, state, log = carry
         node = verification.node(speculation)[:, None, None]
-        state, output = _sample_next(
-            state, output, jnp.take_along_axis(logits, node, axis=1)[:, 0], verification.active
-        )
+        state, log = _sample_next(state, log, jnp.take_along_axis(logits, node, axis=1)[:, 0], verification.active)
         newest = jnp.take_along_axis(state.rows.tokens, jnp.maximum(state.rows.length - 1, 0)[:, None], axis=1)[:, 0]
-        return verification.advance(drafts, newest, state.rows.status == RUNNING), state, output
+        return verification.advance(drafts, newest, state.rows.status == RUNNING), state, log
 
     accepted = jnp.broadcast_to(found[:, None], drafts.shape[:2])
-    start = TreeVerification(jnp.int32(0), accepted, running & (state.rows.status == RUNNING)), state, output
-    verification, state, output = lax.while_loop(lambda carry: carry[0].active.any(), deeper, start)
+    start = TreeVerification(jnp.int32(0), accepted, running & (state.rows.status == RUNNING)), state, log
+    verification, state, log = lax.while_loop(lambda carry: carry[0].active.any(), deeper, start)
 
     # Masked keys have probability 0, but 0 * NaN is NaN: a rejected draft may have contaminated valid logits. Repeat
     # the step without drafts to find out.
@@ -282,7 +285,7 @@ def _speculate(
         drafted=found.sum(dtype=jnp.int32) * speculation.length,
         accepted=jnp.maximum(new - 1, 0).sum(dtype=jnp.int32),
     )
-    return dataclasses.replace(state, caches=caches, counters=counters), output
+    return dataclasses.replace(state, caches=caches, counters=counters), log
 
 
 def _feed(model: BoundModel) -> Callable[[Array, Array, State], tuple[State, Array]]:
@@ -296,66 +299,26 @@ def _feed(model: BoundModel) -> Callable[[Array, Array, State], tuple[State, Arr
 
 
 def _kept(
-    caches: tuple, speculation: Speculation, verification: TreeVerification, first: Array, new: Array, running: Array
-) -> tuple:
+    caches: LayerCaches,
+    speculation: Speculation,
+    verification: TreeVerification,
+    first: Array,
+    new: Array,
+    running: Array,
+) -> LayerCaches:
     """The caches without rejected drafts: keeps ``new`` tokens from index ``first`` on, both int32 ``[B]``."""
     if speculation.num_candidates == 1:
-        return tuple(cache.truncate(jnp.where(running, first + new, cache.lengths)) for cache in caches)
+        return caches.map(lambda cache: cache.truncate(jnp.where(running, first + new, cache.lengths)))
     path = jnp.arange(speculation.length + 1, dtype=jnp.int32)[None]
     candidate = lax.argmax(verification.accepted, 1, jnp.int32)[:, None]
     path = jnp.where(path == 0, 0, path + candidate * speculation.length)
-    return tuple(cache.keep(jnp.where(running, first, cache.lengths), path, new) for cache in caches)
+    return caches.map(lambda cache: cache.keep(jnp.where(running, first, cache.lengths), path, new))
 
 
-def _sample_next(
-    state: State, output: DecodeOutput, logits: Array, live: Array | None = None
-) -> tuple[State, DecodeOutput]:
-    """Samples the next token of the running (or ``live``) rows and records it in the output."""
-    before = state.rows
-    rows, token, sampled = sample_step(before, logits, live)
-    output = _recorded(output, sampled, token, rows.length > before.length, before.num_new)
-    return dataclasses.replace(state, rows=rows), output
-
-
-def _empty_output(state: State) -> DecodeOutput:
-    rows = state.rows
-    batch_size, vocab_size = rows.counts.shape
-    shape = jax.ShapeDtypeStruct((batch_size, vocab_size), jnp.float32)
-    sampled = jax.eval_shape(sample, shape, rows.request.sampling, rows.counts, rows.num_new)
-
-    def wide(x: jax.ShapeDtypeStruct) -> Array:
-        return jnp.zeros((batch_size, OUTPUT_WIDTH, *x.shape[1:]), x.dtype)
-
-    return DecodeOutput(
-        status=rows.status,
-        num_new=rows.num_new,
-        matched=rows.matched,
-        first=rows.num_new,
-        tokens=wide(sampled.tokens),
-        logprobs=wide(sampled.logprobs),
-        top_tokens=wide(sampled.top_tokens),
-        top_logprobs=wide(sampled.top_logprobs),
-        counters=state.counters.digits(),
-    )
-
-
-def _recorded(
-    output: DecodeOutput, sampled: SampledTokens, token: Array, running: Array, number: Array
-) -> DecodeOutput:
-    """The output after recording ``token`` as new token ``number``, int32 ``[B]``, of the running rows."""
-    row = jnp.arange(token.shape[0], dtype=jnp.int32)
-    column = jnp.where(running, number - output.first, OUTPUT_WIDTH)
-
-    def put(into: Array, x: Array) -> Array:
-        return into.at[row, column].set(x, mode="drop")
-
-    return dataclasses.replace(
-        output,
-        tokens=put(output.tokens, token),
-        logprobs=put(output.logprobs, sampled.logprobs),
-        top_tokens=put(output.top_tokens, sampled.top_tokens),
-        top_logprobs=put(output.top_logprobs, sampled.top_logprobs),
-    )
+def _sample_next(state: State, log: TokenLog, logits: Array, live: Array | None = None) -> tuple[State, TokenLog]:
+    """Samples the next token of the running (or ``live``) rows and logs it."""
+    rows, entries, written = sample_step(state.rows, logits, live)
+    return dataclasses.replace(state, rows=rows), log.plus(entries, written, rows.num_new - 1)
 
 
 # --- caches ---
@@ -373,13 +336,13 @@ def _cleared(rows: RowState, done: Array) -> RowState:
     return dataclasses.replace(rows, request=request)
 
 
-def _emptied(caches: tuple, rows: Array) -> tuple:
+def _emptied(caches: LayerCaches, rows: Array) -> LayerCaches:
     """The caches after clearing ``rows`` bool ``[B]``; without such rows, as in most calls, nothing is computed."""
     iterations = rows.any().astype(jnp.int32)
-    return lax.fori_loop(0, iterations, lambda _, caches: tuple(cache.reset(rows) for cache in caches), caches)
+    return lax.fori_loop(0, iterations, lambda _, caches: caches.map(lambda cache: cache.reset(rows)), caches)
 
 
-def _with_output(state: State, caches: tuple, out: DecoderOutput) -> State:
+def _with_output(state: State, caches: LayerCaches, out: DecoderOutput) -> State:
     """The state after a decoder call: stores the caches and counts the KV blocks.
 
     A row whose cache overflowed is finished, because it lacks tokens that later queries must see.
@@ -392,7 +355,7 @@ def _with_output(state: State, caches: tuple, out: DecoderOutput) -> State:
             kv_blocks_total=live * (mask.num_active.shape[1] * math.prod(mask.grid)),
         )
     rows, request = state.rows, state.rows.request
-    overflowed = functools.reduce(jnp.logical_or, (cache.overflowed for cache in caches))
+    overflowed = functools.reduce(jnp.logical_or, (cache.overflowed for cache in caches.distinct))
     overflowed = (overflowed | overflowed[request.partner])[request.leader]
     ends = overflowed & ((rows.status == PREFILLING) | (rows.status == RUNNING))
     rows = dataclasses.replace(rows, status=jnp.where(ends, CAPACITY, rows.status))

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_attn_models.generation.sampling import SampledTokens, bounded, count_new, sample
+from pallas_attn_models.generation.sampling import bounded, count_new, most_likely, sample
 from pallas_attn_models.generation.state import CAPACITY, INVALID, LENGTH, RUNNING, STOP, Request, RowState
 from pallas_attn_models.generation.stopping import match_stop_sequences
+from pallas_attn_models.generation.token_log import entry
 
 
-def sample_step(rows: RowState, logits: Array, live: Array | None = None) -> tuple[RowState, Array, SampledTokens]:
+@jax.named_scope("sampler")
+def sample_step(rows: RowState, logits: Array, live: Array | None = None) -> tuple[RowState, Array, Array]:
     """Samples the next token of the running rows.
 
     Args:
@@ -20,21 +22,31 @@ def sample_step(rows: RowState, logits: Array, live: Array | None = None) -> tup
       live: bool ``[B]``: restricts the step to these rows; default: all.
 
     Returns:
-      The updated rows, the tokens int32 ``[B]``, and the sampler's output. A row without a valid token is finished.
+      The updated rows; their :func:`entries <pallas_attn_models.generation.token_log.entry>` for the log; and bool
+      ``[B]``: rows that got a token. A running row without a valid one is finished.
     """
     request = rows.request
     steps = rows.status == RUNNING
     steps = steps if live is None else steps & live
     batch_size, max_length = rows.tokens.shape
-    sampled = sample(_guided(logits, request), request.sampling, rows.counts, rows.num_new)
-    token, valid = sampled.tokens[request.leader], sampled.valid[request.leader]
+    settings, guided = request.sampling, jnp.asarray(request.partner) != jnp.arange(batch_size, dtype=jnp.int32)
+    # A setting that is skipped costs a copy of the logits. Without any, all are skipped at once.
+    entries = lax.cond(
+        (guided | settings.in_use(rows.num_new, logits.shape[1])).any(),
+        lambda: entry(sample(_guided(logits, request), settings, rows.counts, rows.num_new)),
+        lambda: entry(most_likely(logits, settings)),
+    )
+    token = entries[:, 0][request.leader]
+    valid = token >= 0
+    entries = jnp.concatenate([token[:, None], entries[:, 1:]], axis=1)
     running = steps & valid
 
-    row = jnp.arange(batch_size, dtype=jnp.int32)
+    # In terms of the new length, because XLA copies a value that is read after its update.
+    row, length = jnp.arange(batch_size, dtype=jnp.int32), rows.length + running.astype(jnp.int32)
     after = dataclasses.replace(
         rows,
-        tokens=rows.tokens.at[row, jnp.where(running, rows.length, max_length)].set(token, mode="drop"),
-        length=rows.length + running.astype(jnp.int32),
+        tokens=rows.tokens.at[row, jnp.where(running, length - 1, max_length)].set(token, mode="drop"),
+        length=length,
         counts=count_new(rows.counts, token, running),
     )
     tail = _tail(after, request.sampling.stop_tokens.shape[-1])
@@ -50,7 +62,7 @@ def sample_step(rows: RowState, logits: Array, live: Array | None = None) -> tup
         status = jnp.where(ends, why, status)
     status = jnp.where(steps, status, rows.status)
     after = dataclasses.replace(after, status=status, matched=jnp.where(running, stop, rows.matched))
-    return after, token, sampled
+    return after, entries, running
 
 
 def _guided(logits: Array, request: Request) -> Array:

@@ -18,7 +18,7 @@ from pallas_attn_models.decoder.decoder import Decoder
 from pallas_attn_models.generation import steps
 from pallas_attn_models.generation.generator import Generator
 from pallas_attn_models.generation.sampling import Limits, Sampling, SamplingArrays, sample
-from pallas_attn_models.generation.state import Count
+from pallas_attn_models.generation.state import Counters
 
 EOS = 7
 BATCH, CAPACITY, CHUNK, KV_BLOCK = 3, 48, 16, 8
@@ -326,10 +326,28 @@ def test_visited_blocks_are_counted(generator):
 
 
 def test_a_count_goes_beyond_32_bits():
-    count = Count.zero()
+    counters = Counters.zero()
     for _ in range(20):
-        count += jnp.int32(2**30 - 1)
-    assert count.value() == 20 * (2**30 - 1)
+        counters = counters.plus(row_steps=jnp.int32(2**30 - 1), drafted=jnp.int32(3))
+    expected = dict.fromkeys(Counters.NAMES, 0) | {"row_steps": 20 * (2**30 - 1), "drafted": 60}
+    assert Counters.values(np.asarray(counters.digits)) == expected
+
+
+def test_a_profile_names_the_parts_of_a_step(generator):
+    engine = generator._engine
+    text = engine._decode.lower(engine._weights(), engine.abstract_state(), np.int32(1), np.bool_(False)).as_text(
+        debug_info=True
+    )
+    for name in ("layer_1/attention/cache", "layer_0/mlp", "block_masks", "head", "sampler"):
+        assert f"{name}/" in text
+
+
+def test_loops_in_graphs_change_nothing_without_a_gpu(generator):
+    options = {"batch_size": BATCH, "capacity": CAPACITY, "prefill_chunk": CHUNK}
+    other = Generator(generator.model, **options, graph_loops=True)
+    assert other.generate([prompt_of(5)], Sampling(4)).tokens == generator.generate([prompt_of(5)], Sampling(4)).tokens
+    with pytest.raises(TypeError, match="graph_loops: expected a bool, got"):
+        Generator(generator.model, **options, graph_loops=1)
 
 
 def test_figures_of_a_run(generator):
