@@ -66,7 +66,7 @@ class Pages:
         beyond = logical >= per_row
         ready = beyond | ((page >= 0) & (self.users[page] == 1))
 
-        def take() -> tuple["Pages", Array, "PageCopies"]:
+        def take() -> tuple["Pages", Array, Array]:
             needs = jnp.zeros(self.table.shape, jnp.bool_)
             needs = needs.at[row, jnp.where(ready, per_row, logical)].set(True, mode="drop")
             wanted = needs.sum(1, dtype=jnp.int32)
@@ -82,13 +82,15 @@ class Pages:
             # The entry gets free page number `number`.
             number = (jnp.cumsum(needs.reshape(-1), dtype=jnp.int32) - 1).reshape(needs.shape)
             table = jnp.where(needs, _places(free)[number], self.table)
-            return self.of_table(table), refused, PageCopies.of(needs & (self.table >= 0), self.table, table, copies)
+            made = PageCopies.of(needs & (self.table >= 0), self.table, table, copies)
+            return self.of_table(table), refused, jnp.stack(made)
 
-        def keep() -> tuple["Pages", Array, "PageCopies"]:
-            return self, jnp.zeros(batch_size, jnp.bool_), PageCopies.none(batch_size, copies)
+        def keep() -> tuple["Pages", Array, Array]:
+            return self, jnp.zeros(batch_size, jnp.bool_), jnp.full((2, batch_size, copies), -1, jnp.int32)
 
         # Most steps need no new page.
-        return lax.cond(ready.all(), keep, take)
+        pages, refused, made = lax.cond(ready.all(), keep, take)
+        return pages, refused, PageCopies(*made)
 
     def release(self, held: Array) -> "Pages":
         """Frees the pages without a filled slot; ``held`` is bool ``[B, capacity]``."""
@@ -106,12 +108,6 @@ class PageCopies(NamedTuple):
 
     sources: Array
     targets: Array
-
-    @staticmethod
-    def none(batch_size: int, most: int) -> "PageCopies":
-        """No copies."""
-        nothing = jnp.full((batch_size, most), -1, jnp.int32)
-        return PageCopies(nothing, nothing)
 
     @staticmethod
     def of(copied: Array, before: Array, after: Array, most: int) -> "PageCopies":

@@ -30,9 +30,9 @@ def sample_step(rows: RowState, logits: Array, live: Array | None = None) -> tup
     steps = steps if live is None else steps & live
     batch_size, max_length = rows.tokens.shape
     settings, guided = request.sampling, jnp.asarray(request.partner) != jnp.arange(batch_size, dtype=jnp.int32)
-    # A setting that is skipped costs a copy of the logits. Without any, all are skipped at once.
+    # A setting that is skipped costs a copy of the logits. If no row here has one, all are skipped at once.
     entries = lax.cond(
-        (guided | settings.in_use(rows.num_new, logits.shape[1])).any(),
+        (steps & (guided | settings.in_use(rows.num_new, logits.shape[1]))).any(),
         lambda: entry(sample(_guided(logits, request), settings, rows.counts, rows.num_new)),
         lambda: entry(most_likely(logits, settings)),
     )
