@@ -20,8 +20,8 @@ def probabilities(logits: Array, lse: Lse) -> Array:
 class SoftmaxState(NamedTuple):
     """The partial online-softmax state of queries ``[...]``, float32; ``acc`` is half the weighted sum of values."""
 
-    peak: Array  # [...]
-    total: Array  # [...]
+    m: Array  # [...]
+    l: Array  # [...]
     acc: Array  # [..., Dv]
 
     @staticmethod
@@ -36,46 +36,46 @@ class SoftmaxState(NamedTuple):
 
     def where(self, kept: Array) -> "SoftmaxState":
         """Reset to the state before the first key, except where ``kept``, bool ``[...]``."""
-        nothing = SoftmaxState.empty(self.peak.shape, self.acc.shape[-1])
+        nothing = SoftmaxState.empty(self.m.shape, self.acc.shape[-1])
         return SoftmaxState(
-            jnp.where(kept, self.peak, nothing.peak),
-            jnp.where(kept, self.total, nothing.total),
+            jnp.where(kept, self.m, nothing.m),
+            jnp.where(kept, self.l, nothing.l),
             jnp.where(kept[..., None], self.acc, nothing.acc),
         )
 
     def weigh(self, logits: Array) -> tuple[Array, Array, Array]:
-        """``(peak, decay, weights)`` when keys of ``logits`` ``[..., keys]`` come in; what came before decays."""
-        peak = jnp.maximum(self.peak, logits.max(-1))
-        return peak, jnp.exp(self.peak - peak), jnp.exp(logits - peak[..., None])
+        """``(m, decay, weights)`` when keys of ``logits`` ``[..., keys]`` come in; what came before decays."""
+        m = jnp.maximum(self.m, logits.max(-1))
+        return m, jnp.exp(self.m - m), jnp.exp(logits - m[..., None])
 
     def attend(self, logits: Array, value: Array, precision: lax.Precision) -> "SoftmaxState":
         """What came before, and keys of logits ``[heads, group, T, keys]`` and halved values ``[heads, keys, Dv]``."""
-        peak, decay, weights = self.weigh(logits)
-        total = self.total * decay + weights.sum(-1)
+        m, decay, weights = self.weigh(logits)
+        l = self.l * decay + weights.sum(-1)
         heads, *_, keys = weights.shape
         update = jnp.einsum("hrk,hkd->hrd", weights.reshape(heads, -1, keys), value, precision=precision)
-        return SoftmaxState(peak, total, self.acc * decay[..., None] + update.reshape(self.acc.shape))
+        return SoftmaxState(m, l, self.acc * decay[..., None] + update.reshape(self.acc.shape))
 
     def merge(self, other: "SoftmaxState") -> "SoftmaxState":
         """The state after the keys of both."""
-        peak = jnp.maximum(self.peak, other.peak)
-        mine, theirs = jnp.exp(self.peak - peak), jnp.exp(other.peak - peak)
-        total = self.total * mine + other.total * theirs
-        return SoftmaxState(peak, total, self.acc * mine[..., None] + other.acc * theirs[..., None])
+        m = jnp.maximum(self.m, other.m)
+        mine, theirs = jnp.exp(self.m - m), jnp.exp(other.m - m)
+        l = self.l * mine + other.l * theirs
+        return SoftmaxState(m, l, self.acc * mine[..., None] + other.acc * theirs[..., None])
 
     def finish(self, is_token: Array, sink: Array | None) -> tuple[Array, Lse]:
-        """``(out, lse)``, normalised. A query that is padding, or that sees nothing, gets 0 and -inf.
+        """``(out, lse)``, normalized. A query that is padding, or that sees nothing, gets 0 and -inf.
 
         Args:
           is_token: bool; False: padding.
           sink: a logit that takes weight and gives no value, or None.
         """
-        peak, total, acc = self
+        m, l, acc = self
         if sink is not None:
-            peak = jnp.maximum(self.peak, sink)
-            decay = jnp.exp(self.peak - peak)
-            total, acc = total * decay + jnp.exp(sink - peak), acc * decay[..., None]
-        seen = (total != 0) & is_token  # !=, not >, so that NaN propagates
-        total = jnp.where(seen, total, 1.0)
-        out = jnp.where(seen[..., None], 2.0 * acc / total[..., None], 0.0)
-        return out, Lse(jnp.where(seen, peak, -jnp.inf), jnp.log(total))
+            m = jnp.maximum(self.m, sink)
+            decay = jnp.exp(self.m - m)
+            l, acc = l * decay + jnp.exp(sink - m), acc * decay[..., None]
+        seen = (l != 0) & is_token  # !=, not >, so that NaN propagates
+        l = jnp.where(seen, l, 1.0)
+        out = jnp.where(seen[..., None], 2.0 * acc / l[..., None], 0.0)
+        return out, Lse(jnp.where(seen, m, -jnp.inf), jnp.log(l))
