@@ -181,6 +181,7 @@ FUNCTIONS: dict[str, wrong_kinds.Case] = {
             "storage": STORAGE,
             "limits": {"Limits"},
             "layer_hook": HOOKS,
+            "graph_loops": BOOLS,
             "speculation": {"speculation"},
         },
     ),
