@@ -83,7 +83,7 @@ def test_check_and_baseline(one_case, tmp_path, capsys):
 
 
 def test_check_fails_on_a_problem(one_case, capsys):
-    one_case(lower=with_mask_in_full_blocks(True).lower, kernel="toy")
+    one_case(program=with_mask_in_full_blocks(True).program, kernel="toy")
     assert static.main([*ONE, "--check"]) == 1
     assert "mask instructions in the loop over full blocks" in capsys.readouterr().out
     assert static.main(ONE) == 0
@@ -189,4 +189,4 @@ def test_without_a_tool_of_triton(one_case, monkeypatch, tmp_path, capsys):
     from triton.backends import nvidia
 
     monkeypatch.setattr(nvidia, "__file__", str(tmp_path / "__init__.py"))
-    assert_refused(ONE, "ptxas: expected it in the wheel of triton at", capsys)
+    assert_refused(ONE, "cuobjdump: expected it in the wheel of triton at", capsys)
