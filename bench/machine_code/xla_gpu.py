@@ -166,12 +166,12 @@ def _uncached() -> Iterator[None]:
         jax.config.update(option, before)
 
 
-def kernels(lowered: jax.stages.Lowered) -> list[Assembly]:
-    """The machine code of our kernels in a lowered function, as XLA makes it."""
+def kernels(lowered: jax.stages.Lowered, name: str) -> list[Assembly]:
+    """The machine code of every kernel of this name in a lowered function, as XLA makes it."""
     with tempfile.TemporaryDirectory() as directory:
         compile(lowered, dump=Path(directory))
         sources = [path.read_text() for path in sorted(Path(directory).glob("*.ptx"), key=_order)]
-    return [assemble(ptx, _toolkit() / "bin" / "ptxas") for ptx in sources if re.search(r"\.entry pallas_attn_", ptx)]
+    return [assemble(ptx, _toolkit() / "bin" / "ptxas") for ptx in sources if re.search(rf"\.entry {name}\b", ptx)]
 
 
 def _order(path: Path) -> int:

@@ -19,7 +19,7 @@ def read(case: KernelCase, setting: Setting) -> dict:
     """Registers, bytes of stack, spills, and spills within loops of a case."""
     function, arguments = case.program(setting)
     lowered = xla_gpu.lower(function, *arguments, gpu=_GPUS[setting.capability])
-    (code,) = [x for x in xla_gpu.kernels(lowered) if x.name == case.kernel]
+    (code,) = xla_gpu.kernels(lowered, case.kernel)
     loops = sass.natural_loops(sass.parse(code.sass))
     return {
         "length": setting.length,
