@@ -38,11 +38,12 @@ class BlockSizes:
 
 
 # Triton: (bytes per element, oldest compute capability, largest head size) -> entry; the first match applies. The
-# entries come from `python -m bench.static --sweep`: among the sizes that compile without spills, by PyPI's Triton
-# under every mask of its cases and by XLA under a causal one (with scores: without spills in a loop), those with the
-# best estimate, or up to a few percent worse where only those leave shared memory for tiles of a bias. float32 products
-# use no tensor cores (TF32 would lose 13 bits), so their tiles are small, and with wide heads larger ones spill by XLA.
-# The entries from 8.6 on fit, even with a bias, in the 99 KiB of shared memory per block there.
+# entries come from `python -m bench.static --sweep`: among the sizes that PyPI's Triton compiles without spills under
+# every mask of its cases (with scores: without spills in a loop), those with the best estimate, or up to a few percent
+# worse where only those leave shared memory for tiles of a bias. Some float32 entries for wide heads are smaller,
+# because XLA spills with those of the sweep (bench/README.md has the costs). float32 products use no tensor cores (TF32
+# would lose 13 bits), so their tiles are small. The entries from 8.6 on fit, even with a bias, in the 99 KiB of shared
+# memory per block there.
 _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     "forward": {
         (2, 9.0, 64): BlockSizes(128, 64, num_warps=8, num_stages=2),

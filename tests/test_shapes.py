@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_attn as pa
-from bench.machine_code.compiled import _as_text, lower_for_cuda, triton_calls
+from bench.machine_code.compiled import kernel_irs, lower_for_cuda
 from pallas_attn.kernels import triton
 from tests import oracle, tolerances
 from tests.gradient_check import Case, check, implementations
@@ -105,11 +105,9 @@ def widths_of_offsets(dtype: str, program, *arguments) -> dict[str, set[int]]:
     """The bits of every kernel's offsets into arrays of a dtype."""
     widths = {}
     lowered = lower_for_cuda(program, *arguments)
-    for config in triton_calls(lowered.compiler_ir("stablehlo").operation):
-        found = re.findall(
-            rf"tt\.addptr .*ptr<{dtype}>.*[x ]i(32|64)>?$", _as_text(config["ir"].value_bytes), re.MULTILINE
-        )
-        widths[config["name"].value] = {int(bits) for bits in found}
+    for name, text in kernel_irs(lowered):
+        found = re.findall(rf"tt\.addptr .*ptr<{dtype}>.*[x ]i(32|64)>?$", text, re.MULTILINE)
+        widths[name] = {int(bits) for bits in found}
     return widths
 
 
