@@ -18,9 +18,10 @@ def test_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     dense, window, h2o = json.loads(out.read_text())["results"]
     assert dense["accuracy"] == 1.0, "lists of 60 pairs and more fit"
     assert window["accuracy"] < 1.0, "and here they do not"
-    # 3 layers of 2 heads of 64: keys and values of a slot, its position, its policy state; then 5 bytes per row.
-    assert dense["bytes_per_row"] == 3 * (512 * (2 * 2 * (64 + 4) + 4) + 5)
-    assert window["bytes_per_row"] == 3 * (48 * (2 * 2 * 64 * 4 + 4) + 5)
+    # 3 layers of 2 heads of 64: keys and values of a slot, its position and its policy state. Layers that keep the same
+    # tokens share positions. Then 5 bytes per row and log of positions.
+    assert dense["bytes_per_row"] == 3 * 512 * 2 * 2 * (64 + 4) + 512 * 4 + 5
+    assert window["bytes_per_row"] == 3 * 48 * 2 * 2 * 64 * 4 + 48 * 4 + 5
     assert h2o["bytes_per_row"] == 3 * (48 * (2 * 2 * (64 + 4) + 2 * 4 + 2 * 4) + 5)
     assert window["policies"] == ["Window(size=29, sinks=4)"] * 3
     assert out.with_suffix(".png").stat().st_size > 10_000
