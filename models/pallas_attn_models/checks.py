@@ -49,3 +49,9 @@ def require_positive_float(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive number, got {shown(value)}")
     if not MIN_FLOAT32 <= value <= MAX_FLOAT32:
         raise ValueError(f"{name}: expected a positive number that float32 can hold, got {shown(value)}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """Raises ValueError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected a bool, got {shown(value)}")

@@ -10,7 +10,8 @@ import pallas_attn as pa
 import pallas_attn.flax
 from pallas_attn_models import CachedDecoder, Decoder, load_hf, save_hf
 from pallas_attn_models.cli import doctor
-from pallas_attn_models.decoder.config import DecoderConfig, RopeConfig
+from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.rope import RopeConfig
 from pallas_attn_models.generation.generator import Generator
 from pallas_attn_models.generation.sampling import Sampling
 from pallas_attn_models.generation.speculation import DraftModel, PromptLookup

@@ -21,16 +21,15 @@ class Sizes:
 
     block_sizes: pa.BlockSizes | None
     implementation: str | None
-    head_dim: int
     dtype: DTypeLike
 
-    def of(self, mask: pa.masks.Mask, q_len: int, kv_len: int) -> pa.BlockSizes:
+    def of(self, mask: pa.masks.Mask, q_len: int, kv_len: int, head_dim: int) -> pa.BlockSizes:
         """Block sizes for T queries and S keys."""
         sizes = self.block_sizes or default_block_sizes(
             q_len,
             kv_len,
             implementation=self.implementation,
-            head_dim=self.head_dim,
+            head_dim=head_dim,
             dtype=self.dtype,
             fine=mask.has_fine_edges(),
         )
@@ -66,7 +65,7 @@ def block_masks(
     reserved: Sequence[pa.caches.Reservation] | None,
     sizes: Sizes,
 ) -> tuple[pa.BlockMask, ...]:
-    """One per layer; layers with the same window and kind of cache share one object.
+    """One per layer; layers with the same window, head size and kind of cache share one object.
 
     Args:
       positions: int32 ``[B|1, T]`` of the new tokens, which the caches do not hold yet.
@@ -76,17 +75,17 @@ def block_masks(
     made: dict[tuple, pa.BlockMask] = {}
     layers = []
     for layer in range(config.num_layers):
-        window = config.sliding_window(layer)
+        kind = config.layer(layer)
         cache = None if caches is None else caches[layer]
-        key = (window, None if cache is None else cache_kind(cache, layer))
+        key = (kind.window, kind.head_dim, None if cache is None else cache_kind(cache, layer))
         if key not in made:
-            mask = pa.masks.causal() if window is None else pa.masks.sliding_window(window)
+            mask = pa.masks.causal() if kind.window is None else pa.masks.sliding_window(kind.window)
             if extra is not None:
                 mask = mask & extra
             if cache is not None and cache.mask is not None:
                 mask = mask & cache.mask
             held = positions if cache is None or reserved is None else cache.positions_with(reserved[layer])
-            cut = sizes.of(mask, positions.shape[-1], held.shape[-1])
+            cut = sizes.of(mask, positions.shape[-1], held.shape[-1], kind.head_dim)
             made[key] = pa.BlockMask.from_mask(mask, positions, held, cut)
         layers.append(made[key])
     return tuple(layers)

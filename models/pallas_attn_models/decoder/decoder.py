@@ -18,9 +18,12 @@ import pallas_attn as pa
 from pallas_attn import checks
 from pallas_attn_models.decoder.attention import Attention
 from pallas_attn_models.decoder.block_masks import Sizes, block_masks, reservations
-from pallas_attn_models.decoder.config import DecoderConfig
+from pallas_attn_models.decoder.config import DecoderConfig, LayerConfig
+from pallas_attn_models.decoder.experts import Experts
 from pallas_attn_models.decoder.layer_caches import init_caches
-from pallas_attn_models.decoder.layers import MLP, Embedding, RMSNorm, counted, linear, rotary_tables
+from pallas_attn_models.decoder.layers import MLP, Embedding, counted, linear
+from pallas_attn_models.decoder.norms import Norm
+from pallas_attn_models.decoder.rope import RopeConfig, RotaryTables, rotary_tables
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,11 +48,12 @@ class DecoderOutput:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP, each applied to the normalized residual stream and added to it."""
+    """Attention and MLP, each added to the residual stream; ``config.norm_position`` says what is normalized."""
 
     def __init__(
         self,
         config: DecoderConfig,
+        layer: LayerConfig,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike,
@@ -57,32 +61,59 @@ class DecoderLayer(nnx.Module):
         implementation: str | None,
     ) -> None:
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
-        self.attention = Attention(config, rngs=rngs, implementation=implementation, **dtypes)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, rngs=rngs, **dtypes)
+
+        def norm(*positions: str) -> Norm | None:
+            if config.norm_position not in positions:
+                return None
+            return Norm((config.hidden_size,), config.norm, config.rms_norm_eps, **dtypes)
+
+        self.attention_norm = norm("pre", "both", "parallel", "parallel_two")
+        self.attention = Attention(config, layer, rngs=rngs, implementation=implementation, **dtypes)
+        self.attention_out_norm = norm("post", "both")
+        self.mlp_norm = norm("pre", "both", "parallel_two")
+        if layer.experts is None:
+            mlp = {"activation": config.activation, "gated": config.mlp_gated, "bias": config.mlp_bias}
+            self.mlp = MLP(config.hidden_size, layer.intermediate_size, rngs=rngs, **mlp, **dtypes)
+        else:
+            self.mlp = Experts(config, layer.experts, rngs=rngs, **dtypes)
+        self.mlp_out_norm = norm("post", "both")
+        self.is_parallel = config.norm_position in ("parallel", "parallel_two")
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self,
         hidden: Array,
-        rotary: tuple[Array, Array],
+        positions: Array,
+        rotary: RotaryTables | None,
         block_mask: pa.BlockMask,
         cache: pa.caches.KVCache | None,
         reservation: pa.caches.Reservation | None,
     ) -> tuple[Array, pa.caches.KVCache | None]:
         """``[B, T, E] -> [B, T, E]``, and the cache; arguments as in :meth:`Attention.__call__`."""
         with jax.named_scope("attention"):
-            attended, cache = self.attention(self.attention_norm(hidden), rotary, block_mask, cache, reservation)
-            hidden = hidden + attended
+            normalized = _apply(self.attention_norm, hidden)
+            attended, cache = self.attention(normalized, positions, rotary, block_mask, cache, reservation)
+            after = self._add(hidden, _apply(self.attention_out_norm, attended))
         with jax.named_scope("mlp"):
-            return hidden + self.mlp(self.mlp_norm(hidden)), cache
+            if not self.is_parallel:
+                normalized = _apply(self.mlp_norm, after)
+            elif self.mlp_norm is not None:
+                normalized = self.mlp_norm(hidden)
+            return self._add(after, _apply(self.mlp_out_norm, self.mlp(normalized))), cache
+
+    def _add(self, hidden: Array, update: Array) -> Array:
+        return hidden + (update if self.residual_scale == 1 else update * self.residual_scale)
+
+
+def _apply(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
-    """A decoder of the Llama family (Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783), or Mistral.
+    """A decoder of the kind that its configuration describes: Llama (arXiv:2302.13971) by default, and most others.
 
     Args:
-      config: sizes and constants.
+      config: sizes, constants and variants.
       rngs: initializes the weights; :func:`~pallas_attn_models.checkpoints.load_hf` skips this.
       dtype: of activations and matrix products. Norms, rotary angles, softmax and logits are always float32.
       param_dtype: of the weights; default ``dtype``.
@@ -124,15 +155,20 @@ class Decoder(nnx.Module):
         sizes = config.hidden_size, config.vocab_size
         with counted(rngs) as rngs:
             self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
-            self.layers = nnx.List(
-                DecoderLayer(config, rngs=rngs, implementation=implementation, **dtypes)
-                for _ in range(config.num_layers)
+            self.positions = (
+                None
+                if config.learned_positions is None
+                else Embedding(config.learned_positions, config.hidden_size, rngs=rngs, **dtypes)
             )
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **dtypes)
+            self.layers = nnx.List(
+                DecoderLayer(config, config.layer(index), rngs=rngs, implementation=implementation, **dtypes)
+                for index in range(config.num_layers)
+            )
+            self.norm = Norm((config.hidden_size,), config.norm, config.rms_norm_eps, **dtypes)
             self.head = (
                 None
                 if config.tie_word_embeddings
-                else linear(*sizes, rngs=rngs, preferred_element_type=jnp.float32, **dtypes)
+                else linear(*sizes, bias=config.head_bias, rngs=rngs, preferred_element_type=jnp.float32, **dtypes)
             )
 
     def __call__(
@@ -196,13 +232,12 @@ class Decoder(nnx.Module):
                 positions = jnp.where(in_bounds[:, None], positions, -1)
             with jax.named_scope("cache"):
                 reserved = reservations(positions, rows, caches)
-        sizes = Sizes(self.block_sizes, self.implementation, self.config.head_dim, self.dtype)
+        sizes = Sizes(self.block_sizes, self.implementation, self.dtype)
         with jax.named_scope("block_masks"):
             masks = block_masks(self.config, positions, extra, caches, reserved, sizes)
 
-        # Padding may hold invalid tokens, which the embedding would map to NaN.
-        hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope)
+        hidden = self._embed(tokens, positions)
+        rotary = self._rotary_tables(positions, caches)
         new_caches = []
         for index, layer in enumerate(self.layers):
             if layer_hook is not None:
@@ -210,7 +245,7 @@ class Decoder(nnx.Module):
             cache = None if caches is None else caches[index]
             reservation = None if reserved is None else reserved[index]
             with jax.named_scope(f"layer_{index}"):
-                hidden, cache = layer(hidden, rotary, masks[index], cache, reservation)
+                hidden, cache = layer(hidden, positions, rotary[index], masks[index], cache, reservation)
             new_caches.append(cache)
         hidden = self.norm(hidden)
         return DecoderOutput(
@@ -234,7 +269,12 @@ class Decoder(nnx.Module):
             raise ValueError(f"hidden: expected floating-point numbers, got {given.dtype}")
         hidden = jnp.asarray(given)
         with jax.named_scope("head"):
-            return self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+            logits = self.embedding.logits(hidden) if self.head is None else self.head(hidden)
+            if self.config.logit_scale != 1:
+                logits = logits * jnp.float32(self.config.logit_scale)
+            if (cap := self.config.logit_softcap) is not None:
+                logits = cap * jnp.tanh(logits / cap)
+            return logits
 
     def init_caches(
         self,
@@ -269,6 +309,29 @@ class Decoder(nnx.Module):
             dtype=self.dtype if dtype is None else dtype,
             chunk=chunk,
         )
+
+    def _embed(self, tokens: Array, positions: Array) -> Array:
+        """``[B, T, E]``: token embeddings, scaled, and position embeddings."""
+        # Padding may hold invalid tokens, which the embedding would map to NaN.
+        hidden = self.embedding(jnp.where(positions >= 0, tokens, 0))
+        if self.config.embedding_scale != 1:
+            hidden = hidden * jnp.asarray(self.config.embedding_scale, self.dtype)
+        return hidden if self.positions is None else hidden + self.positions(jnp.maximum(positions, 0))
+
+    def _rotary_tables(
+        self, positions: Array, caches: Sequence[pa.caches.KVCache] | None
+    ) -> tuple[RotaryTables | None, ...]:
+        """One per layer; layers with the same settings share one object."""
+        length = positions.shape[1] if caches is None else max(cache.capacity for cache in caches)
+        made: dict[tuple[RopeConfig | None, int], RotaryTables | None] = {}
+        layers = []
+        for index in range(self.config.num_layers):
+            layer = self.config.layer(index)
+            key = layer.rope, layer.head_dim
+            if key not in made:
+                made[key] = None if layer.rope is None else rotary_tables(positions, layer.head_dim, layer.rope, length)
+            layers.append(made[key])
+        return tuple(layers)
 
     def _check_caches(
         self, caches: Sequence[pa.caches.KVCache] | None, rows: ArrayLike | None, batch_size: int

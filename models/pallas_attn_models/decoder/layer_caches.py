@@ -36,16 +36,16 @@ def init_caches(
         require_positive_int("chunk", chunk)
     layers = []
     for layer, (slots, kept, held) in enumerate(zip(capacities, policies, storages, strict=True)):
-        window = config.sliding_window(layer)
-        if chunk is not None and window is not None:
-            slots, kept, held = _of_window(window, chunk, batch_size, slots, kept, held)
+        kind = config.layer(layer)
+        if chunk is not None and kind.window is not None:
+            slots, kept, held = _of_window(kind.window, chunk, batch_size, slots, kept, held)
         cache = pa.caches.init(
             kept,
             held,
             batch_size=batch_size,
             capacity=slots,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
+            kv_heads=kind.num_kv_heads,
+            head_dim=kind.head_dim,
             dtype=dtype,
         )
         layers.append(cache)

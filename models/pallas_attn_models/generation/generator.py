@@ -168,7 +168,7 @@ class Generator:
         self.batch_size = batch_size
         self.capacity = capacity
         self.max_length = max(capacities) if max_length is None else max_length
-        heads, cores = model.config.num_heads, multiprocessors(_device(model))
+        heads, cores = model.config.layer(0).num_heads, multiprocessors(_device(model))
         # A policy may have room for no more than a tile.
         bounded = self.max_length > min(capacities)
         chunk = prefill_chunk or default_chunk(heads, None if bounded else cores)

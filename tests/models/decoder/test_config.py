@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pallas_attn_models.checkpoints.hf_config import IRRELEVANT, SUPPORTED, config_from_hf, config_to_hf
+from pallas_attn_models.checkpoints.families import FAMILIES
+from pallas_attn_models.checkpoints.hf_config import config_from_hf, config_to_hf
+from pallas_attn_models.checkpoints.irrelevant import IRRELEVANT, SUPPORTED
 from pallas_attn_models.checks import shown
-from pallas_attn_models.decoder.config import DecoderConfig, RopeConfig
-from pallas_attn_models.decoder.layers import inverse_frequencies
+from pallas_attn_models.decoder.config import DecoderConfig, ExpertsConfig
+from pallas_attn_models.decoder.rope import RopeConfig, inverse_frequencies
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -135,12 +137,9 @@ def test_an_unknown_field_is_refused_by_name():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "gemma"),
+        ("model_type", "gemma9"),
         ("architectures", ["LlamaForSequenceClassification"]),
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("mlp_bias", True),
-        ("attention_dropout", 0.1),
+        ("hidden_act", "mish"),
         ("pretraining_tp", 2),
         ("sliding_window", 4096),
         ("quantization_config", {"quant_method": "gptq"}),
@@ -157,7 +156,9 @@ def test_a_known_field_with_another_value_is_refused(field, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type: expected one of .* got 'yarn'"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 4.0}}, "rope type: expected one of .* got 'axial'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1.0}, "rope theta: expected more than 1"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, r"expected the fields .*long_factor.*, got \['factor', 'orig"),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_scaling: expected type='linear'"),
         ({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta: expected theta=10000.0"),
         ({"rope_scaling": {"type": "linear"}}, r"expected the fields \['factor'\], got \[\]"),
@@ -178,7 +179,7 @@ def test_a_known_field_with_another_value_is_refused(field, value):
         ({"rms_norm_eps": 0.0}, "rms_norm_eps: expected a positive number"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a positive number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: expected a bool"),
-        ({"eos_token_id": [2, 96]}, "eos_token_ids: expected ids in .*, got 96"),
+        ({"eos_token_id": [2, -1]}, "eos_token_ids: expected ids in .*, got -1"),
     ],
 )
 def test_wrong_values_are_refused(fields, message):
@@ -201,22 +202,29 @@ WRONG_KINDS = [
     10**400,
     -(10**400),
 ]
-FLOATS = ("rms_norm_eps",)
-ROPE_FLOATS = ("theta", "factor", "low_freq_factor", "high_freq_factor")
-SIZES = tuple(field.name for field in dataclasses.fields(DecoderConfig) if field.type is int)
+FLOATS = ("rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale")
+OPTIONAL_FLOATS = ("qkv_clip", "attention_scale", "attention_softcap", "alibi", "logit_softcap")
+ROPE_FLOATS = ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+SIZES = ("vocab_size", "hidden_size", "num_layers", "max_position_embeddings")
+LAYER_SIZES = ("intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+FLAGS = ("qkv_bias", "output_bias", "mlp_bias", "head_bias", "scale_by_layer", "attention_sinks", "mlp_gated")
+NAMES = ("norm", "norm_position", "qk_norm", "qk_norm_kind", "activation")
 BEYOND_FLOAT32 = [1e-300, 1e-46, 1e-40, 5e-324, 1e39, 1e308, 2**128, 10**400]
 BEYOND_INT32 = [2**31, 2**32 + 1, 2**63, 2**64, 10**400, 10**5000]
 
 
 def test_the_tables_have_all_fields():
-    others = {"rope", "tie_word_embeddings", "eos_token_ids", "sliding_windows"}
-    assert {*FLOATS, *SIZES, *others} == {field.name for field in dataclasses.fields(DecoderConfig)}
-    others = {"type", "original_max_position_embeddings"}
+    others = {"rope", "tie_word_embeddings", "eos_token_ids", "sliding_windows", "layer_ropes", "family"}
+    others |= {"query_temperature", "experts", "dense_layers", "learned_positions"}
+    tables = {*FLOATS, *OPTIONAL_FLOATS, *SIZES, *LAYER_SIZES, *FLAGS, *NAMES}
+    assert tables | others == {field.name for field in dataclasses.fields(DecoderConfig)}
+    others = {"type", "original_max_position_embeddings", "partial_rotary_factor", "interleaved", "truncate"}
+    others |= {"attention_factor", "short_factor", "long_factor"}
     assert {*ROPE_FLOATS, *others} == {field.name for field in dataclasses.fields(RopeConfig)}
 
 
 @pytest.mark.parametrize("value", [*WRONG_KINDS, 0, -1, 1.5, *BEYOND_INT32], ids=id_of)
-@pytest.mark.parametrize("field", SIZES)
+@pytest.mark.parametrize("field", [*SIZES, *LAYER_SIZES])
 def test_a_size_is_a_positive_int_of_32_bits(field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected an int of at (least|most) .*, got ") as error:
         dataclasses.replace(FULL, **{field: value})
@@ -251,8 +259,18 @@ def test_the_original_length_is_a_positive_int_of_32_bits(value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("rope", value) for value in (None, "default", {"theta": 1e4}, RopeConfig)),
-        *(("tie_word_embeddings", value) for value in (None, 0, 1, "true", [])),
+        *(("rope", value) for value in ("default", {"theta": 1e4}, RopeConfig)),
+        *((flag, value) for flag in ("tie_word_embeddings", *FLAGS) for value in (None, 0, 1, "true", [])),
+        *((name, value) for name in NAMES for value in (0, True, "", "rms ", ["rms"], "silu_")),
+        *((name, None) for name in ("norm", "norm_position", "activation")),
+        *((size, value) for size in LAYER_SIZES for value in ((), (4,), (4, 4, 4), (4, 0), (4, None), (4, 2**31))),
+        *((name, value) for name in OPTIONAL_FLOATS for value in (0.0, -1.0, "1", True, float("nan"), [2.0], 1e39)),
+        *(("query_temperature", value) for value in (0.1, (0.1,), [0.1, 8], (0.0, 8), (0.1, 0), (0.1, 8.0))),
+        *(("learned_positions", value) for value in (0, -1, 2.0, True, "8", 2**31)),
+        *(("experts", value) for value in (4, {}, "4", ExpertsConfig)),
+        *(("dense_layers", value) for value in (None, [0], (0,), (2,), ("0",))),
+        *(("layer_ropes", value) for value in (None, [None], (None,), (None, "default"))),
+        *(("family", value) for value in (None, 0, ["llama"])),
         *(("eos_token_ids", value) for value in (None, 2, [2], (2.0,), (True,), (None,), (-1,), (96,), (2**32 + 2,))),
         *(("eos_token_ids", value) for value in ((10**400,), ((2,),), "2")),
         *(("sliding_windows", value) for value in (None, 8, [8, 8], (8,), (0, 8), (8.0, 8), (2**31, 8), ("8", None))),
@@ -260,11 +278,11 @@ def test_the_original_length_is_a_positive_int_of_32_bits(value):
     ids=id_of,
 )
 def test_other_fields_of_the_wrong_kind(field, value):
-    with pytest.raises(ValueError, match=f"^{field}: expected "):
+    with pytest.raises(ValueError, match=f"^{field}( beta| length)?: expected "):
         dataclasses.replace(FULL, **{field: value})
 
 
-@pytest.mark.parametrize("kind", [None, 3, ["linear"], {"type": "linear"}, "yarn", ("default",)])
+@pytest.mark.parametrize("kind", [None, 3, ["linear"], {"type": "linear"}, "ntk", ("default",)])
 def test_a_rope_type_of_the_wrong_kind(kind):
     with pytest.raises(ValueError, match=r"^rope type: expected one of "):
         RopeConfig(type=kind)
@@ -375,7 +393,10 @@ def test_an_unused_rope_factor_is_refused():
 
 def test_no_field_is_both_irrelevant_and_read():
     assert not SUPPORTED.keys() & IRRELEVANT.keys()
-    assert not IRRELEVANT.keys() & config_to_hf(config_from_hf(SMALL)).keys() - {"bos_token_id"}
+    for family in FAMILIES.values():
+        read = {name for setting in family.settings for name in getattr(setting, "name", "").split()}
+        assert not read & (SUPPORTED.keys() | IRRELEVANT.keys() | family.irrelevant.keys()), family.name
+        assert not family.supported.keys() & (read | IRRELEVANT.keys() | family.irrelevant.keys()), family.name
 
 
 def test_every_field_that_transformers_writes_is_handled():
@@ -416,8 +437,16 @@ def test_windows_are_one_for_each_layer(windows):
 
 
 def test_a_llama_has_no_window_and_a_file_at_most_one():
-    with pytest.raises(ValueError, match="sliding_window: expected None for a Llama, got 16"):
+    with pytest.raises(ValueError, match="sliding_window: expected None, got 16"):
         config_from_hf({**SMALL, "sliding_window": 16})
     config = config_from_hf({**SMALL, "num_hidden_layers": 2})
-    with pytest.raises(ValueError, match="sliding_windows: expected the same value for all layers"):
-        config_to_hf(dataclasses.replace(config, sliding_windows=(8, None)))
+    some = dataclasses.replace(config, sliding_windows=(8, None))
+    assert config_to_hf(some)["model_type"] == "ministral", "the first family that can have windows in some layers"
+    assert config_from_hf(config_to_hf(some)) == some
+    with pytest.raises(ValueError, match="config: expected what a model family can express, got .*sliding_windows"):
+        config_to_hf(dataclasses.replace(config, sliding_windows=(8, 16)))
+
+
+def test_end_tokens_beyond_the_vocabulary_are_ignored_with_a_warning(caplog):
+    assert config_from_hf({**SMALL, "eos_token_id": [2, 96, 50256]}).eos_token_ids == (2,)
+    assert "eos_token_id: [96, 50256] ignored, beyond the vocabulary of 96 tokens" in caplog.text

@@ -14,9 +14,9 @@ from flax import nnx
 
 import pallas_attn as pa
 from pallas_attn_models.checkpoints.hf import load_hf, save_hf
-from pallas_attn_models.decoder.config import DecoderConfig, RopeConfig
+from pallas_attn_models.decoder.config import DecoderConfig
 from pallas_attn_models.decoder.decoder import Decoder
-from pallas_attn_models.decoder.layers import inverse_frequencies, rotary_tables, rotate
+from pallas_attn_models.decoder.rope import RopeConfig, RotaryTables, inverse_frequencies, rotary_tables, rotate
 from tests import tolerances
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -437,9 +437,12 @@ def test_rotation_knows_only_distances():
     query, key = (jnp.asarray(generator.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
 
     def logit(q_position, kv_position):
-        cos, sin = rotary_tables(jnp.asarray([[q_position, kv_position]], jnp.int32), 16, RopeConfig())
-        return jnp.sum(rotate(query, cos[:, :1], sin[:, :1]) * rotate(key, cos[:, 1:], sin[:, 1:]))
+        cos, sin, _ = rotary_tables(jnp.asarray([[q_position, kv_position]], jnp.int32), 16, RopeConfig())
+        return jnp.sum(
+            rotate(query, RotaryTables(cos[:, :1], sin[:, :1], False))
+            * rotate(key, RotaryTables(cos[:, 1:], sin[:, 1:], False))
+        )
 
     assert_close(logit(30, 10), logit(220, 200), tolerances.ROTATION)
     assert abs(logit(30, 10) - logit(31, 10)) > 0.01
-    np.testing.assert_array_equal(rotate(query, *rotary_tables(jnp.zeros((1, 1), jnp.int32), 16, RopeConfig())), query)
+    np.testing.assert_array_equal(rotate(query, rotary_tables(jnp.zeros((1, 1), jnp.int32), 16, RopeConfig())), query)

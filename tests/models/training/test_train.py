@@ -17,7 +17,7 @@ import pallas_attn as pa
 from pallas_attn.kernels import reference
 from pallas_attn_models import load_hf
 from pallas_attn_models.checkpoints import files as checkpoint_files
-from pallas_attn_models.decoder.layers import rotary_tables, rotate
+from pallas_attn_models.decoder.rope import rotary_tables, rotate
 from pallas_attn_models.training import train
 from pallas_attn_models.training.tasks import END_TOKEN, Mix
 
@@ -55,8 +55,8 @@ def test_heads_of_the_first_layer_start_by_looking_back():
     positions = np.arange(64, dtype=np.int32)[None]
     x = model.layers[0].attention_norm(model.embedding(tokens))
     rotary = rotary_tables(positions, config.head_dim, config.rope)
-    query = rotate(attention.query(x).reshape(1, 64, config.num_heads, -1), *rotary)
-    key = rotate(attention.key(x).reshape(1, 64, config.num_kv_heads, -1), *rotary)
+    query = rotate(attention.query(x).reshape(1, 64, config.num_heads, -1), rotary)
+    key = rotate(attention.key(x).reshape(1, 64, config.num_kv_heads, -1), rotary)
     key = np.repeat(key, config.num_heads // config.num_kv_heads, axis=2)
     scores = np.where(positions <= positions.T, np.einsum("btnd,bsnd->bnts", query, key)[0], -np.inf)
     for head in range(config.num_heads):
