@@ -21,6 +21,8 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from pallas_attn_models.checkpoints.families import FAMILIES
+from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.files import (
     CONFIG,
     INDEX,
@@ -33,8 +35,6 @@ from pallas_attn_models.checkpoints.files import (
     writable_directory,
     write_json,
 )
-from pallas_attn_models.checkpoints.families import FAMILIES
-from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.hf_config import config_from_hf, config_to_hf
 from pallas_attn_models.checkpoints.mxfp4 import dequantized
 from pallas_attn_models.checkpoints.tensors import Layout, Place, parameter

@@ -284,3 +284,22 @@ class FirstDense:
 
     def write(self, config: DecoderConfig) -> Mapping[str, Any]:
         return {"first_k_dense_replace": len(config.dense_layers)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSize:
+    """``n_shared_experts``: as many experts side by side are one wide one."""
+
+    default: int
+
+    def read(self, source: Source) -> Mapping[str, Any]:
+        number = source.take("n_shared_experts", default=self.default)
+        if not is_int(number) or number < 0:
+            raise ValueError(f"n_shared_experts: expected an int of at least 0, got {shown(number)}")
+        width = source.known["experts.intermediate_size"]
+        require_size("moe_intermediate_size", width)
+        return {"experts.shared_size": number * width or None}
+
+    def write(self, config: DecoderConfig) -> Mapping[str, Any]:
+        assert config.experts is not None
+        return {"n_shared_experts": (config.experts.shared_size or 0) // config.experts.intermediate_size}

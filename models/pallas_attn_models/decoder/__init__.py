@@ -4,6 +4,7 @@ from pallas_attn_models.decoder.cached_decoder import CachedDecoder as CachedDec
 from pallas_attn_models.decoder.config import MAX_LAYERS as MAX_LAYERS
 from pallas_attn_models.decoder.config import DecoderConfig as DecoderConfig
 from pallas_attn_models.decoder.config import ExpertsConfig as ExpertsConfig
+from pallas_attn_models.decoder.config import LatentConfig as LatentConfig
 from pallas_attn_models.decoder.config import LayerConfig as LayerConfig
 from pallas_attn_models.decoder.decoder import FLOAT_DTYPES as FLOAT_DTYPES
 from pallas_attn_models.decoder.decoder import Decoder as Decoder

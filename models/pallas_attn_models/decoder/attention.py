@@ -29,23 +29,24 @@ class Attention(nnx.Module):
         param_dtype: DTypeLike,
         implementation: str | None,
     ) -> None:
+        self.config = config
+        self.layer = layer
+        self.implementation = implementation
+        self._init_projections(rngs, dtype, param_dtype)
+        if config.attention_sinks:
+            self.sinks = nnx.Param(jnp.zeros((layer.num_heads,), param_dtype))
+
+    def _init_projections(self, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
+        config, layer = self.config, self.layer
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
-        hidden, queries, keys = (
-            config.hidden_size,
-            layer.num_heads * layer.head_dim,
-            layer.num_kv_heads * layer.head_dim,
-        )
+        hidden = config.hidden_size
+        queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
         self.query = linear(hidden, queries, bias=config.qkv_bias, **options)
         self.key = linear(hidden, keys, bias=config.qkv_bias, **options)
         self.value = linear(hidden, keys, bias=config.qkv_bias, **options)
         self.output = linear(queries, hidden, bias=config.output_bias, **options)
         self.query_norm = _qk_norm(config, layer, layer.num_heads, dtype, param_dtype)
         self.key_norm = _qk_norm(config, layer, layer.num_kv_heads, dtype, param_dtype)
-        if config.attention_sinks:
-            self.sinks = nnx.Param(jnp.zeros((layer.num_heads,), param_dtype))
-        self.config = config
-        self.layer = layer
-        self.implementation = implementation
 
     def __call__(
         self,
@@ -69,9 +70,7 @@ class Attention(nnx.Module):
         Returns:
           ``[B, T, E]``, and the cache with these tokens.
         """
-        query, key, value = self._heads(x)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key, value = self._heads(x, rotary)
         if self.config.query_temperature is not None:
             query = query * _temperature(positions, *self.config.query_temperature).astype(query.dtype)
         if cache is None or reservation is None:
@@ -80,10 +79,10 @@ class Attention(nnx.Module):
             with jax.named_scope("cache"):
                 cache = cache.write(key, value, reservation)
             out, cache = self._attend_cache(query, cache, block_mask, reservation.rows)
-        return self.output(out.reshape(*out.shape[:2], -1)), cache
+        return self._project(out), cache
 
-    def _heads(self, x: Array) -> tuple[Array, Array, Array]:
-        """Queries ``[B, T, N, D]``, keys and values ``[B, T, K, D]``, before rotation."""
+    def _heads(self, x: Array, rotary: RotaryTables | None) -> tuple[Array, Array, Array]:
+        """Queries ``[B, T, N, D]``, keys and values ``[B, T, K, D]``."""
         query, key, value = (projection(x) for projection in (self.query, self.key, self.value))
         if self.config.qk_norm == "vector":
             query, key = self._normalized(query, key)
@@ -92,10 +91,17 @@ class Attention(nnx.Module):
         query, key, value = (jnp.reshape(one, (*x.shape[:2], -1, self.layer.head_dim)) for one in (query, key, value))
         if self.config.qk_norm in ("head", "heads"):
             query, key = self._normalized(query, key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         return query, key, value
 
+    def _project(self, out: Array) -> Array:
+        """``[B, T, N, D] -> [B, T, E]``."""
+        return self.output(out.reshape(*out.shape[:2], -1))
+
     def _normalized(self, query: Array, key: Array) -> tuple[Array, Array]:
-        assert self.query_norm is not None and self.key_norm is not None
+        assert self.query_norm is not None
+        assert self.key_norm is not None
         return self.query_norm(query), self.key_norm(key)
 
     def _attend_cache(

@@ -29,7 +29,7 @@ class ExpertsConfig:
       num_experts: X.
       experts_per_token: how many experts a token is sent to.
       intermediate_size: the width of an expert.
-      shared_size: the width of an MLP that every token passes, too (DeepSeekMoE, arXiv:2401.06066); None: there is none.
+      shared_size: the width of an MLP that every token passes, too (DeepSeekMoE, arXiv:2401.06066); None: no MLP.
       shared_gate: whether the shared MLP is weighted by the sigmoid of a projection (Qwen2, arXiv:2407.10671).
       score: ``"softmax"`` over all experts, or ``"sigmoid"`` of each (DeepSeek-V3, arXiv:2412.19437, equation 15).
       normalize: whether the weights of a token's experts sum to 1.
@@ -86,6 +86,35 @@ class ExpertsConfig:
             raise ValueError(f"experts experts_per_token: expected {expected}, got {self.experts_per_token}")
         if self.score == "sigmoid" and self.num_groups > 1 and self.num_experts // self.num_groups < 2:
             raise ValueError("experts num_groups: expected groups of at least two experts, because scores are sigmoids")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): projections through narrow vectors.
+
+    The first ``head_dim - rope_dim`` numbers of a key are its head's own and not rotated; the last ones are rotated and
+    the same for all heads. Caches hold whole keys, and values padded to the size of keys.
+
+    Attributes:
+      query_rank: the width of the vector that holds all queries of a token; None: a plain projection.
+      key_value_rank: the width of the vector that holds all keys and values of a token.
+      rope_dim: the size of the rotated part of a head.
+      value_dim: the size of a head's values, at most ``head_dim``.
+
+    Raises:
+      ValueError: an invalid field; named.
+    """
+
+    query_rank: int | None
+    key_value_rank: int
+    rope_dim: int
+    value_dim: int
+
+    def __post_init__(self):
+        if self.query_rank is not None:
+            require_size("latent query_rank", self.query_rank)
+        for name in ("key_value_rank", "rope_dim", "value_dim"):
+            require_size(f"latent {name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +180,7 @@ class DecoderConfig:
       attention_sinks: whether every head has a logit more, which takes probability and gives no value (gpt-oss).
       alibi: adds a bias linear in the distance to the logits (Press et al. 2021, arXiv:2108.12409), with the slopes of
         the paper times this number; None: no bias.
+      latent: the sizes of multi-head latent attention, with ``num_kv_heads = num_heads``; None: plain projections.
       query_temperature: ``(beta, length)``: multiplies the query at position p by
         ``1 + beta * log(1 + floor(p / length))``; None: no factor.
       activation: of the MLP: a name in :data:`~pallas_attn_models.decoder.activations.ACTIVATIONS`.
@@ -196,6 +226,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     attention_sinks: bool = False
     alibi: float | None = None
+    latent: LatentConfig | None = None
     query_temperature: tuple[float, int] | None = None
     activation: str = "silu"
     mlp_gated: bool = True
@@ -283,6 +314,9 @@ class DecoderConfig:
         for rope in self.layer_ropes:
             if not isinstance(rope, RopeConfig | None):
                 raise ValueError(f"layer_ropes: expected a RopeConfig or None per layer, got {shown(rope)}")
+        if self.latent is not None:
+            self._check_latent(self.latent, min(head_dims))
+            head_dims = (self.latent.rope_dim,)
         for rope, head_dim in {*_paired(self.layer_ropes or (self.rope,), head_dims)}:
             if rope is not None:
                 rope.check_head_dim(head_dim)
@@ -291,6 +325,18 @@ class DecoderConfig:
                 raise ValueError(f"query_temperature: expected (beta, length), got {shown(self.query_temperature)}")
             require_positive_float("query_temperature beta", self.query_temperature[0])
             require_size("query_temperature length", self.query_temperature[1])
+
+    def _check_latent(self, latent: Any, head_dim: int) -> None:
+        if not isinstance(latent, LatentConfig):
+            raise ValueError(f"latent: expected a LatentConfig or None, got {shown(latent)}")
+        if self.num_kv_heads != self.num_heads:
+            expected = f"num_heads={self.num_heads}, because of latent attention"
+            raise ValueError(f"num_kv_heads: expected {expected}, got {self.num_kv_heads}")
+        for name in ("rope_dim", "value_dim"):
+            if getattr(latent, name) > head_dim:
+                raise ValueError(f"latent {name}: expected at most {head_dim=}, got {getattr(latent, name)}")
+        if self.qk_norm is not None:
+            raise ValueError(f"qk_norm: expected None with latent attention, got {self.qk_norm!r}")
 
     def _check_layers(self) -> None:
         self._check_per_layer("sliding_windows", self.sliding_windows)

@@ -20,6 +20,7 @@ from pallas_attn_models.decoder.attention import Attention
 from pallas_attn_models.decoder.block_masks import Sizes, block_masks, reservations
 from pallas_attn_models.decoder.config import DecoderConfig, LayerConfig
 from pallas_attn_models.decoder.experts import Experts
+from pallas_attn_models.decoder.latent_attention import LatentAttention
 from pallas_attn_models.decoder.layer_caches import init_caches
 from pallas_attn_models.decoder.layers import MLP, Embedding, counted, linear
 from pallas_attn_models.decoder.norms import Norm
@@ -68,7 +69,8 @@ class DecoderLayer(nnx.Module):
             return Norm((config.hidden_size,), config.norm, config.rms_norm_eps, **dtypes)
 
         self.attention_norm = norm("pre", "both", "parallel", "parallel_two")
-        self.attention = Attention(config, layer, rngs=rngs, implementation=implementation, **dtypes)
+        attention = Attention if config.latent is None else LatentAttention
+        self.attention = attention(config, layer, rngs=rngs, implementation=implementation, **dtypes)
         self.attention_out_norm = norm("post", "both")
         self.mlp_norm = norm("pre", "both", "parallel_two")
         if layer.experts is None:
@@ -327,10 +329,11 @@ class Decoder(nnx.Module):
         layers = []
         for index in range(self.config.num_layers):
             layer = self.config.layer(index)
-            key = layer.rope, layer.head_dim
-            if key not in made:
-                made[key] = None if layer.rope is None else rotary_tables(positions, layer.head_dim, layer.rope, length)
-            layers.append(made[key])
+            size = layer.head_dim if self.config.latent is None else self.config.latent.rope_dim
+            if (layer.rope, size) not in made:
+                tables = None if layer.rope is None else rotary_tables(positions, size, layer.rope, length)
+                made[layer.rope, size] = tables
+            layers.append(made[layer.rope, size])
         return tuple(layers)
 
     def _check_caches(

@@ -3,6 +3,8 @@
 from pallas_attn_models.checkpoints.families import (
     cohere,
     cohere2,
+    deepseek_v2,
+    deepseek_v3,
     exaone4,
     falcon,
     gemma,
@@ -70,6 +72,8 @@ _MODULES = (
     glm,
     glm4,
     glm4_moe,
+    deepseek_v2,
+    deepseek_v3,
     exaone4,
     seed_oss,
     stablelm,
@@ -82,8 +86,6 @@ FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _
 
 # Families that are known and need what the decoder lacks.
 MISSING: dict[str, str] = {
-    "deepseek_v2": "multi-head latent attention",
-    "deepseek_v3": "multi-head latent attention",
     "gemma3n": "alternating updates of the residual stream, and embeddings per layer",
     "gemma3n_text": "alternating updates of the residual stream, and embeddings per layer",
     "gemma4": "embeddings per layer, and keys and values that layers share",

@@ -1,9 +1,5 @@
 """GLM-4.5 (arXiv:2508.06471): experts chosen as in DeepSeek-V3."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
-
 from pallas_attn_models.checkpoints.families.names import LLAMA_LAYER, OUTER, QK_NORM, experts, shared_expert
 from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.ropes import Rope
@@ -15,7 +11,7 @@ from pallas_attn_models.checkpoints.settings import (
     Derived,
     Field,
     FirstDense,
-    Source,
+    SharedSize,
     activation,
     eos,
     epsilon,
@@ -25,26 +21,6 @@ from pallas_attn_models.checkpoints.settings import (
     tied,
 )
 from pallas_attn_models.checkpoints.transforms import linear, same
-from pallas_attn_models.checks import is_int, require_size, shown
-from pallas_attn_models.decoder import DecoderConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class _SharedSize:
-    """``n_shared_experts``: as many experts side by side are one wide one."""
-
-    def read(self, source: Source) -> Mapping[str, Any]:
-        number = source.take("n_shared_experts", default=1)
-        if not is_int(number) or number < 0:
-            raise ValueError(f"n_shared_experts: expected an int of at least 0, got {shown(number)}")
-        width = source.known["experts.intermediate_size"]
-        require_size("moe_intermediate_size", width)
-        return {"experts.shared_size": number * width or None}
-
-    def write(self, config: DecoderConfig) -> Mapping[str, Any]:
-        assert config.experts is not None
-        return {"n_shared_experts": (config.experts.shared_size or 0) // config.experts.intermediate_size}
-
 
 FAMILY = Family(
     name="glm4_moe",
@@ -65,7 +41,7 @@ FAMILY = Family(
         Field("n_routed_experts num_local_experts", "experts.num_experts", 128),
         Field("num_experts_per_tok", "experts.experts_per_token", 8),
         Field("moe_intermediate_size", "experts.intermediate_size", 1408),
-        _SharedSize(),
+        SharedSize(1),
         Field("norm_topk_prob", "experts.normalize", True),
         Field("routed_scaling_factor", "experts.scale", 1.0),
         Field("n_group", "experts.num_groups", 1),
