@@ -1,9 +1,10 @@
 """Converts between ``config.json`` and :class:`DecoderConfig` by the tables of the model families.
 
-Every field must be used, have one value that the family supports, or be known to be without effect. Any other field is an
-error: better not to run a model than to run it with other weights or another formula than in training.
+Every field must be used, have a value that the family supports, or be known to be without effect. Any other field is
+an error: better not to run a model than to run it with other weights or another formula than in training.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -137,8 +138,6 @@ def _written(family: Family, config: DecoderConfig) -> dict[str, Any] | None:
 
 def _difference(family: Family, config: DecoderConfig) -> str:
     """Names the fields that a family cannot express."""
-    import dataclasses
-
     fields: dict[str, Any] = {"model_type": family.name}
     try:
         for setting in family.settings:

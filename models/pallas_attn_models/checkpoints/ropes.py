@@ -1,7 +1,7 @@
 """Rotary settings in a ``config.json``.
 
-transformers 5 writes ``rope_parameters``, which may hold settings per type of layer. Published files have ``rope_theta``
-with ``rope_scaling``, and fields beside them. Both are read, and may be present together if they agree.
+transformers 5 writes ``rope_parameters``, which may hold settings per type of layer. Published files have
+``rope_theta`` with ``rope_scaling``, and fields beside them. Both are read, and may be present together if they agree.
 """
 
 import dataclasses

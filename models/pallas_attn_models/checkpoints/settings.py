@@ -119,7 +119,7 @@ class Choice:
 
     def write(self, config: DecoderConfig) -> Mapping[str, Any]:
         value = operator.attrgetter(self.ours)(config)
-        return {self.name.split()[0]: name for name, ours in reversed(self.choices.items()) if ours == value}
+        return {self.name.split()[0]: name for name, ours in reversed([*self.choices.items()]) if ours == value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +255,7 @@ def flag(name: str, ours: str, default: bool) -> Field:
 
 @dataclasses.dataclass(frozen=True)
 class DenseLayers:
-    """Qwen's choice of the layers without experts: ``mlp_only_layers``, and all but every ``decoder_sparse_step``-th."""
+    """Qwen's layers without experts: ``mlp_only_layers``, and all but every ``decoder_sparse_step``-th."""
 
     def read(self, source: Source) -> Mapping[str, Any]:
         dense = source.take("mlp_only_layers", default=[])

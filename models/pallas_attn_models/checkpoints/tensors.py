@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: their names and shapes, and the parameters that they hold.
 
-Everything follows from the tables of the family and the shapes of the parameters: a tensor exists if the decoder has its
-parameters.
+Everything follows from the tables of the family and the shapes of the parameters: a tensor exists if the decoder has
+its parameters.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """How the tensors of a checkpoint become parameters, and back: a few invertible transforms.
 
-A parameter ends in ``[.., in, out]``, or in ``[.., out]`` for a bias. A tensor may be transposed, hold several parameters
-along its last axis once it is not, or be one of many that are stacked along the first axis of a parameter.
+A parameter ends in ``[.., in, out]``, or in ``[.., out]`` for a bias. A tensor may be transposed, may hold several
+parameters along its last axis once it is not, and may be one of many that are stacked along the first axis of a
+parameter.
 """
 
 import dataclasses
@@ -20,8 +21,8 @@ class Tensor:
     """A tensor, or several with an index in their name, and the parameters that they hold.
 
     Attributes:
-      name: in the checkpoint, from the layer; ``{}`` stands for an index: one tensor for each entry along the first axis
-        of the parameter.
+      name: in the checkpoint, from the layer; ``{}`` stands for an index: one tensor for each entry along the first
+        axis of the parameter.
       parameters: their paths, from the decoder or from one of its layers.
       transposed: whether the last two axes are swapped, ``[.., out, in]``, as in PyTorch's linear maps.
       split: how several parameters share the last axis: one after the other, alternating, or by groups: for each key

@@ -17,8 +17,8 @@ class Windows:
 
     Attributes:
       default: the window if ``sliding_window`` is absent; null always means none.
-      pattern: which layers have it, if ``layer_types`` is absent: a function of the fields and the number of layers that
-        returns one bool per layer. None: all layers, and no ``layer_types``.
+      pattern: which layers have it, if ``layer_types`` is absent: a function of the fields and the number of layers
+        that returns one bool per layer. None: all layers, and no ``layer_types``.
       has_flag: whether ``use_sliding_window`` must be true, too.
       extra: fields written for ``pattern``, which ``layer_types`` makes redundant.
     """
@@ -45,7 +45,7 @@ class Windows:
         return {"sliding_windows": windows if any(slides) else ()}
 
     def write(self, config: DecoderConfig) -> Mapping[str, Any]:
-        used = {*config.sliding_windows} - {None}
+        used = {window for window in config.sliding_windows if window is not None}
         fields: dict[str, Any] = {"sliding_window": max(used, default=None)}
         if self.has_flag:
             fields["use_sliding_window"] = bool(used)

@@ -20,8 +20,8 @@ def _relu_squared(x: Array) -> Array:
     return jnp.square(jax.nn.relu(x))
 
 
-# gelu: Hendrycks & Gimpel 2016 (arXiv:1606.08415), exact; gelu_tanh: its approximation by tanh. silu: Elfwing et al. 2017
-# (arXiv:1702.03118).
+# gelu: Hendrycks & Gimpel 2016 (arXiv:1606.08415), exact; gelu_tanh: its approximation by tanh.
+# silu: Elfwing et al. 2017 (arXiv:1702.03118).
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": _gelu,

@@ -1,8 +1,7 @@
 """The configuration of a decoder."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_attn_models.checks import (
     is_int,
@@ -117,6 +116,15 @@ class LatentConfig:
             require_size(f"latent {name}", getattr(self, name))
 
 
+class LayerSizes(NamedTuple):
+    """The sizes of a layer that differ from those of the decoder: N, K, D, and the width of the MLP."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
     """What may differ between the layers of a decoder.
@@ -145,17 +153,16 @@ class DecoderConfig:
     """The configuration of a decoder. Hashable, and independent of the dtype of the weights.
 
     The defaults are those of Llama: RMSNorm before attention and before a gated MLP with SiLU, rotary embedding of
-    whole heads, no biases. Where a field is a size or a tuple of sizes, a tuple has one entry per layer.
+    whole heads, no biases.
 
     Attributes:
       vocab_size: V.
       hidden_size: E, the width of the residual stream.
-      intermediate_size: the width of the MLP; one, or one per layer.
+      intermediate_size: the width of the MLP.
       num_layers: number of decoder layers.
-      num_heads: N query heads; one number, or one per layer.
-      num_kv_heads: K key and value heads; divides N. K = N is multi-head, K = 1 multi-query attention. One number, or
-        one per layer.
-      head_dim: D; may differ from E / N. One number, or one per layer.
+      num_heads: N query heads.
+      num_kv_heads: K key and value heads; divides N. K = N is multi-head, K = 1 multi-query attention.
+      head_dim: D; may differ from E / N.
       rms_norm_eps: added to the mean square in RMSNorm, and to the variance in LayerNorm.
       rope: rotary settings; None: no rotary embedding.
       tie_word_embeddings: whether the output head is the embedding table.
@@ -164,6 +171,7 @@ class DecoderConfig:
       sliding_windows: one per layer: how many tokens a query sees, including its own (Mistral, arXiv:2310.06825,
         section 2), or None for full attention. Empty: None for all layers.
       layer_ropes: rotary settings per layer, or None for layers without rotation. Empty: ``rope`` for all layers.
+      layer_sizes: heads, head size and width of the MLP per layer. Empty: those above for all layers.
       norm: the kind of all norms, a name in :data:`~pallas_attn_models.decoder.norms.NORMS`.
       norm_position: ``"pre"``: before attention and before the MLP; ``"post"``: after each instead, before the
         addition to the residual stream; ``"both"``; ``"parallel"``: attention and MLP share one norm and are added
@@ -200,11 +208,11 @@ class DecoderConfig:
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int | tuple[int, ...]
+    intermediate_size: int
     num_layers: int
-    num_heads: int | tuple[int, ...]
-    num_kv_heads: int | tuple[int, ...]
-    head_dim: int | tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
     rms_norm_eps: float = 1e-6
     rope: RopeConfig | None = dataclasses.field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
@@ -212,6 +220,7 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...] = ()
     sliding_windows: tuple[int | None, ...] = ()
     layer_ropes: tuple[RopeConfig | None, ...] = ()
+    layer_sizes: tuple[LayerSizes, ...] = ()
     norm: str = "rms"
     norm_position: str = "pre"
     qk_norm: str | None = None
@@ -243,9 +252,7 @@ class DecoderConfig:
         for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
             require_size(name, getattr(self, name))
         require_size("num_layers", self.num_layers, MAX_LAYERS)
-        for name in ("intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
-            for size in self._sizes(name):
-                require_size(name, size)
+        self._check_sizes()
         self._check_attention()
         self._check_layers()
         for name in _FLAGS:
@@ -273,14 +280,10 @@ class DecoderConfig:
 
     def layer(self, index: int) -> LayerConfig:
         """The configuration of a layer."""
-        sizes = [getattr(self, name) for name in ("num_heads", "num_kv_heads", "head_dim", "intermediate_size")]
-        heads, kv_heads, head_dim, mlp = (size[index] if isinstance(size, tuple) else size for size in sizes)
-        scale = head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        sizes = self.layer_sizes[index] if self.layer_sizes else self._sizes
+        scale = sizes.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return LayerConfig(
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
-            intermediate_size=mlp,
+            **sizes._asdict(),
             window=self.sliding_window(index),
             rope=self.layer_ropes[index] if self.layer_ropes else self.rope,
             scale=scale / (index + 1) if self.scale_by_layer else scale,
@@ -291,33 +294,35 @@ class DecoderConfig:
         """The number of tokens that a query of this layer sees; None: all."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
-    def _sizes(self, name: str) -> Sequence[Any]:
-        value = getattr(self, name)
-        if not isinstance(value, tuple):
-            return (value,)
-        if len(value) != self.num_layers:
-            raise ValueError(
-                f"{name}: expected an int, or one for each of {self.num_layers} layers, got {shown(value)}"
-            )
-        return value
+    @property
+    def _sizes(self) -> LayerSizes:
+        return LayerSizes(self.num_heads, self.num_kv_heads, self.head_dim, self.intermediate_size)
+
+    def _check_sizes(self) -> None:
+        self._check_per_layer("layer_sizes", self.layer_sizes)
+        for sizes in (self._sizes, *self.layer_sizes):
+            if not isinstance(sizes, LayerSizes):
+                raise ValueError(f"layer_sizes: expected LayerSizes for each layer, got {shown(sizes)}")
+            for name, size in sizes._asdict().items():
+                require_size(name, size)
+            require_size("num_heads * head_dim", sizes.num_heads * sizes.head_dim)
+            if sizes.num_heads % sizes.num_kv_heads:
+                expected = f"a divisor of num_heads={sizes.num_heads}"
+                raise ValueError(f"num_kv_heads: expected {expected}, got {sizes.num_kv_heads}")
 
     def _check_attention(self) -> None:
-        heads, kv_heads, head_dims = map(self._sizes, ("num_heads", "num_kv_heads", "head_dim"))
-        for number, kv_number in _paired(heads, kv_heads):
-            if number % kv_number:
-                raise ValueError(f"num_kv_heads: expected a divisor of num_heads={number}, got {kv_number}")
-        for number, head_dim in _paired(heads, head_dims):
-            require_size("num_heads * head_dim", number * head_dim)
         if not isinstance(self.rope, RopeConfig | None):
             raise ValueError(f"rope: expected a RopeConfig or None, got {shown(self.rope)}")
         self._check_per_layer("layer_ropes", self.layer_ropes)
         for rope in self.layer_ropes:
             if not isinstance(rope, RopeConfig | None):
                 raise ValueError(f"layer_ropes: expected a RopeConfig or None per layer, got {shown(rope)}")
+        head_dims = [sizes.head_dim for sizes in self.layer_sizes] or [self.head_dim] * (len(self.layer_ropes) or 1)
         if self.latent is not None:
             self._check_latent(self.latent, min(head_dims))
-            head_dims = (self.latent.rope_dim,)
-        for rope, head_dim in {*_paired(self.layer_ropes or (self.rope,), head_dims)}:
+            head_dims = [self.latent.rope_dim] * len(head_dims)
+        ropes = self.layer_ropes or (self.rope,) * len(head_dims)
+        for rope, head_dim in {*zip(ropes, head_dims, strict=True)}:
             if rope is not None:
                 rope.check_head_dim(head_dim)
         if self.query_temperature is not None:
@@ -329,9 +334,10 @@ class DecoderConfig:
     def _check_latent(self, latent: Any, head_dim: int) -> None:
         if not isinstance(latent, LatentConfig):
             raise ValueError(f"latent: expected a LatentConfig or None, got {shown(latent)}")
-        if self.num_kv_heads != self.num_heads:
-            expected = f"num_heads={self.num_heads}, because of latent attention"
-            raise ValueError(f"num_kv_heads: expected {expected}, got {self.num_kv_heads}")
+        for sizes in (self._sizes, *self.layer_sizes):
+            if sizes.num_kv_heads != sizes.num_heads:
+                expected = f"num_heads={sizes.num_heads}, because of latent attention"
+                raise ValueError(f"num_kv_heads: expected {expected}, got {sizes.num_kv_heads}")
         for name in ("rope_dim", "value_dim"):
             if getattr(latent, name) > head_dim:
                 raise ValueError(f"latent {name}: expected at most {head_dim=}, got {getattr(latent, name)}")
@@ -358,7 +364,7 @@ class DecoderConfig:
 
 
 # Fields that may be tuples with one entry per layer.
-PER_LAYER = ("intermediate_size", "num_heads", "num_kv_heads", "head_dim", "sliding_windows", "layer_ropes")
+PER_LAYER = ("sliding_windows", "layer_ropes", "layer_sizes")
 
 _FLAGS = (
     "tie_word_embeddings",
@@ -372,12 +378,6 @@ _FLAGS = (
 )
 _REQUIRED = ("rms_norm_eps", "embedding_scale", "residual_scale", "logit_scale")
 _POSITIVE = (*_REQUIRED, "qkv_clip", "attention_scale", "attention_softcap", "alibi", "logit_softcap")
-
-
-def _paired(first: Sequence[Any], second: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Pairs two values, or lists of one per layer, repeating a single one."""
-    length = max(len(first), len(second))
-    return [*zip(*(values * length if len(values) == 1 else values for values in (first, second)), strict=True)]
 
 
 def _require_one_of(name: str, value: Any, choices: tuple) -> None:

@@ -74,8 +74,15 @@ class DecoderLayer(nnx.Module):
         self.attention_out_norm = norm("post", "both")
         self.mlp_norm = norm("pre", "both", "parallel_two")
         if layer.experts is None:
-            mlp = {"activation": config.activation, "gated": config.mlp_gated, "bias": config.mlp_bias}
-            self.mlp = MLP(config.hidden_size, layer.intermediate_size, rngs=rngs, **mlp, **dtypes)
+            self.mlp = MLP(
+                config.hidden_size,
+                layer.intermediate_size,
+                activation=config.activation,
+                gated=config.mlp_gated,
+                bias=config.mlp_bias,
+                rngs=rngs,
+                **dtypes,
+            )
         else:
             self.mlp = Experts(config, layer.experts, rngs=rngs, **dtypes)
         self.mlp_out_norm = norm("post", "both")

@@ -27,7 +27,7 @@ def outer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def _first_layer_only(config: DecoderConfig) -> DecoderConfig:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    per_layer = {name: values[name][:1] for name in PER_LAYER if isinstance(values[name], tuple)}
+    per_layer = {name: values[name][:1] for name in PER_LAYER}
     return dataclasses.replace(config, num_layers=1, dense_layers=(), **per_layer)
 
 

@@ -30,7 +30,7 @@ from tokenizers.models import BPE
 
 import pallas_attn as pa
 from pallas_attn_models.checkpoints import save_hf, writable_directory
-from pallas_attn_models.decoder import Decoder, DecoderConfig, RopeConfig
+from pallas_attn_models.decoder import MLP, Decoder, DecoderConfig, RopeConfig
 from pallas_attn_models.generation import Generator, Sampling
 from pallas_attn_models.training.tasks import (
     END,
@@ -101,6 +101,8 @@ def new_model(seed: int, implementation: str | None = None) -> Decoder:
     draw(model.embedding.table, unit)
     for index, layer in enumerate(model.layers):
         attention, mlp = layer.attention, layer.mlp
+        assert isinstance(mlp, MLP)
+        assert mlp.gate is not None
         for linear in (attention.query, attention.key, attention.value, mlp.gate, mlp.up):
             draw(linear.kernel, unit)
         draw(attention.output.kernel, unit if index == 0 else 0.0)
@@ -122,6 +124,7 @@ def _look_back(model: Decoder) -> None:
         CONFIG.hidden_size**0.5 / 2**0.5
     )  # its size after the norm, because the other features together have norm 1
     half = CONFIG.head_dim // 2
+    assert CONFIG.rope is not None
     frequencies = CONFIG.rope.theta ** (-np.arange(FAST_FREQUENCIES) / half)
     fast = np.concatenate([np.arange(FAST_FREQUENCIES), half + np.arange(FAST_FREQUENCIES)])
 

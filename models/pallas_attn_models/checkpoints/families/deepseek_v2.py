@@ -4,7 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pallas_attn_models.checkpoints.families.latent import LATENT_ATTENTION, Latent, LatentRope, query_tensors
+from pallas_attn_models.checkpoints.families.latent import (
+    IRRELEVANT,
+    LATENT_ATTENTION,
+    Latent,
+    LatentRope,
+    query_tensors,
+)
 from pallas_attn_models.checkpoints.families.names import (
     GATED_MLP,
     OUTER,
@@ -77,13 +83,13 @@ FAMILY = Family(
         Derived("experts.normalize", lambda known: False),
         FirstDense(0),
     ),
-    supported={"norm_topk_prob": (False, None), "mlp_bias": (False,), "scoring_func": (None, "softmax")},
-    irrelevant=dict.fromkeys(("head_dim", "qk_head_dim"), "follows from the parts of a head")
-    | dict.fromkeys(
-        ("num_nextn_predict_layers", "num_mtp_layers"),
-        "layers that predict further tokens, which generation here does not use",
-    )
-    | dict.fromkeys(("aux_loss_alpha", "seq_aux", "ep_size", "moe_layer_freq"), "for training"),
+    supported={
+        "moe_layer_freq": (None, 1),
+        "norm_topk_prob": (False, None),
+        "mlp_bias": (False,),
+        "scoring_func": (None, "softmax"),
+    },
+    irrelevant=IRRELEVANT,
     tensors=OUTER,
     layer_tensors=(
         *PRE_NORMS,

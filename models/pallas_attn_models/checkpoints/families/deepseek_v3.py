@@ -1,6 +1,12 @@
 """DeepSeek-V3 and R1 (arXiv:2412.19437): latent attention, experts chosen by sigmoids with a bias."""
 
-from pallas_attn_models.checkpoints.families.latent import LATENT_ATTENTION, Latent, LatentRope, query_tensors
+from pallas_attn_models.checkpoints.families.latent import (
+    IRRELEVANT,
+    LATENT_ATTENTION,
+    Latent,
+    LatentRope,
+    query_tensors,
+)
 from pallas_attn_models.checkpoints.families.names import (
     GATED_MLP,
     OUTER,
@@ -53,13 +59,8 @@ FAMILY = Family(
         Derived("experts.correction", lambda known: True),
         FirstDense(3),
     ),
-    supported={"topk_method": (None, "noaux_tc"), "scoring_func": (None, "sigmoid")},
-    irrelevant=dict.fromkeys(("head_dim", "qk_head_dim"), "follows from the parts of a head")
-    | dict.fromkeys(
-        ("num_nextn_predict_layers", "num_mtp_layers"),
-        "layers that predict further tokens, which generation here does not use",
-    )
-    | dict.fromkeys(("aux_loss_alpha", "seq_aux", "ep_size", "moe_layer_freq"), "for training"),
+    supported={"moe_layer_freq": (None, 1), "topk_method": (None, "noaux_tc"), "scoring_func": (None, "sigmoid")},
+    irrelevant=IRRELEVANT,
     tensors=OUTER,
     layer_tensors=(
         *PRE_NORMS,

@@ -11,6 +11,18 @@ from pallas_attn_models.checkpoints.transforms import Tensor, linear, norm
 from pallas_attn_models.checks import require_size
 from pallas_attn_models.decoder import DecoderConfig, LatentConfig, RopeConfig
 
+_HEAD = "follows from the parts of a head"
+_FURTHER = "layers that predict further tokens, which generation here does not use"
+_TRAINING = "for training in PyTorch"
+IRRELEVANT: dict[str, str] = {
+    "aux_loss_alpha": _TRAINING,
+    "ep_size": _TRAINING,
+    "head_dim": _HEAD,
+    "num_mtp_layers": _FURTHER,
+    "num_nextn_predict_layers": _FURTHER,
+    "qk_head_dim": _HEAD,
+    "seq_aux": _TRAINING,
+}
 LATENT_ATTENTION = (
     *linear("self_attn.q_a_proj", "attention.query_down"),
     *norm("self_attn.q_a_layernorm", "attention.query_down_norm"),

@@ -49,7 +49,7 @@ class _RopeWithTemperature(Rope):
         return {"rope": rope, "query_temperature": temperature}
 
     def write(self, config: DecoderConfig) -> Mapping[str, Any]:
-        fields = super().write(config)
+        fields = dict(super().write(config))
         if config.query_temperature is None:
             return fields
         scaling = {**fields.pop("rope_scaling"), "llama_4_scaling_beta": config.query_temperature[0]}

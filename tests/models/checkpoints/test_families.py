@@ -1,0 +1,89 @@
+"""Every model family against transformers: logits, generated tokens, and checkpoints in both directions."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_attn_models import Generator, Sampling, load_hf, save_hf
+from pallas_attn_models.checkpoints.families import FAMILIES
+from tests.models.family_cases import CASES, VOCAB, logits_of, make, publish
+
+reason = "compares with transformers"
+torch = pytest.importorskip("torch", reason=reason)
+transformers = pytest.importorskip("transformers", reason=reason)
+
+CLOSE = 1e-4  # of the largest logit, in float32
+BUDGET = 6
+PROMPTS = [np.random.default_rng(length).integers(3, VOCAB, length) for length in (1, 3, 9, 14, 22)]
+TOKENS = np.random.default_rng(0).integers(3, VOCAB, 40).astype(np.int32)
+
+pytestmark = pytest.mark.slow
+
+
+@nnx.jit
+def compute_logits(model, tokens):
+    return model(tokens).logits
+
+
+def assert_close(ours, theirs) -> None:
+    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    assert error < CLOSE, f"error {error:.1e} of the largest logit"
+
+
+def test_every_family_has_two_cases():
+    counted = dict.fromkeys(FAMILIES, 0)
+    for name, case in CASES.items():
+        model_type = getattr(transformers, f"{case.config}Config").model_type
+        assert name.split(",")[0] in (model_type, "gemma3")
+        counted[model_type] += 1
+    assert min(counted.values()) >= 2, counted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_family(name, tmp_path):
+    theirs = make(name, tmp_path / "theirs")
+    model = load_hf(tmp_path / "theirs", jnp.float32, implementation="xla")
+    expected = logits_of(theirs, TOKENS)
+    assert_close(compute_logits(model, TOKENS[None])[0], expected)
+
+    save_hf(model, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == model.config.family
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager" if CASES[name].eager else "sdpa"
+    )
+    np.testing.assert_allclose(logits_of(reloaded, TOKENS), expected, rtol=1e-5, atol=1e-5)
+    again = load_hf(tmp_path / "ours", jnp.float32)
+    assert again.config == model.config
+
+    generator = Generator(model, batch_size=4, capacity=48, prefill_chunk=8)
+    result = generator.generate([prompt.tolist() for prompt in PROMPTS], Sampling(BUDGET, forbidden_tokens=END_TOKENS))
+    for prompt, tokens in zip(PROMPTS, result.tokens, strict=True):
+        assert tokens == greedy(theirs, prompt), f"{len(prompt)} tokens"
+
+
+END_TOKENS = (0, 1, 2)  # of the families with a default in the small vocabulary
+
+
+def greedy(model, prompt) -> list[int]:
+    """The most likely tokens, other than the end tokens."""
+    tokens = [*prompt]
+    for _ in range(BUDGET):
+        logits = logits_of(model, np.asarray(tokens))[-1]
+        logits[[*END_TOKENS]] = -np.inf
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
+def test_published_spelling(name, tmp_path):
+    """The same fields and tensors as transformers 4 wrote them."""
+    make(name, tmp_path)
+    expected = load_hf(tmp_path, jnp.float32)
+    publish(tmp_path)
+    assert "rope_parameters" not in json.loads((tmp_path / "config.json").read_text())
+    model = load_hf(tmp_path, jnp.float32)
+    assert model.config == expected.config
+    np.testing.assert_array_equal(compute_logits(model, TOKENS[None]), compute_logits(expected, TOKENS[None]))
