@@ -16,6 +16,9 @@ from flax import nnx
 
 import pallas_attn_models
 from pallas_attn_models import GenerationResult, Generator, QueueFull, Sampling
+from pallas_attn_models.checkpoints.families import FAMILIES
+from pallas_attn_models.checkpoints.hf_config import config_from_hf, config_to_hf
+from pallas_attn_models.checkpoints.tensors import Layout
 from tests import tolerances
 from tests.models.small_model import ONE_EACH
 
@@ -58,17 +61,31 @@ def generate(generator: Generator) -> GenerationResult:
 
 
 def test_every_block_of_code_is_run():
-    assert [wing for wing in WINGS if blocks(wing)] == ["decoder", "generation"]
+    assert [wing for wing in WINGS if blocks(wing)] == ["decoder", "checkpoints", "generation"]
 
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_the_files_of_a_wing_exist_and_are_listed(wing):
     text = (ROOT / wing / "README.md").read_text(encoding="utf-8")
     files = {path.name for path in (ROOT / wing).glob("*.py")} - {"__init__.py", "__main__.py"}
-    named = set(re.findall(r"`(?:[a-z]+/)*([a-z_]+\.py)`", text))
+    named = set(re.findall(r"`(?:[a-z]+/)*([a-z0-9_]+\.py)`", text))
     assert files <= named, files - named
     everywhere = {path.name for folder in (ROOT, Path(__file__).parents[1]) for path in folder.rglob("*.py")}
     assert named <= everywhere, named - everywhere
+
+
+def test_the_example_of_a_family_reads_and_writes_as_the_real_one(monkeypatch):
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    fields = {"model_type": "qwen3", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    fields |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    config = config_from_hf(fields)
+    assert config.sliding_windows == (None, 8, 8)
+    written = config_to_hf(config)
+    family = execute("checkpoints")["FAMILY"]
+    assert len(Layout(family, config)) == len(Layout(FAMILIES["qwen3"], config)) > 30
+    monkeypatch.setitem(FAMILIES, "qwen3", family)
+    assert config_from_hf(fields) == config
+    assert config_to_hf(config) == written
 
 
 def test_requests_one_by_one(names, generator):
