@@ -53,12 +53,18 @@ def pytest_configure(config):
 
         config.pluginmanager.register(ExecuteLowered())
     if not config.getoption("--optimize"):
-        jax.config.update("jax_disable_most_optimizations", True)
+        _set("jax_disable_most_optimizations", True)
     if hasattr(config, "cache"):  # `-p no:cacheprovider` removes it
         # Workers and later runs share compiled programs; `pytest --cache-clear` removes them.
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        _set("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
+        _set("jax_persistent_cache_min_compile_time_secs", 0)
+        _set("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _set(flag: str, value: bool | int | str) -> None:
+    """Sets a flag of JAX here and in the processes that tests start."""
+    jax.config.update(flag, value)
+    os.environ[flag.upper()] = str(value)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marks
