@@ -32,6 +32,7 @@ def schedule_fields(schedule: Schedule) -> tuple[jax.Array, jax.Array, jax.Array
 
 def check(schedule: Schedule, num_active: np.ndarray) -> int:
     """Checks that the pieces are the live blocks, in order, each once; returns the size of the largest."""
+    schedule = jax.tree.map(np.asarray, schedule)  # JAX compiles every index of an array of another shape
     found = pieces(schedule)
     visited = [(row, slot) for row, first, last in found for slot in range(first, last)]
     assert visited == [(row, slot) for row, count in enumerate(num_active) for slot in range(count)]

@@ -272,7 +272,6 @@ def test_a_process_with_the_flag_gives_the_same_bits():
         "JAX_ENABLE_X64": "1",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.read("jax_disable_most_optimizations"))),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     run = subprocess.run(

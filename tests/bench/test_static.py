@@ -1,6 +1,8 @@
 """``python -m bench.static`` and ``bench.static_tables``: the committed report, and the commands."""
 
+import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 
@@ -46,21 +48,32 @@ def test_a_file_that_is_not_a_report_is_rejected(tmp_path, capsys):
 
 
 ONE = ["--kernel", "forward", "--capability", "90", "--head-dim", "64", "--dtype", "bfloat16", "--jobs", "1"]
+SMALL_FORWARD = dataclasses.replace(FORWARD, default_sizes=lambda *_: SIZES)
+
+
+@pytest.fixture(scope="module")
+def entry_once():
+    return functools.cache(report.entry)
+
+
+@pytest.fixture
+def shared_entries(monkeypatch, entry_once):
+    """``report.entry`` compiles each case once for all tests of this file."""
+    monkeypatch.setattr(report, "entry", lambda *arguments: copy.deepcopy(entry_once(*arguments)))
 
 
 @pytest.fixture
 def one_case(monkeypatch):
-    """The command with one kernel, at block sizes that are already compiled."""
+    """The command with one kernel, at small block sizes."""
 
-    def use(**changes):
-        case = dataclasses.replace(FORWARD, **{"default_sizes": lambda *_: SIZES, **changes})
+    def use(case=SMALL_FORWARD):
         monkeypatch.setattr(static, "_CASES", {"forward": case})
 
     use()
     return use
 
 
-def test_check_and_baseline(one_case, tmp_path, capsys):
+def test_check_and_baseline(one_case, shared_entries, tmp_path, capsys):
     out = tmp_path / "report.json"
     assert static.main([*ONE, "--check", "--out", str(out)]) == 0
     document = json.loads(out.read_text())
@@ -82,14 +95,14 @@ def test_check_and_baseline(one_case, tmp_path, capsys):
     assert "full cycles: " in text
 
 
-def test_check_fails_on_a_problem(one_case, capsys):
-    one_case(program=with_mask_in_full_blocks(True).program, kernel="toy")
+def test_check_fails_on_a_problem(one_case, shared_entries, capsys):
+    one_case(dataclasses.replace(with_mask_in_full_blocks(True), name="forward"))
     assert static.main([*ONE, "--check"]) == 1
     assert "mask instructions in the loop over full blocks" in capsys.readouterr().out
     assert static.main(ONE) == 0
 
 
-def test_sweep(one_case, monkeypatch, tmp_path, capsys):
+def test_sweep(one_case, shared_entries, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sweep, "candidates", lambda *_: [])
     out = tmp_path / "sweep.json"
     assert static.main([*ONE, "--sweep", "--out", str(out)]) == 0, "what is in the table is tried in any case"

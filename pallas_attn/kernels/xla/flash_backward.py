@@ -17,8 +17,10 @@ from pallas_attn import pointwise
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.rounding import rounded
+from pallas_attn.kernels.xla.key_blocks import KeyBlock, KeyBlocks, keep_layout
 from pallas_attn.kernels.xla.softmax import probabilities
-from pallas_attn.kernels.xla.tiles import KeyBlock, QueryTile, Tiling, keep_layout
+from pallas_attn.kernels.xla.tiles import QueryTile
+from pallas_attn.kernels.xla.tiling import Tiling
 from pallas_attn.scores import Scores
 
 
@@ -45,39 +47,40 @@ def backward(call: Call, lse: Lse, delta: Array, d_out: Array, *, scale: float) 
       gradients of the shapes and dtypes of query, key, value and scores, with None for tables of integers.
     """
     query, key, value, block_mask, scores, *_ = call
-    tiling = Tiling.of(query, key, block_mask)
+    tiling = Tiling.of_call(call)
     dot = functools.partial(jnp.einsum, precision=tiling.precision)
     peak, log_total, delta = (x.swapaxes(1, 2) for x in (lse.peak, lse.log_total, delta))  # [B, T, N], as the queries
 
     def run(sums: _Gradients, at: tuple[Array, ...]) -> tuple[_Gradients, Array]:
-        program = QueryTile(tiling, block_mask, scores, at)
-        row_peak = program.queries(peak)
+        tile = QueryTile(tiling, block_mask, at)
+        blocks = KeyBlocks(tile, block_mask, scores)
+        row_peak = tile.queries(peak)
         # A query that saw nothing, or that is another program's too, has no part in any sum, whatever it holds.
-        q_valid = program.is_own & (row_peak != -jnp.inf)  # !=, not >, so that NaN propagates
-        row_lse = Lse(jnp.where(q_valid, row_peak, jnp.inf)[..., None], program.queries(log_total)[..., None])
-        row_delta = jnp.where(q_valid, program.queries(delta), 0.0)
+        q_valid = tile.is_own & (row_peak != -jnp.inf)  # !=, not >, so that NaN propagates
+        row_lse = Lse(jnp.where(q_valid, row_peak, jnp.inf)[..., None], tile.queries(log_total)[..., None])
+        row_delta = jnp.where(q_valid, tile.queries(delta), 0.0)
 
         def rows(x: Array) -> Array:
-            tile = jnp.where(q_valid[..., None], program.queries(x).astype(jnp.float32), 0.0)
-            return tile.reshape(tiling.heads, tiling.group * tiling.q_block, -1)
+            x = jnp.where(q_valid[..., None], tile.queries(x).astype(jnp.float32), 0.0)
+            return x.reshape(tiling.tile_heads, tiling.tile_group * tiling.q_block, -1)
 
         q, do = rows(query), rows(d_out)
 
         def attend(carry, keys: KeyBlock):
             dq, sums = carry
             start, kv_positions, real, allowed = keys
-            k, v = program.keys(key, start, scale), program.keys(value, start)
+            k, v = tile.keys(key, start, scale), tile.keys(value, start)
             if real is not None:
                 k, v = (jnp.where(real[:, None], x, 0.0) for x in (k, v))
-            logits = program.products(q, k)
+            logits = blocks.products(q, k)
             live = q_valid[..., None] if allowed is None else q_valid[..., None] & allowed
 
-            score_tiles = program.score_operands(start)
+            score_tiles = blocks.score_operands(start)
 
             def scored(logits: Array, floats: Scores) -> Array:
                 # Where nothing is seen an operand may hold anything, NaN included, and 0 * NaN is NaN.
                 operands = pointwise.where_live(pointwise.with_floating(score_tiles, floats), live)
-                return rounded(program.score(logits, kv_positions, operands))
+                return rounded(blocks.score(logits, kv_positions, operands))
 
             if allowed is not None:
                 logits = jnp.where(allowed, logits, 0.0)
@@ -94,14 +97,14 @@ def backward(call: Call, lse: Lse, delta: Array, d_out: Array, *, scale: float) 
                 ds, d_tiles = derivative(ds)
                 if allowed is not None:
                     ds = jnp.where(allowed, ds, 0.0)
-                d_scores = _add_scores(program, d_scores, d_tiles, start)
-            p, ds = (x.reshape(tiling.heads, -1, tiling.kv_block) for x in (p, ds))
-            d_value = program.add_to_keys(sums.value, start, dot("hrk,hrd->hkd", p, do))
-            d_key = program.add_to_keys(sums.key, start, dot("hrk,hrd->hkd", ds, q))
+                d_scores = _add_scores(tile, d_scores, d_tiles, start)
+            p, ds = (x.reshape(tiling.tile_heads, -1, tiling.kv_block) for x in (p, ds))
+            d_value = tile.add_to_keys(sums.value, start, dot("hrk,hrd->hkd", p, do))
+            d_key = tile.add_to_keys(sums.key, start, dot("hrk,hrd->hkd", ds, q))
             return dq + dot("hrk,hkd->hrd", ds, k), _Gradients(d_key, d_value, d_scores)
 
-        dq, sums = program.walk(attend, (jnp.zeros_like(q), sums))
-        return sums, dq.reshape(tiling.heads, tiling.group, tiling.q_block, -1).astype(query.dtype)
+        dq, sums = blocks.walk(attend, (jnp.zeros_like(q), sums))
+        return sums, dq.reshape(tiling.tile_heads, tiling.tile_group, tiling.q_block, -1).astype(query.dtype)
 
     summed = key, value, pointwise.floating(scores)
     zeros = _Gradients(*jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), summed))
@@ -111,10 +114,10 @@ def backward(call: Call, lse: Lse, delta: Array, d_out: Array, *, scale: float) 
     return tiling.join_queries(d_query), d_key, d_value, d_scores
 
 
-def _add_scores(program: QueryTile, sums: Scores, tiles: Scores, start: Array) -> Scores:
+def _add_scores(tile: QueryTile, sums: Scores, tiles: Scores, start: Array) -> Scores:
     """Adds the gradients of one block's tiles to those of whole operands, and those of tables to each other."""
 
     def add(x: Array, gradient: Array) -> Array:
         return x + gradient.astype(jnp.float32)
 
-    return pointwise.map_arrays(lambda x, tile: program.add_to_operand(x, start, tile), add, sums, tiles)
+    return pointwise.map_arrays(lambda x, y: tile.add_to_score_operand(x, start, y), add, sums, tiles)

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_attn.kernels.call import Call
+from pallas_attn.kernels.xla.key_blocks import KeyBlocks
 from pallas_attn.kernels.xla.softmax import SoftmaxState, probabilities
-from pallas_attn.kernels.xla.tiles import QueryTile, Tiling
+from pallas_attn.kernels.xla.tiles import QueryTile
+from pallas_attn.kernels.xla.tiling import Tiling
 
 # KV heads per step, summed over the lanes; and the maximum number of lanes.
 _HEADS = 16
@@ -100,29 +102,29 @@ def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tup
     logits are kept.
     """
     query, key, value, block_mask, scores, sinks, _ = call
-    tiling = Tiling.of(query, key, block_mask)
-    tile, value_dim = (tiling.heads, tiling.group, tiling.q_block), value.shape[-1]
+    tiling = Tiling.of_call(call)
+    tile_shape, value_dim = (tiling.tile_heads, tiling.tile_group, tiling.q_block), value.shape[-1]
     rows, width, chunk = tiling.batch * tiling.list_heads, block_mask.indices.shape[-1], block_mask.block_sizes.chunk
     num_active = jnp.broadcast_to(block_mask.num_active[..., 0], (tiling.batch, tiling.list_heads)).reshape(-1)
     # With a fixed chunk the same number whatever the batch: products of another shape may round otherwise.
-    lanes = min(max(1, _HEADS // tiling.heads), _LANES)
+    lanes = min(max(1, _HEADS // tiling.tile_heads), _LANES)
     if chunk is None:
         lanes = min(lanes, rows * width)
-    cached = 4 * lanes * tiling.heads * tiling.kv_block * key.shape[-1] <= _CACHED_BYTES
+    cached = 4 * lanes * tiling.tile_heads * tiling.kv_block * key.shape[-1] <= _CACHED_BYTES
     pieces = _Pieces.of(num_active, lanes, chunk)
     spare = rows + lanes - 1 if chunk is None else rows * -(-width // chunk)
     q_of_rows = _queries_of_rows(query, tiling)
 
-    def program_of(visit: _Visit) -> QueryTile:
+    def tile_of(visit: _Visit) -> QueryTile:
         return QueryTile(
-            tiling, block_mask, scores, (visit.row // tiling.list_heads, visit.row % tiling.list_heads, jnp.int32(0))
+            tiling, block_mask, (visit.row // tiling.list_heads, visit.row % tiling.list_heads, jnp.int32(0))
         )
 
     def attend(state: SoftmaxState, visit: _Visit) -> tuple[SoftmaxState, Array]:
-        program = program_of(visit)
-        keys = program.partial_block(visit.slot, visit.live).materialize_mask(not cached)
-        logits = keys.mask(program.logits(q_of_rows[visit.row], key, keys, scale))
-        return state.where(~visit.fresh).attend(logits, program.values(value, keys), tiling.precision), logits
+        blocks = KeyBlocks(tile_of(visit), block_mask, scores)
+        keys = blocks.partial(visit.slot, visit.live).materialize_mask(not cached)
+        logits = keys.mask(blocks.logits(q_of_rows[visit.row], key, keys, scale))
+        return state.where(~visit.fresh).attend(logits, blocks.values(value, keys), tiling.precision), logits
 
     def step(
         n: Array, carry: tuple[SoftmaxState, SoftmaxState, Array | None]
@@ -140,19 +142,19 @@ def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tup
     kept = None
     if return_key_weights:
         steps = -(-rows * width // lanes) + (chunk or 1) - 1
-        kept = jnp.zeros((steps, lanes, *tile, tiling.kv_block), jnp.float32)
-    state, parts = (SoftmaxState.empty((n, *tile), value_dim) for n in (lanes, spare + 1))
+        kept = jnp.zeros((steps, lanes, *tile_shape, tiling.kv_block), jnp.float32)
+    state, parts = (SoftmaxState.empty((n, *tile_shape), value_dim) for n in (lanes, spare + 1))
     _, parts, kept = lax.fori_loop(0, pieces.steps, step, (state, parts, kept))
 
     def merge(n: Array, state: SoftmaxState) -> SoftmaxState:
         has_it = (n < pieces.count)[:, None, None, None]
         return state.merge(parts.at(pieces.first + n).where(has_it))
 
-    state = lax.fori_loop(0, pieces.count.max(), merge, SoftmaxState.empty((rows, *tile), value_dim))
+    state = lax.fori_loop(0, pieces.count.max(), merge, SoftmaxState.empty((rows, *tile_shape), value_dim))
     is_token = jnp.repeat(block_mask.q_positions >= 0, tiling.list_heads, axis=0)[:, None, None]
     sink = None
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(tiling.list_heads, tiling.heads, tiling.group, 1)
+        sink = sinks.astype(jnp.float32).reshape(tiling.list_heads, tiling.tile_heads, tiling.tile_group, 1)
         sink = jnp.tile(sink, (tiling.batch, 1, 1, 1))
     out, lse = state.finish(jnp.tile(is_token, (rows // is_token.shape[0], 1, 1, 1)), sink)
     results = tiling.join_queries(out.astype(query.dtype)), tiling.join_lse(lse)
@@ -170,20 +172,21 @@ def decode(call: Call, *, scale: float, return_key_weights: bool = False) -> tup
         weights = jax.vmap(weigh)(lax.dynamic_index_in_dim(kept, n, 0, keepdims=False), visit)
         for lane in range(lanes):
             one = jax.tree.map(lambda x, n=lane: x[n], visit)
-            program = program_of(one)
-            sums = program.add_to_keys(sums, program.partial_block(one.slot).start, weights[lane][..., None])
+            tile = tile_of(one)
+            start = KeyBlocks(tile, block_mask, scores).partial(one.slot).start
+            sums = tile.add_to_keys(sums, start, weights[lane][..., None])
         return sums
 
     sums = lax.fori_loop(
         0, pieces.steps, add, jnp.zeros((tiling.batch, tiling.kv_len, tiling.kv_heads, 1), jnp.float32)
     )
-    return *results, sums[..., 0].swapaxes(1, 2) / (tiling.q_heads // tiling.kv_heads)
+    return *results, sums[..., 0].swapaxes(1, 2) / tiling.group
 
 
 def _queries_of_rows(query: Array, tiling: Tiling) -> Array:
     """``[B, T, N, D]`` to float32 ``[rows, heads, group * T, D]``."""
     q = query.astype(jnp.float32)
-    q = q.reshape(tiling.batch, tiling.q_len, tiling.list_heads, tiling.heads, tiling.group, -1)
+    q = q.reshape(tiling.batch, tiling.q_len, tiling.list_heads, tiling.tile_heads, tiling.tile_group, -1)
     return jnp.moveaxis(q, 1, 4).reshape(
-        tiling.batch * tiling.list_heads, tiling.heads, tiling.group * tiling.q_len, -1
+        tiling.batch * tiling.list_heads, tiling.tile_heads, tiling.tile_group * tiling.q_len, -1
     )

@@ -12,8 +12,10 @@ from jax import Array, lax
 
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
+from pallas_attn.kernels.xla.key_blocks import KeyBlock, KeyBlocks
 from pallas_attn.kernels.xla.softmax import SoftmaxState
-from pallas_attn.kernels.xla.tiles import KeyBlock, QueryTile, Tiling
+from pallas_attn.kernels.xla.tiles import QueryTile
+from pallas_attn.kernels.xla.tiling import Tiling
 
 
 # jit: outside of jit, too, a call with known shapes compiles nothing.
@@ -21,20 +23,21 @@ from pallas_attn.kernels.xla.tiles import KeyBlock, QueryTile, Tiling
 def forward(call: Call, *, scale: float) -> tuple[Array, Lse]:
     """Same contract as :func:`pallas_attn.kernels.reference.forward`."""
     query, key, value, block_mask, scores, sinks, _ = call
-    tiling = Tiling.of(query, key, block_mask)
+    tiling = Tiling.of_call(call)
 
     def run(at: tuple[Array, ...]) -> tuple[Array, Lse]:
-        program = QueryTile(tiling, block_mask, scores, at)
-        q = program.queries(query).astype(jnp.float32).reshape(tiling.heads, tiling.group * tiling.q_block, -1)
+        tile = QueryTile(tiling, block_mask, at)
+        blocks = KeyBlocks(tile, block_mask, scores)
+        q = tile.queries(query).astype(jnp.float32).reshape(tiling.tile_heads, tiling.tile_group * tiling.q_block, -1)
 
         def attend(state: SoftmaxState, keys: KeyBlock) -> SoftmaxState:
-            logits = keys.mask(program.logits(q, key, keys, scale))
-            return state.attend(logits, program.values(value, keys), tiling.precision)
+            logits = keys.mask(blocks.logits(q, key, keys, scale))
+            return state.attend(logits, blocks.values(value, keys), tiling.precision)
 
-        state = SoftmaxState.empty((tiling.heads, tiling.group, tiling.q_block), value.shape[-1])
-        state = program.walk(attend, state)
-        sink = None if sinks is None else program.heads(sinks.astype(jnp.float32))[..., None]
-        return state.finish(program.is_token, sink)
+        state = SoftmaxState.empty((tiling.tile_heads, tiling.tile_group, tiling.q_block), value.shape[-1])
+        state = blocks.walk(attend, state)
+        sink = None if sinks is None else tile.heads(sinks.astype(jnp.float32))[..., None]
+        return state.finish(tile.is_token, sink)
 
     out, lse = lax.map(run, tiling.programs())
     return tiling.join_queries(out.astype(query.dtype)), tiling.join_lse(lse)

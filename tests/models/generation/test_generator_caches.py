@@ -1,6 +1,7 @@
 """Generation with every kind of cache: two executables, rows longer than the cache, exhausted pools."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -29,20 +30,21 @@ def generator(model: Decoder, **options) -> Generator:
     return Generator(model, **({"batch_size": 3, "prefill_chunk": 4} | options))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def following(graph, weights, tokens, length):
+    """The most likely token after the first ``length`` of ``[1, 40]``."""
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    logits = nnx.merge(graph, weights)(tokens, jnp.where(places < length, places, -1)).logits
+    return logits[0, length - 1].argmax()
+
+
 def greedy_of_the_uncached(model: Decoder, prompt: list[int], count: int) -> list[int]:
     """Recomputes the whole padded row for every token."""
     tokens = np.zeros((1, 40), np.int32)
     tokens[0, : len(prompt)] = prompt
     graph, weights = nnx.split(model)
-
-    @jax.jit
-    def following(tokens, length):
-        places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        logits = nnx.merge(graph, weights)(tokens, jnp.where(places < length, places, -1)).logits
-        return logits[0, length - 1].argmax()
-
     for length in range(len(prompt), len(prompt) + count):
-        tokens[0, length] = following(tokens, np.int32(length))
+        tokens[0, length] = following(graph, weights, tokens, np.int32(length))
     return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
@@ -77,10 +79,15 @@ BOUNDED = {
 }
 
 
+@functools.cache
+def bounded(name: str) -> Generator:
+    policy, storage = BOUNDED[name]
+    return generator(decoder(), capacity=16, policy=policy, storage=storage, max_length=500)
+
+
 @pytest.mark.parametrize("name", quick(BOUNDED, "window, plain", "h2o, paged int8"))
 def test_rows_may_be_longer_than_a_bounded_cache(name):
-    policy, storage = BOUNDED[name]
-    generate = generator(decoder(), capacity=16, policy=policy, storage=storage, max_length=500)
+    generate = bounded(name)
     long = random_tokens(9, 400, vocab_size=40).tolist()
     for prompts in (PROMPTS, [long], [long[:5], long[:390]]):
         result = generate.generate(prompts, SAMPLING)
@@ -100,11 +107,10 @@ def test_a_row_does_not_depend_on_other_rows():
 
 
 def test_the_end_of_a_row_is_max_length():
-    result = generator(decoder(), capacity=16, policy=caches.Window(8), max_length=40).generate(
-        PROMPTS[:1], Sampling(max_new_tokens=99)
-    )
+    long = random_tokens(9, 490, vocab_size=40).tolist()
+    result = bounded("window, plain").generate([long], Sampling(max_new_tokens=99))
     assert result.finish_reasons == ["capacity"]
-    assert len(result.tokens[0]) == 40 - len(PROMPTS[0])
+    assert len(result.tokens[0]) == 500 - len(long)
 
 
 def test_requests_wait_for_pages():
@@ -121,8 +127,9 @@ def test_an_exhausted_pool_ends_the_row_with_capacity():
     result = generate.generate(PROMPTS, Sampling(max_new_tokens=10))
     assert result.finish_reasons == ["capacity", "length", "length"]
     # The tokens before that equal those with enough room.
-    plain = generator(decoder(), capacity=64).generate(PROMPTS, Sampling(max_new_tokens=10))
-    assert result.tokens == [plain.tokens[0][: 2 * 16 + 1 - len(PROMPTS[0])], *plain.tokens[1:]]
+    counts = (2 * 16 + 1 - len(PROMPTS[0]), 10, 10)
+    expected = [greedy_of_the_uncached(generate.model, *x) for x in zip(PROMPTS, counts, strict=True)]
+    assert result.tokens == expected
 
 
 def test_window_layers_hold_only_the_window():
