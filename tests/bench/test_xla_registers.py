@@ -76,3 +76,14 @@ def test_without_the_plugin_nothing_is_compiled_and_the_reason_names_the_command
     monkeypatch.setattr(xla_gpu, "TOOLKITS", {})
     assert "python -m bench.xla_gpu" in str(xla_gpu.missing())
     assert xla_registers.entries(CASE["forward"], SETTING) == []
+
+
+def test_cases_that_are_not_judged_are_compiled_on_request_and_their_spills_only_reported(monkeypatch):
+    monkeypatch.setattr(xla_registers, "read", lambda case, setting: setting.length)
+    monkeypatch.setattr(xla_gpu, "missing", lambda: None)
+    assert xla_registers.entries(CASE["forward-bias"], SETTING) == []
+    assert xla_registers.entries(CASE["forward-bias"], SETTING, every_case=True) == list(xla_registers.LENGTHS)
+    spilling = entry(has_scores=True, stack_bytes=8, spill_stores=1, in_loops=1) | {"case": "forward-bias"}
+    assert xla_registers.problems(spilling) == []
+    (line,) = xla_registers.spills(spilling)
+    assert "8 bytes of stack" in line
