@@ -114,7 +114,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
 _TABLES["key_weights"] = {
     key: dataclasses.replace(sizes, num_stages=max(3, sizes.num_stages)) for key, sizes in _TABLES["forward"].items()
 } | {
-    (4, 9.0, 256): BlockSizes(16, 64, num_warps=8, num_stages=3),
+    (4, 9.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=3),
     (4, 8.0, 256): BlockSizes(64, 16, num_warps=8, num_stages=2),
 }
 
