@@ -115,7 +115,7 @@ _TABLES["key_weights"] = {
     key: dataclasses.replace(sizes, num_stages=max(3, sizes.num_stages)) for key, sizes in _TABLES["forward"].items()
 } | {
     (4, 9.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=3),
-    (4, 8.0, 256): BlockSizes(64, 16, num_warps=8, num_stages=2),
+    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
 }
 
 # With tiles of a bias, the entries above would spill.
