@@ -102,12 +102,10 @@ def _run(options: argparse.Namespace) -> int:
     for line in differences(baseline, document) if baseline else [f"no baseline at {BASELINE}"]:
         console.print(line, highlight=False)
     found = [f"{label(entry)}: {problem}" for entry in entries for problem in report.problems(entry)]
-    tolerated = [
-        f"{label(entry)}: {x}" for entry in entries for x in report.spills(entry) + xla_registers.spills(entry)
-    ]
-    for line in tolerated:
-        if line not in found:
-            console.print(f"[yellow]{line}[/yellow]", highlight=False)
+    for entry in entries:
+        for line in report.spills(entry) + xla_registers.spills(entry):
+            if (line := f"{label(entry)}: {line}") not in found:
+                console.print(f"[yellow]{line}[/yellow]", highlight=False)
     for line in found:
         console.print(f"[red]{line}[/red]", highlight=False)
     if options.out:

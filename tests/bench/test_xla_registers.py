@@ -41,10 +41,13 @@ def test_spills_are_found(size, spills):
 
 
 @needs_xla
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_forward_kernel_does_not_spill_at_any_length(capability):
-    case = CASE["forward"]
-    setting = Setting(capability, 64, "bfloat16", case.default_sizes(64, "bfloat16", capability))
+@pytest.mark.parametrize(
+    ("name", "capability", "head_dim", "dtype"),
+    [("forward", 80, 64, "bfloat16"), ("forward", 90, 64, "bfloat16"), ("key-weights", 90, 128, "float32")],
+)
+def test_kernels_do_not_spill_at_any_length(name, capability, head_dim, dtype):
+    case = CASE[name]
+    setting = Setting(capability, head_dim, dtype, case.default_sizes(head_dim, dtype, capability))
     found = xla_registers.entries(case, setting)
     assert [x["length"] for x in found] == list(xla_registers.LENGTHS)
     assert all(16 <= x["registers"] <= 255 and x["spill_stores"] == 0 for x in found)

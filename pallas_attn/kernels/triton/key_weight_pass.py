@@ -152,9 +152,9 @@ def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
         """The keys, to be multiplied with a block of queries."""
         if tiling.interpret or not (tiling.dtype == jnp.float32 and tiling.head_dim > 64):
             return k
-        # Without matrix instructions a thread multiplies whole rows. XLA would keep those of the keys, which no block of
-        # queries changes, in registers, and spill. So they are loaded with each block: the compiler does not know that
-        # the index of a block is at least 0.
+        # Without matrix instructions a thread multiplies whole rows. XLA would keep those of the keys, which are the
+        # same for each block of queries, in registers, and spill. So they are loaded with each block: the compiler does
+        # not know that the index of a block is at least 0.
         return stored.tile(refs.key, stored.locate(j + jnp.minimum(block, 0)), valid)
 
     def head(g: Any, state: tuple[Array]) -> tuple[Array]:
