@@ -59,6 +59,7 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (4, 9.0, 128): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=3),
         (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 8.6, 256): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=2),
     },
     # dQ. (2, 9.0, 128) is the forward entry, so that the two share block lists. At D 256, 32 x 64 needs slightly more
@@ -115,7 +116,8 @@ _TABLES["key_weights"] = {
     key: dataclasses.replace(sizes, num_stages=max(3, sizes.num_stages)) for key, sizes in _TABLES["forward"].items()
 } | {
     (4, 9.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=3),
-    (4, 8.0, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
+    (4, 8.6, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
+    (4, 8.0, 256): BlockSizes(64, 16, num_warps=8, num_stages=2),
 }
 
 # With tiles of a bias, the entries above would spill.
