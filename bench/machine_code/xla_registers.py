@@ -7,7 +7,7 @@ from bench.machine_code.kernel_cases import LENGTH, RAGGED_LENGTH, KernelCase, S
 
 _GPUS = {80: "A100", 90: "H100"}
 LENGTHS = (LENGTH, RAGGED_LENGTH)
-# Each takes seconds, so the others (masks with arrays, scores, the merge) are compiled on request alone, and only reported.
+# Each takes seconds, so the others (masks with arrays, scores, the merge) are compiled on request, and only reported.
 CASES = ("forward", "d-query", "d-key-value", "key-weights", "decode", "decode-int8", "decode-paged")
 
 # Entries that spill a little outside of their loops and are faster by the estimate than the best that does not: (case,
