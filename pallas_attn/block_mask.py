@@ -118,6 +118,12 @@ class BlockMask:
             schedule = Schedule.balanced(num_active, width, sizes.shares)
         return dataclasses.replace(self, schedule=schedule)
 
+    def with_block_sizes(self, sizes: tuning.BlockSizes) -> "BlockMask":
+        """Returns the BlockMask of the same mask in blocks of other sizes. Equal blocks keep their lists."""
+        if (sizes.q, sizes.kv) == (self.q_block, self.kv_block):
+            return dataclasses.replace(self, block_sizes=sizes)
+        return BlockMask.from_mask(self.mask, self.q_positions, self.kv_positions, sizes)
+
     @property
     def q_block(self) -> int:
         """Queries per block."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_attn import checks
 
-Kernel = Literal["forward", "decode", "d_query", "d_key_value", "d_key_value_bias", "d_score"]
+Kernel = Literal["forward", "key_weights", "decode", "d_query", "d_key_value", "d_key_value_bias", "d_score"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +54,12 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
         (2, 8.0, 128): BlockSizes(128, 64, num_warps=8, num_stages=3),
         (2, 8.6, 256): BlockSizes(64, 32, num_warps=8, num_stages=2),
         (2, 8.0, 256): BlockSizes(32, 64, num_warps=4, num_stages=2),
-        (4, 9.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=3),
+        (4, 9.0, 64): BlockSizes(32, 32, num_warps=4, num_stages=3),
         (4, 8.0, 64): BlockSizes(32, 64, num_warps=8, num_stages=2),
         (4, 9.0, 128): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 128): BlockSizes(32, 32, num_warps=8, num_stages=3),
         (4, 9.0, 256): BlockSizes(16, 32, num_warps=8, num_stages=2),
+        (4, 8.6, 256): BlockSizes(32, 16, num_warps=8, num_stages=2),
         (4, 8.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=2),
     },
     # dQ. (2, 9.0, 128) is the forward entry, so that the two share block lists. At D 256, 32 x 64 needs slightly more
@@ -109,6 +110,16 @@ _TABLES: dict[Kernel, dict[tuple[int, float, int], BlockSizes]] = {
     },
 }
 
+# Key weights take the blocks of the forward pass, whose lists they share, where they do not spill; with one tile per
+# block more stages fit.
+_TABLES["key_weights"] = {
+    key: dataclasses.replace(sizes, num_stages=max(3, sizes.num_stages)) for key, sizes in _TABLES["forward"].items()
+} | {
+    (4, 9.0, 256): BlockSizes(32, 16, num_warps=8, num_stages=3),
+    (4, 8.6, 256): BlockSizes(16, 16, num_warps=8, num_stages=2),
+    (4, 8.0, 256): BlockSizes(64, 16, num_warps=8, num_stages=2),
+}
+
 # With tiles of a bias, the entries above would spill.
 _TABLES["d_key_value_bias"] = _TABLES["d_key_value"] | {
     (2, 8.0, 64): BlockSizes(16, 128, num_warps=8, num_stages=2),
@@ -153,8 +164,8 @@ def default_block_sizes(
     Args:
       q_len, kv_len: T and S.
       implementation: "triton", "xla" or "reference"; default: "triton" where JAX has a GPU, else "xla".
-      kernel: the Triton kernel: the forward pass (decode for few queries), dQ, dK and dV without or with tiles of a
-        bias, or the gradients of scores.
+      kernel: the Triton kernel: the forward pass (decode for few queries), key weights after it, dQ, dK and dV without
+        or with tiles of a bias, or the gradients of scores.
       head_dim, dtype: of the call, if known.
       compute_capability: of the GPU; default: this machine's, or 9.0 without a GPU.
       fine: ``mask.has_fine_edges()`` of the call's mask, if known. Only XLA's entries depend on it.

@@ -1,6 +1,7 @@
 """The Triton kernels of the machine-code report, one entry each."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,6 @@ from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton.flash_decode import MERGE_SIZES
 from pallas_attn.kernels.triton.key_weight_pass import LOGITS_SIZES
-from pallas_attn.kernels.triton.key_weight_pass import sizes_of as key_weights_sizes
 from pallas_attn.scores import Scores
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -86,12 +86,18 @@ def _forward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
     return Program(forward, (*_tensors(setting), mask, scores))
 
 
-def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
+# What each kernel of the backward pass computes: gradients of query, key, value and scores. A program without the
+# others does not compile their kernels.
+_GRADIENTS = {"d_query": slice(0, 1), "d_key_value": slice(1, 3), "d_score": slice(3, 4)}
+
+
+def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores, gradients: slice):
     def backward(query, key, value, q_positions, kv_positions, mask, scores, lse, delta, d_out):
         sizes = setting.sizes
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes)
         call = Call(query, key, value, block_mask, scores)
-        return kernels.backward(call, lse, delta, d_out, scale=setting.head_dim**-0.5, block_sizes=sizes)
+        found = kernels.backward(call, lse, delta, d_out, scale=setting.head_dim**-0.5, block_sizes=sizes)
+        return found[gradients]
 
     tensors = _tensors(setting)
     return Program(backward, (*tensors, mask, scores, _lse(setting), _per_query(setting), tensors[0]))
@@ -100,7 +106,8 @@ def _backward(setting: Setting, mask: pa.masks.Mask, scores: Scores):
 def _key_weights(setting: Setting, mask: pa.masks.Mask, scores: Scores):
     def key_weights(query, key, q_positions, kv_positions, mask, scores, lse):
         block_mask = pa.BlockMask.from_mask(mask, q_positions, kv_positions, setting.sizes)
-        return kernels.key_weights(Call(query, key, key, block_mask, scores), lse, scale=setting.head_dim**-0.5)
+        call, scale = Call(query, key, key, block_mask, scores), setting.head_dim**-0.5
+        return kernels.key_weights(call, lse, scale=scale, block_sizes=setting.sizes)
 
     query, key, _, *positions = _tensors(setting)
     return Program(key_weights, (query, key, *positions, mask, scores, _lse(setting)))
@@ -204,7 +211,7 @@ _Scores = Callable[[int], Scores]
 
 
 def _case(kernel: tuning.Kernel, suffix: str, about: str, mask: _Mask, scores: _Scores = _no_scores) -> KernelCase:
-    program = _forward if kernel == "forward" else _backward
+    program = _forward if kernel == "forward" else functools.partial(_backward, gradients=_GRADIENTS[kernel])
     entry: tuning.Kernel = "d_key_value_bias" if kernel == "d_key_value" and scores is _bias else kernel
     return KernelCase(
         kernel.replace("_", "-") + suffix,
@@ -225,7 +232,7 @@ def _key_weights_case(suffix: str, about: str, mask: _Mask, scores: _Scores = _n
         about,
         ("full", "partial"),
         lambda setting: _key_weights(setting, mask(setting.length), scores(setting.length)),
-        lambda *setting: key_weights_sizes(_default_sizes("forward")(*setting)),
+        _default_sizes("key_weights"),
         has_scores=scores is not _no_scores,
     )
 
@@ -237,7 +244,7 @@ def _score_gradient_case(suffix: str, about: str, scores: _Scores) -> KernelCase
         "pallas_attn_d_score",
         f"causal; {about}",
         ("visited",),
-        lambda setting: _backward(setting, pa.masks.causal(), scores(setting.length)),
+        lambda setting: _backward(setting, pa.masks.causal(), scores(setting.length), _GRADIENTS["d_score"]),
         _default_sizes("d_score"),
         has_scores=True,
     )

@@ -9,9 +9,9 @@ from bench.machine_code.kernel_cases import KernelCase, Setting
 
 
 def entry(case: KernelCase, setting: Setting) -> dict:
-    """Compiles a case and returns its entry of the report's JSON."""
+    """Compiles a case by PyPI's Triton and returns its entry of the report's JSON."""
     (code,) = compile_kernels(case.lower(setting), setting.capability, name=case.kernel)
-    return {**describe(code, case, setting), "xla": xla_registers.entries(case, setting)}
+    return describe(code, case, setting)
 
 
 def describe(code: MachineCode, case: KernelCase, setting: Setting) -> dict:
@@ -101,7 +101,7 @@ def _belongs_to_mask(instruction: sass.Instruction, masks: triton_ir.MaskLines) 
 
 
 def spills(entry: dict) -> list[str]:
-    """Spills, in words."""
+    """Spills with PyPI's Triton, in words."""
     stores, loads = entry["spill_stores"], entry["spill_loads"]
     if entry["stack_bytes"] or stores or loads:
         return [f"spills: {entry['stack_bytes']} bytes of stack, {stores} stores and {loads} loads"]

@@ -6,6 +6,7 @@ then the difference from the committed report. bench/README.md explains the colu
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import machine
-from bench.machine_code import report, sweep, xla_gpu
+from bench.machine_code import report, sweep, xla_gpu, xla_registers
 from bench.machine_code.kernel_cases import CASES, DTYPES, KernelCase, Setting
 from bench.machine_code.sweep import Candidate
 from pallas_attn import BlockSizes
@@ -64,6 +65,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write the report as JSON")
     parser.add_argument("--baseline", type=Path, help=f"report to compare with (default results/{BASELINE.name})")
     parser.add_argument("--jobs", type=int, default=2, help="number of processes (default 2)")
+    parser.add_argument(
+        "--xla", choices=("judged", "every"), default="judged", help="cases that XLA compiles, too (default judged)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue --out of a sweep: skip its entries")
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
@@ -88,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.sweep:
         return _sweep(options, console)
 
-    work = [(case.name, setting) for case, setting in _defaults(options)]
+    work = [(case.name, setting, options.xla) for case, setting in _defaults(options)]
     with _compilers(options.jobs, len(work)) as compiled:
         entries = compiled("compiling", _default_entry, work)
     document = {**_report_head("static"), "entries": entries}
@@ -97,10 +101,11 @@ def _run(options: argparse.Namespace) -> int:
         console.print(f"[yellow]registers by XLA: {reason}[/yellow]", highlight=False)
     for line in differences(baseline, document) if baseline else [f"no baseline at {BASELINE}"]:
         console.print(line, highlight=False)
-    for entry in entries:
-        for line in report.spills(entry) if entry["has_scores"] else []:
-            console.print(f"[yellow]{label(entry)}: {line}[/yellow]", highlight=False)
     found = [f"{label(entry)}: {problem}" for entry in entries for problem in report.problems(entry)]
+    for entry in entries:
+        for line in report.spills(entry) + xla_registers.spills(entry):
+            if (line := f"{label(entry)}: {line}") not in found:
+                console.print(f"[yellow]{line}[/yellow]", highlight=False)
     for line in found:
         console.print(f"[red]{line}[/red]", highlight=False)
     if options.out:
@@ -126,8 +131,21 @@ def _defaults(options: argparse.Namespace) -> list[tuple[KernelCase, Setting]]:
     ]
 
 
-def _default_entry(name: str, setting: Setting) -> dict:
-    return report.entry(_CASES[name], setting)
+def _default_entry(name: str, setting: Setting, by_xla: str) -> dict:
+    """An entry of the report, which XLA compiles too."""
+    case = _CASES[name]
+    xla = xla_registers.entries(case, setting, every_case=by_xla == "every")
+    return {**report.entry(case, setting), "xla": xla}
+
+
+def _finalist(names: tuple[str, ...], setting: Setting) -> Candidate:
+    """Compiles a candidate in some cases, first by PyPI's Triton, then by XLA, until one has a problem."""
+    candidate = _candidate(names, setting)
+    for name in () if candidate.reason else names:
+        xla = xla_registers.entries(_CASES[name], setting)
+        if xla and (found := xla_registers.problems({**candidate.entries[names.index(name)], "xla": xla})):
+            return dataclasses.replace(candidate, reason=f"{name}: {'; '.join(found)}")
+    return candidate
 
 
 def _candidate(names: tuple[str, ...], setting: Setting, reason: str | None = None) -> Candidate:
@@ -238,7 +256,7 @@ def _ranked_entry(
     order: list[Candidate] = []
     while leaders and len(order) < sweep.FINALISTS:
         wanted = sweep.FINALISTS - len(order)
-        finalists += compiled(_about(key) + ", the best", _candidate, [(cases, x) for x in leaders[:wanted]])
+        finalists += compiled(_about(key) + ", the best", _finalist, [(cases, x) for x in leaders[:wanted]])
         leaders, order = leaders[wanted:], sweep.ranked(finalists)
     ranking = {
         **dict(zip(_TABLE_KEY, key, strict=True)),

@@ -12,7 +12,7 @@ import pallas_attn as pa
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
 
-from bench.machine_code import report, static, sweep, tables
+from bench.machine_code import report, static, sweep, tables, xla_registers
 from tests.bench.toy_kernels import FORWARD, SIZES, with_mask_in_full_blocks
 
 
@@ -27,6 +27,9 @@ def test_the_committed_report_covers_every_case_without_a_problem():
     assert [x["blocks"]["kv"] for x in entries] == [setting.sizes.kv for _, setting in defaults]
     assert [problem for x in entries for problem in report.problems(x)] == []
     assert [spill for x in entries for spill in report.spills(x)] == []
+    for entry in entries:
+        lengths = xla_registers.LENGTHS if entry["case"] in xla_registers.CASES else ()
+        assert [x["length"] for x in entry["xla"]] == list(lengths)
 
 
 def test_the_readme_has_the_tables_of_the_committed_report():
@@ -126,6 +129,7 @@ def test_a_sweep_resumes_where_it_stopped(one_case, monkeypatch, tmp_path, capsy
         return sweep.Candidate(setting, (entry,), None)
 
     monkeypatch.setattr(static, "_candidate", candidate)
+    monkeypatch.setattr(xla_registers, "entries", lambda *_: [])
     monkeypatch.setattr(sweep, "candidates", lambda *_: [SIZES])
     with pytest.raises(KeyboardInterrupt):
         static.main([*command, "--head-dim", "128"])

@@ -6,7 +6,7 @@ import pallas_attn as pa
 
 pytest.importorskip("triton", reason="PyPI's triton, which compiles without a GPU, is not installed")
 
-from bench.machine_code import report, static, sweep
+from bench.machine_code import report, static, sweep, xla_registers
 from bench.machine_code.kernel_cases import Setting
 from tests.bench.toy_kernels import FORWARD
 
@@ -61,14 +61,36 @@ def run_here(about, function, work):
     return [function(*piece) for piece in work]
 
 
+@pytest.fixture
+def by_xla(monkeypatch):
+    """The settings that are compiled by XLA, which finds spills in blocks of 32 queries."""
+    compiled = []
+
+    def entries(case, setting):
+        compiled.append(setting.sizes.q)
+        spilled = 8 if setting.sizes.q == 32 else 0
+        names = ("stack_bytes", "spill_stores", "spill_loads")
+        return [{"length": length, "in_loops": 0} | dict.fromkeys(names, spilled) for length in xla_registers.LENGTHS]
+
+    monkeypatch.setattr(xla_registers, "entries", entries)
+    return compiled
+
+
+def found(setting, cycles=1, stack=0):
+    """An entry of the report, of the forward kernel."""
+    head = {"case": "forward", "capability": 90, "head_dim": 64, "dtype": "bfloat16", "has_scores": False}
+    loops = {"full": {"cycles": cycles}, "partial": {"cycles": 1}}
+    return {**head, "stack_bytes": stack, "registers": 1, "loops": loops, "occupancy": {"warps": 8}}
+
+
 def test_the_sweep_goes_down_its_list_until_enough_have_no_problem_in_any_case(monkeypatch):
     def candidate(names, setting, reason=None):
         cycles, alone = setting.sizes.q, len(names) == 1
-        loops = {"full": {"cycles": cycles**2}, "partial": {"cycles": 1}}
-        entry = {"stack_bytes": 0, "registers": 1, "loops": loops, "occupancy": {"warps": 8}, "has_scores": False}
-        return sweep.Candidate(setting, (entry,), None if alone or cycles > 16 else "spills with a bias")
+        entries = tuple(found(setting, cycles**2) for _ in names)
+        return sweep.Candidate(setting, entries, None if alone or cycles > 16 else "spills with a bias")
 
     monkeypatch.setattr(static, "_candidate", candidate)
+    monkeypatch.setattr(xla_registers, "entries", lambda *_: [])
     monkeypatch.setattr(sweep, "FINALISTS", 2)
     settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, 64)) for q in (128, 64, 32, 16, 8, 4)]
     key = FORWARD.kernel, 90, 64, 2
@@ -77,13 +99,23 @@ def test_the_sweep_goes_down_its_list_until_enough_have_no_problem_in_any_case(m
     assert len(ranking["out"]) == 3
 
 
-def test_candidates_that_the_sweep_does_not_compile_are_out(monkeypatch):
-    def entry(case, setting):
-        stack = 500 if setting.sizes.q == 32 else 0
-        loops = {"full": {"cycles": 1}, "partial": {"cycles": 1}}
-        return {"stack_bytes": stack, "registers": 1, "loops": loops, "occupancy": {"warps": 8}, "has_scores": False}
+def test_only_finalists_are_compiled_by_xla_and_may_not_spill_there(monkeypatch, by_xla):
+    monkeypatch.setattr(report, "entry", lambda case, setting: found(setting, setting.sizes.q**2))
+    monkeypatch.setattr(report, "problems", lambda entry: [])
+    monkeypatch.setattr(static, "_CASES", {"forward": FORWARD})
+    monkeypatch.setattr(sweep, "FINALISTS", 2)
+    settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, 64)) for q in (128, 64, 32, 16)]
+    key = FORWARD.kernel, 90, 64, 2
+    ranking, order = static._ranked_entry(key, FORWARD, settings, settings[0].sizes, run_here)
+    assert by_xla == [16, 32, 64]
+    assert [x.setting.sizes.q for x in order] == [16, 64]
+    (out,) = ranking["out"]
+    assert out["reason"].startswith("forward: XLA at length 2048 spills: 8 bytes of stack, 8 stores and 8 loads")
 
-    monkeypatch.setattr(report, "entry", entry)
+
+def test_candidates_that_the_sweep_does_not_compile_are_out(monkeypatch):
+    monkeypatch.setattr(report, "entry", lambda case, setting: found(setting, 1, 500 if setting.sizes.q == 32 else 0))
+    monkeypatch.setattr(xla_registers, "entries", lambda *_: [])
     monkeypatch.setattr(report, "problems", lambda entry: ["spills"] if entry["stack_bytes"] else [])
     settings = [Setting(90, 64, "bfloat16", pa.BlockSizes(q, 64)) for q in (128, 64, 32, 16)]
     key = FORWARD.kernel, 90, 64, 2

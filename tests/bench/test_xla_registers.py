@@ -41,10 +41,13 @@ def test_spills_are_found(size, spills):
 
 
 @needs_xla
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_forward_kernel_does_not_spill_at_any_length(capability):
-    case = CASE["forward"]
-    setting = Setting(capability, 64, "bfloat16", case.default_sizes(64, "bfloat16", capability))
+@pytest.mark.parametrize(
+    ("name", "capability", "head_dim", "dtype"),
+    [("forward", 80, 64, "bfloat16"), ("forward", 90, 64, "bfloat16"), ("key-weights", 90, 128, "float32")],
+)
+def test_kernels_do_not_spill_at_any_length(name, capability, head_dim, dtype):
+    case = CASE[name]
+    setting = Setting(capability, head_dim, dtype, case.default_sizes(head_dim, dtype, capability))
     found = xla_registers.entries(case, setting)
     assert [x["length"] for x in found] == list(xla_registers.LENGTHS)
     assert all(16 <= x["registers"] <= 255 and x["spill_stores"] == 0 for x in found)
@@ -76,3 +79,14 @@ def test_without_the_plugin_nothing_is_compiled_and_the_reason_names_the_command
     monkeypatch.setattr(xla_gpu, "TOOLKITS", {})
     assert "python -m bench.xla_gpu" in str(xla_gpu.missing())
     assert xla_registers.entries(CASE["forward"], SETTING) == []
+
+
+def test_cases_that_are_not_judged_are_compiled_on_request_and_their_spills_only_reported(monkeypatch):
+    monkeypatch.setattr(xla_registers, "read", lambda case, setting: setting.length)
+    monkeypatch.setattr(xla_gpu, "missing", lambda: None)
+    assert xla_registers.entries(CASE["forward-bias"], SETTING) == []
+    assert xla_registers.entries(CASE["forward-bias"], SETTING, every_case=True) == list(xla_registers.LENGTHS)
+    spilling = entry(has_scores=True, stack_bytes=8, spill_stores=1, in_loops=1) | {"case": "forward-bias"}
+    assert xla_registers.problems(spilling) == []
+    (line,) = xla_registers.spills(spilling)
+    assert "8 bytes of stack" in line

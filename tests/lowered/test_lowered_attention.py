@@ -41,6 +41,8 @@ TRAINING = {
 FORWARD = {
     "key weights": Case(CAUSAL, LAST, BOTH, key_weights=True),
     "key weights, a mask per head": Case(dense(1, N, T, S), LAST, HOLES, key_weights=True, block_sizes=(32, 32)),
+    "key weights, D 96": Case(CAUSAL, LAST, BOTH, key_weights=True, head_dim=96),
+    "key weights, D 160, with blocks of their own": Case(CAUSAL, LAST, LEFT, key_weights=True, head_dim=160),
 }
 
 

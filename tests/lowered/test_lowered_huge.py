@@ -54,7 +54,7 @@ class Prefill(NamedTuple):
         call = Call(query, key, key, pa.BlockMask.from_mask(mask, q_positions, kv_positions, sizes), scores)
         kernels.prefill(call, scale=scale)
         kernels.backward(call, Lse(lse, lse), lse, query, scale=scale, block_sizes=sizes)
-        kernels.key_weights(call, Lse(lse, lse), scale=scale)
+        kernels.key_weights(call, Lse(lse, lse), scale=scale, block_sizes=sizes)
 
 
 class Decode(NamedTuple):

@@ -83,13 +83,22 @@ def at_corners(function: Callable, operands: Sequence[Any], corners: Sequence[Co
             buffers += [
                 VirtualBuffer(f"result{path}", x.shape, x.dtype, 0, is_output=True) for path, x in _named(results)
             ]
-            kernel.run_on(buffers, watch, itertools.product(*({0, size - 1} for size in kernel.grid)))
+            kernel.run_on(buffers, watch, itertools.product(*_ends(kernel.name, kernel.grid, corner)))
             visits.append(Visit(kernel.name, lowered.text, buffers))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
 
     with intercepted(handle):
         jax.eval_shape(function, *operands)
     return visits
+
+
+def _ends(kernel: str, grid: tuple[int, ...], corner: Corner) -> list[set[int]]:
+    """The first and the last program along each axis of the grid."""
+    ends = [{0, size - 1} for size in grid]
+    if kernel == "pallas_attn_key_weights" and corner.is_full:
+        # A program owns a block of keys. If some are beyond S, no block of queries is full for it.
+        ends[0] = {0, corner.block}
+    return ends
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

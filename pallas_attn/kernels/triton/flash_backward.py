@@ -9,7 +9,6 @@ per KV block, which sums over the query heads of its group itself. No two progra
 results repeat bit for bit. As in the forward pass, the loop over full blocks holds no mask code.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -59,9 +58,7 @@ def backward(
         sizes = block_sizes or tuning.default_block_sizes(
             query.shape[1], key.shape[1], implementation="triton", kernel=kernel, head_dim=head_dim, dtype=query.dtype
         )
-        if (sizes.q, sizes.kv) == (block_mask.q_block, block_mask.kv_block):
-            return dataclasses.replace(block_mask, block_sizes=sizes)
-        return BlockMask.from_mask(block_mask.mask, block_mask.q_positions, block_mask.kv_positions, sizes)
+        return block_mask.with_block_sizes(sizes)
 
     def prepared(block_mask: BlockMask) -> tuple[Tiling, KernelArgs]:
         cut_call = call._replace(block_mask=block_mask)

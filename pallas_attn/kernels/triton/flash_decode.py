@@ -10,6 +10,7 @@ A program writes its partial softmax state: largest logit, sum of weights, weigh
 requested, it also writes its logits.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -49,6 +50,8 @@ def decode(call: Call, *, scale: float, interpret: bool = False, return_key_weig
     inputs, schedule = KernelArgs.from_call(call), block_mask.schedule
     if schedule is None:
         raise ValueError("block_mask: expected one with a schedule, of a single block of few queries")
+    # An operand that no kernel reads would be written all the same, in a launch of its own.
+    inputs = inputs._replace(lists=dataclasses.replace(inputs.lists, num_active=None, order=None))
     programs, copies = schedule.row.shape[0], packing.copies(tiling)
     vectors = jax.tree.map(specs.whole, schedule)
     parts, padded = (programs, copies, packing.heads, packing.queries), packing.tiles * packing.tile

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_attn import scores as score_algebra
+from pallas_attn import tuning
 from pallas_attn.kernels.call import Call
 from pallas_attn.kernels.lse import Lse
 from pallas_attn.kernels.triton import specs, tiles
@@ -26,7 +27,7 @@ from pallas_attn.kernels.triton.key_blocks import KeyBlocks
 from pallas_attn.kernels.triton.packing import Packing
 from pallas_attn.kernels.triton.query_block import QueryBlock
 from pallas_attn.kernels.triton.specs import KernelArgs, Tiling
-from pallas_attn.kernels.triton.stored import StoredKeys
+from pallas_attn.kernels.triton.stored import StoredKeys, Tile
 from pallas_attn.schedule import Schedule
 from pallas_attn.tuning import BlockSizes
 
@@ -34,22 +35,24 @@ from pallas_attn.tuning import BlockSizes
 LOGITS_SIZES = BlockSizes(16, 16, num_warps=2, num_stages=1)
 
 
-def sizes_of(forward: BlockSizes) -> BlockSizes:
-    """The block sizes of the forward pass, whose lists are shared; with one tile per block more stages fit."""
-    return dataclasses.replace(forward, num_stages=max(3, forward.num_stages))
+@functools.partial(jax.jit, static_argnames=("scale", "interpret", "block_sizes"))
+def key_weights(
+    call: Call, lse: Lse, *, scale: float, interpret: bool = False, block_sizes: BlockSizes | None = None
+) -> Array:
+    """Same contract as :func:`pallas_attn.kernels.reference.key_weights`.
 
-
-@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) -> Array:
-    """Same contract as :func:`pallas_attn.kernels.reference.key_weights`."""
-    call, block_mask = call._replace(value=call.key), call.block_mask  # no values are read
+    The lists of the forward pass are shared unless the tuning table has other blocks for this kernel; ``block_sizes``
+    replaces both.
+    """
+    block_mask = call.block_mask.with_block_sizes(block_sizes or _block_sizes(call))
+    call = call._replace(value=call.key, block_mask=block_mask)  # no values are read
     tiling = Tiling.of_call(call, scale, interpret)
     inputs = KernelArgs.from_call(call)
     inputs = inputs._replace(lists=block_mask.transposed)
     return specs.call(
         functools.partial(_kernel, tiling=tiling),
         "pallas_attn_key_weights",
-        sizes_of(block_mask.block_sizes),
+        block_mask.block_sizes,
         tiling,
         grid=(tiling.kv_blocks, tiling.kv_heads, tiling.batch),
         in_specs=[
@@ -59,6 +62,23 @@ def key_weights(call: Call, lse: Lse, *, scale: float, interpret: bool = False) 
         out_specs=specs.of_shape((tiling.batch, tiling.kv_heads, tiling.kv_rows)),
         out_shape=jax.ShapeDtypeStruct((tiling.batch, tiling.kv_heads, tiling.kv_len), jnp.float32),
     )(inputs, specs.in_kernels(lse))
+
+
+def _block_sizes(call: Call) -> BlockSizes:
+    """The table's entry for this kernel, with the blocks of the call if it shares those of the forward pass."""
+
+    def entry(kernel: tuning.Kernel) -> BlockSizes:
+        return tuning.default_block_sizes(
+            *(call.query.shape[1], call.block_mask.shape[3]),
+            implementation="triton",
+            kernel=kernel,
+            head_dim=call.query.shape[-1],
+            dtype=call.query.dtype,
+        )
+
+    own, of_forward, sizes = entry("key_weights"), entry("forward"), call.block_mask.block_sizes
+    is_shared = (own.q, own.kv) == (of_forward.q, of_forward.kv)
+    return dataclasses.replace(own, q=sizes.q, kv=sizes.kv) if is_shared else own
 
 
 def weights_of_logits(
@@ -125,7 +145,17 @@ def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
     columns = stored.columns(refs.key)
     keys, in_bounds = stored.slots(j), stored.in_bounds(j)
     positions = stored.positions(j, in_bounds)
-    k = stored.tile(refs.key, stored.locate(j), positions >= 0)
+    valid = positions >= 0
+    k = stored.tile(refs.key, stored.locate(j), valid)
+
+    def keys_for(block: Array, valid: Array | None) -> Tile:
+        """The keys, to be multiplied with a block of queries."""
+        if tiling.interpret or not (tiling.dtype == jnp.float32 and tiling.head_dim > 64):
+            return k
+        # Without matrix instructions a thread multiplies whole rows. XLA would keep those of the keys, which are the
+        # same for each block of queries, in registers, and spill. So they are loaded with each block: the compiler does
+        # not know that the index of a block is at least 0.
+        return stored.tile(refs.key, stored.locate(j + jnp.minimum(block, 0)), valid)
 
     def head(g: Any, state: tuple[Array]) -> tuple[Array]:
         coords = ProgramCoords(b, h, h * tiling.group + g)
@@ -138,7 +168,7 @@ def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
             return queries, blocks, peak, queries.vector(lse_refs.log_total, queries.in_bounds)
 
         def weights(
-            queries: QueryBlock, blocks: KeyBlocks, peak: Array, log_total: Array, q_valid: Array | None
+            k: Tile, queries: QueryBlock, blocks: KeyBlocks, peak: Array, log_total: Array, q_valid: Array | None
         ) -> Array:
             """The probabilities ``[q_block, kv_block]`` of a block of queries; undefined for masked pairs."""
             q = tuple(queries.tile(refs.query, part, q_valid) for part in columns)
@@ -149,14 +179,15 @@ def _kernel(refs: KernelArgs, lse_refs: Lse, out_ref, *, tiling: Tiling):
             return tiling.probabilities(logits, peak[:, None], log_total[:, None])
 
         def full(block: Array) -> Array:
-            return weights(*load(QueryBlock.full(refs, tiling, coords, block)), None)
+            return weights(keys_for(block, None), *load(QueryBlock.full(refs, tiling, coords, block)), None)
 
         def partial(block: Array) -> Array:
             queries, blocks, peak, log_total = load(QueryBlock.ragged(refs, tiling, coords, block))
             q_valid = (blocks.q_positions >= 0) & (peak != jnp.inf)
             allowed = blocks.allowed(keys, in_bounds, positions) & q_valid[:, None]
             # Chosen, not multiplied by 0: where nothing is seen, an operand may hold anything, NaN included.
-            return jnp.where(allowed, weights(queries, blocks, peak, log_total, q_valid), 0.0)
+            k = keys_for(block, valid)
+            return jnp.where(allowed, weights(k, queries, blocks, peak, log_total, q_valid), 0.0)
 
         def step(state: list, weights: Array) -> tuple[Array]:
             return (state[0] + weights,)
