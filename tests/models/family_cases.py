@@ -76,9 +76,9 @@ CASES: dict[str, Case] = {
     ),
     "mistral": _llama_like("Mistral", sliding_window=8),
     "mistral, no window": _llama_like("Mistral", sliding_window=None, head_dim=16),
-    "ministral": _llama_like("Ministral", sliding_window=8),
+    "ministral": _llama_like("Ministral", head_dim=16, sliding_window=8),
     "ministral, layer types": _llama_like(
-        "Ministral", sliding_window=8, layer_types=["full_attention", "sliding_attention", "full_attention"]
+        "Ministral", head_dim=8, sliding_window=8, layer_types=["full_attention", "sliding_attention", "full_attention"]
     ),
     "ministral3": _llama_like(
         "Ministral3",

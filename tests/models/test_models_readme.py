@@ -76,7 +76,13 @@ def test_the_files_of_a_wing_exist_and_are_listed(wing):
 
 def test_the_example_of_a_family_reads_and_writes_as_the_real_one(monkeypatch):
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    fields = {"model_type": "qwen3", **sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    fields = {
+        "model_type": "qwen3",
+        **sizes,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+    }
     fields |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     config = config_from_hf(fields)
     assert config.sliding_windows == (None, 8, 8)

@@ -177,7 +177,7 @@ def inverted(name: str, decode: Callable[[float], float], encode: Callable[[floa
 
     def exact(value: float) -> float:
         close = encode(value)
-        near = (float(round(close)), close, math.nextafter(close, 0), math.nextafter(close, math.inf))
+        near = (round(close), close, math.nextafter(close, 0), math.nextafter(close, math.inf))
         return next((one for one in near if one > 0 and decode(one) == value), close)
 
     return {"decode": checked, "encode": exact}
