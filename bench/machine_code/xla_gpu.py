@@ -52,6 +52,11 @@ def fetch(cuda: int = 12) -> None:
     subprocess.run([*command, "--upgrade", *plugin, *TOOLKITS[cuda]], check=True)
 
 
+def version() -> str:
+    """The version of the plugin, with its version of CUDA."""
+    return f"{str(_plugin()).removeprefix('jax_plugins.')} {_JAXLIB}"
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if _plugin() is None:
@@ -102,7 +107,7 @@ def _device(gpu: str) -> Any:
 
 @contextlib.contextmanager
 def assumed(gpu: str) -> Iterator[None]:
-    """``implementation="triton"`` is traced for an absent GPU, with its block sizes."""
+    """Our functions are traced as on a machine with this GPU: with Triton kernels, in its block sizes."""
     capability = GPUS[gpu].capability
     changed = capability != tuning.gpu_capability()
     if changed:  # a trace does not know for which GPU it was made
@@ -111,6 +116,7 @@ def assumed(gpu: str) -> Iterator[None]:
         mock.patch.object(triton_kernels, "unavailable", return_value=None),
         mock.patch.object(triton_kernels, "gpu_capability", return_value=capability),
         mock.patch.object(tuning, "gpu_capability", return_value=capability),
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
         assumed_device(GPUS[gpu].kind),
     ):
         yield
@@ -170,8 +176,13 @@ def kernels(lowered: jax.stages.Lowered, name: str) -> list[Assembly]:
     """The machine code of every kernel of this name in a lowered function, as XLA makes it."""
     with tempfile.TemporaryDirectory() as directory:
         compile(lowered, dump=Path(directory))
-        sources = [path.read_text() for path in sorted(Path(directory).glob("*.ptx"), key=_order)]
-    return [assemble(ptx, _toolkit() / "bin" / "ptxas") for ptx in sources if re.search(rf"\.entry {name}\b", ptx)]
+        return assembled(Path(directory), rf"{name}\b")
+
+
+def assembled(dump: Path, pattern: str) -> list[Assembly]:
+    """The machine code of the kernels whose names begin with ``pattern``, in the ``dump`` of :func:`compile`."""
+    sources = [path.read_text() for path in sorted(dump.glob("*.ptx"), key=_order)]
+    return [assemble(ptx, _toolkit() / "bin" / "ptxas") for ptx in sources if re.search(rf"\.entry {pattern}", ptx)]
 
 
 def _order(path: Path) -> int:
