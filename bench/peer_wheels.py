@@ -1,4 +1,4 @@
-"""Lists the wheels of peers that a machine without a network lacks, and downloads them: ``python -m bench.peer_wheels``.
+"""Lists the wheels that peers need on a machine without a network, and downloads them: ``python -m bench.peer_wheels``.
 
 They are for Python 3.12 on Linux, x86-64, beside an installation of JAX and PyTorch, which none of them replaces:
 

@@ -135,7 +135,7 @@ def rehearse(only: Sequence[str], out: Console) -> bool:
     """Compiles everything for an H200, lists it, and keeps the record; returns whether all of it compiles.
 
     Args:
-      only: beginnings of the names of steps; the record is written only if it is empty.
+      only: beginnings of the names of steps, or nothing for all; the record keeps what it has of other steps.
 
     Raises:
       Unavailable: XLA's CUDA plugin is missing.
@@ -145,17 +145,12 @@ def rehearse(only: Sequence[str], out: Console) -> bool:
 
     if reason := xla_gpu.missing():
         raise Unavailable(reason)
-    compiled, works = [], {}
-    for program in rehearsal.programs():
-        if only and not program.step.startswith(tuple(only)):
-            continue
+    compiled, record = [], rehearsal.Record(fresh=not only)
+    for program in rehearsal.programs(tuple(only)):
         one = rehearsal.compile_program(program)
         compiled.append(one)
-        if program.step not in works and (work := rehearsal.physics(program.step)):
-            works[program.step] = work
+        record.add(one)
         out.print(rehearsal.line(one), markup=False, highlight=False, soft_wrap=True)
-    if not only:
-        rehearsal.write(compiled, works)
     broken = [x for x in compiled if x.failure and x.required]
     spilled = [x for x in compiled if any(kernel.stack_bytes for kernel in x.kernels)]
     out.print(f"{len(compiled)} programs, {len(broken)} fail, {len(spilled)} spill", highlight=False)

@@ -106,7 +106,7 @@ def table(part: str) -> Table:
         *("block", "step", "seconds", "at"),
         title=f"--part {part}: {total(planned):.0f} s of at most {CALL_SECONDS:.0f} s",
         title_justify="left",
-        caption=f"seconds: compiling as in the rehearsal, times {estimates.MARGIN:g}, and the physics of what runs",
+        caption="seconds: CPU time of compiling in the rehearsal, and the physics of what runs",
     )
     at = estimates.START
     out.add_row("start", "", f"{estimates.START:.1f}", "0")

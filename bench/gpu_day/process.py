@@ -41,7 +41,8 @@ class Worker:
             start_new_session=True,  # so that its own children can be ended with it
         )
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.ended = False
 
     def ready(self, limit: float) -> dict[str, Any]:
@@ -93,6 +94,10 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._listener.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._errors.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

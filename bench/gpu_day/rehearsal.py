@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 from flax import nnx
 
-from bench.gpu_day import block_sizes, decoding, smoke
+from bench.gpu_day import block_sizes, decoding, efforts, smoke
 from bench.machine_code import generator_steps, xla_gpu
 from bench.machine_code.gpus import GPUS
 from bench.times.cases import Case, named
@@ -32,10 +32,6 @@ GPU = "H200"
 RECORD = Path(__file__).with_name("rehearsal.json")
 # Peers with kernels that XLA compiles. cuDNN's need its library, and PyTorch compiles only where it runs.
 _PEERS = ("jax.pallas", "tokamax.triton")
-
-# XLA writes matrix products around our kernels as Triton kernels only in tiles that it has timed on the GPU. Without one
-# it takes tiles that may not fit in shared memory.
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 Lower = Callable[[], jax.stages.Lowered]
 
@@ -57,22 +53,32 @@ class Program:
     required: bool = True
 
 
-def programs() -> Iterator[Program]:
-    """Everything that both calls compile, step by step."""
+def programs(only: tuple[str, ...] = ()) -> Iterator[Program]:
+    """Everything of ours that both calls compile, step by step; or only steps whose names begin so.
+
+    Of the headline cases also the making of the inputs, and peers.
+    """
+
+    def wanted(step: str) -> bool:
+        return step.startswith(only or "")
+
     for check in smoke.CHECKS:
-        yield Program(f"smoke/{check.name}", "ours", _of_contender(lambda check=check: check.build(False).ours(), 1))
+        if wanted(step := f"smoke/{check.name}"):
+            yield Program(step, "ours", _of_contender(lambda check=check: check.build(False).ours(), 1))
     for entry in block_sizes.entries().values():
-        for name, sizes in entry.candidates.items():
-            yield Program(f"sweep/{entry.name}", name, _of_candidate(entry, sizes))
+        if wanted(step := f"sweep/{entry.name}"):
+            for name, sizes in entry.candidates.items():
+                yield Program(step, name, _of_candidate(entry, sizes))
     for name in decoding.STORAGES:
-        for which in ("prefill", "decode"):
-            yield Program(f"generator/{name}", which, _of_decoding(name, which))
-    for case in named("gpu").values():
-        yield from _of_case(case)
+        if wanted(step := f"generator/{name}"):
+            for which in ("prefill", "decode"):
+                yield Program(step, which, _of_decoding(name, which))
+    for name in (*efforts.HEADLINES, *efforts.others()):
+        if wanted(step := f"case/{name}"):
+            yield from _of_case(step, named("gpu")[name])
 
 
-def _of_case(case: Case) -> Iterator[Program]:
-    step = f"case/{case.name}"
+def _of_case(step: str, case: Case) -> Iterator[Program]:
     workload = case.build(case.size("gpu"))
     if isinstance(workload, Generation):
         for which in ("prefill", "decode"):
@@ -80,7 +86,7 @@ def _of_case(case: Case) -> Iterator[Program]:
         return
     sets = number_of_sets(workload, by_device=True, toy=False)
     yield Program(step, "ours", _of_contender(lambda: workload.ours(sets=sets), sets))
-    if not isinstance(workload, Attention):
+    if not isinstance(workload, Attention) or case.name not in efforts.HEADLINES:
         return
     yield Program(step, "inputs", lambda: xla_gpu.lower(lambda: workload.make(0)[:3], gpu=GPU))
     for name, peer in all_peers().items():
@@ -193,7 +199,7 @@ def compile_program(program: Program) -> Compiled:
     step, part, required = program.step, program.part, program.required
     with tempfile.TemporaryDirectory() as directory:
         try:
-            xla_gpu.compile(program.lower(), dump=Path(directory), **_OPTIONS)
+            xla_gpu.compile(program.lower(), dump=Path(directory))
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return Compiled(step, part, seconds(), failure=reason, required=required)
@@ -234,11 +240,27 @@ def physics(step: str) -> dict[str, float] | None:
     return None
 
 
-def write(compiled: list[Compiled], works: dict[str, dict[str, float]]) -> None:
-    """Keeps the record for ``--plan``: one line per program."""
-    head = {"gpu": GPU, "jax": jax.__version__, "plugin": xla_gpu.version(), "processors": os.cpu_count()}
-    lines = [json.dumps(dataclasses.asdict(x)) for x in compiled]
-    text = json.dumps({**head, "physics": works}, indent=1).removesuffix("\n}")
-    scratch = RECORD.with_name(f".{RECORD.name}.part")
-    scratch.write_text(text + ',\n "programs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n")
-    os.replace(scratch, RECORD)
+class Record:
+    """The committed record, kept up to date program by program.
+
+    Args:
+      fresh: forget the programs of an earlier rehearsal.
+    """
+
+    def __init__(self, *, fresh: bool) -> None:
+        before = {} if fresh or not RECORD.exists() else json.loads(RECORD.read_text())
+        self._physics: dict[str, dict[str, float]] = before.get("physics", {})
+        self._programs = {(x["step"], x["part"]): x for x in before.get("programs", [])}
+
+    def add(self, compiled: Compiled) -> None:
+        """Adds a program, in place of an earlier one, and writes the file."""
+        step = compiled.step
+        if step not in self._physics and (work := physics(step)) is not None:
+            self._physics[step] = work
+        self._programs[step, compiled.part] = dataclasses.asdict(compiled)
+        head = {"gpu": GPU, "jax": jax.__version__, "plugin": xla_gpu.version(), "physics": self._physics}
+        programs = ",\n  ".join(json.dumps(x) for x in self._programs.values())
+        scratch = RECORD.with_name(f".{RECORD.name}.part")
+        text = json.dumps(head, indent=1).removesuffix("\n}")
+        scratch.write_text(f'{text},\n "programs": [\n  {programs}\n ]\n}}\n')
+        os.replace(scratch, RECORD)
