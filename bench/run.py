@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.rehearse:
             return _OK if command.rehearse(_split(options.only), _output()) else _WRONG
         run = {"cpu": _run_cpu, "gpu": _run_gpu}
-        codes = [run[suite](peers, options, console) for suite in suites]
+        # First the GPU's, which may be missing.
+        codes = [run[suite](peers, options, console) for suite in sorted(suites, reverse=True)]
     except (UsageError, ResultsError, command.Unavailable) as error:
         console.print(f"python -m bench.run: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return _USAGE

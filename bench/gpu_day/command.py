@@ -57,7 +57,7 @@ def run(
     try:
         described = worker.ready(START_LIMIT)
         if described["unavailable"]:
-            raise Unavailable(described["unavailable"])
+            raise Unavailable(f"--suite gpu: {described['unavailable']}; --toy runs it at toy sizes anywhere")
         suite = "gpu-toy" if options.toy else "gpu"
         file = ResultsFile(path, suite=suite, machine=described["machine"], resume=resume)
     except WorkerError as error:
