@@ -107,8 +107,14 @@ def contender(entry: Entry, workload: Attention, sizes: pa.BlockSizes, *, sets: 
             [(q, k, v, lists) for q, k, v, _ in inputs],
         )
 
+    size = workload.size
+    usual = tuning.default_block_sizes(
+        size.q_len, size.kv_len, implementation="triton", head_dim=size.head_dim, dtype=size.dtype
+    )
+    before = pa.BlockMask.from_mask(workload.mask, workload.q_positions, workload.kv_positions, usual)
+
     def residuals(query, key, value, d_out):
-        out, lse = kernels.forward(Call(query, key, value, lists), **options)
+        out, lse = kernels.forward(Call(query, key, value, before), **options)
         return lse, jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1).swapaxes(1, 2)
 
     def backward(query, key, value, d_out, lse, delta, lists):

@@ -24,12 +24,18 @@ def blocks(part: str, *, toy: bool = False, only: Sequence[str] = ()) -> tuple[B
     Args:
       part: one of :data:`PARTS`.
       toy: at toy sizes nothing is estimated or skipped.
-      only: beginnings of the names of steps; empty: all of them.
+      only: names of steps, or beginnings of names; empty: all of them.
     """
     made = _headlines(toy) if part == "headlines" else _rest(toy)
     if not only:
         return made
-    chosen = [[x for x in block.steps if x.kind == "peaks" or x.name.startswith(tuple(only))] for block in made]
+    names = {x.name for block in made for x in block.steps}
+    beginnings = tuple(x for x in only if x not in names)
+
+    def wanted_step(step: Step) -> bool:
+        return step.kind == "peaks" or step.name in only or step.name.startswith(beginnings)
+
+    chosen = [[x for x in block.steps if wanted_step(x)] for block in made]
     wanted = [Block(x.name, tuple(steps), x.seconds) for x, steps in zip(made, chosen, strict=True) if steps]
     return tuple(wanted) if any(x.kind != "peaks" for block in wanted for x in block.steps) else ()
 

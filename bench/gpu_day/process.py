@@ -15,6 +15,7 @@ from typing import Any
 from bench.gpu_day.steps import Outcome
 
 _CLOSING_SECONDS = 5.0
+_LOG_BYTES = 3000
 
 
 class WorkerError(Exception):
@@ -70,17 +71,21 @@ class Worker:
             seconds = time.monotonic() - start
             if answer is None:
                 status = "crashed" if self.ended else "timed out"
+                log = self._log()
                 self.close(kill=True)
-                return Outcome(status, seconds, why, found, doing)
-            if "lost" in answer:
+                return Outcome(status, seconds, why, found, doing, log)
+            if "lost" in answer and "done" not in answer:
+                log = self._log()
                 self.close(kill=True)
-                if "done" not in answer:
-                    return Outcome("crashed", seconds, f"the GPU: {answer['lost']}", found, doing)
+                return Outcome("crashed", seconds, f"the GPU: {answer['lost']}", found, doing, log)
             doing = answer.get("doing", doing)
             found = answer.get("so_far", found)
             if "done" in answer:
                 done = answer["done"]
-                return Outcome(done["status"], seconds, done.get("why"), done.get("found", found), doing)
+                log = self._log() if done["status"] == "failed" else None
+                if "lost" in answer:
+                    self.close(kill=True)
+                return Outcome(done["status"], seconds, done.get("why"), done.get("found", found), doing, log)
 
     def close(self, *, kill: bool = False) -> None:
         """Ends the process; without ``kill`` it may finish."""
@@ -118,7 +123,11 @@ class Worker:
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return None, f"its process ended by {how}: {self._last_words()}"
 
+    def _log(self) -> str:
+        """The end of standard error."""
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _LOG_BYTES))
+        return self._errors.read().decode(errors="replace")
+
     def _last_words(self) -> str:
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4000))
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "nothing on standard error")
+        lines = (line.strip()[:300] for line in reversed(self._log().split("\n")))
+        return next(filter(None, lines), "nothing on standard error")

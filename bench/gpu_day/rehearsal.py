@@ -76,9 +76,13 @@ def programs(only: tuple[str, ...] = ()) -> Iterator[Program]:
     for name in (*efforts.HEADLINES, *efforts.others()):
         if wanted(step := f"case/{name}"):
             yield from _of_case(step, named("gpu")[name])
+    for name in efforts.HEADLINES:
+        if wanted(step := f"case/{name}"):
+            yield from _around_case(step, named("gpu")[name])
 
 
 def _of_case(step: str, case: Case) -> Iterator[Program]:
+    """Our side of a case."""
     workload = case.build(case.size("gpu"))
     if isinstance(workload, Generation):
         for which in ("prefill", "decode"):
@@ -86,8 +90,14 @@ def _of_case(step: str, case: Case) -> Iterator[Program]:
         return
     sets = number_of_sets(workload, by_device=True, toy=False)
     yield Program(step, "ours", _of_contender(lambda: workload.ours(sets=sets), sets))
-    if not isinstance(workload, Attention) or case.name not in efforts.HEADLINES:
+
+
+def _around_case(step: str, case: Case) -> Iterator[Program]:
+    """The making of the inputs, and peers."""
+    workload = case.build(case.size("gpu"))
+    if not isinstance(workload, Attention):
         return
+    sets = number_of_sets(workload, by_device=True, toy=False)
     yield Program(step, "inputs", lambda: xla_gpu.lower(lambda: workload.make(0)[:3], gpu=GPU))
     for name, peer in all_peers().items():
         if name in _PEERS:

@@ -54,6 +54,7 @@ class Outcome:
       why: the reason of any status but "ok".
       found: its result, or as much as was known when it broke.
       doing: the contender that was running when it broke.
+      log: the end of its standard error, if it broke.
     """
 
     status: str
@@ -61,3 +62,4 @@ class Outcome:
     why: str | None = None
     found: dict[str, Any] | None = None
     doing: str | None = None
+    log: str | None = None

@@ -20,7 +20,7 @@ Entry = Callable[[Step, Outcome], dict[str, Any] | None]
 
 @dataclasses.dataclass
 class Supervisor:
-    """Runs the blocks of a call.
+    """Runs the blocks of a call. Peaks are measured in every call, everything else once in a file.
 
     Attributes:
       file: where results go.
@@ -55,7 +55,7 @@ class Supervisor:
             for block in blocks:
                 until = min(self._deadline, self.clock() + block.seconds)
                 for step in block.steps:
-                    if not self.file.has_step(step.name):
+                    if step.kind == "peaks" or not self.file.has_step(step.name):
                         self._record(step, self._outcome(step, until))
         finally:
             if self._worker is not None and not self._worker.ended:
@@ -104,6 +104,8 @@ class Supervisor:
         }
         if outcome.status in BROKEN and outcome.doing:
             record["doing"] = outcome.doing
+        if outcome.log:
+            record["log"] = outcome.log
         if doubts := self._doubts(step):
             record["doubts"] = doubts
         if (entry := self.entry(step, outcome)) is not None:

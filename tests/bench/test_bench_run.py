@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import pallas_attn as pa
 from bench import run
-from bench.gpu_day import gpu_tests, plan
+from bench.gpu_day import block_sizes, gpu_tests, plan
 from bench.machine import Peaks
 from bench.times import measure, workloads
 from bench.times.cases import named
@@ -119,6 +120,20 @@ def test_the_whole_gpu_suite_at_toy_sizes(tmp_path, capsys):
             assert result["flops"] > 0
             assert 0 < result["visited_fraction"] <= 1
             assert "needs an NVIDIA GPU" in result["skipped"]["jax.nn.cudnn"]
+
+
+@pytest.mark.slow
+def test_a_kernel_runs_alone_in_its_blocks():
+    """dQ of the kernel that is timed, against the derivative of the reference."""
+    size = workloads.Size(1, 64, 64, 2, 2, 32)
+    positions = jnp.arange(64, dtype=jnp.int32)[None]
+    workload = workloads.Attention(size, pa.masks.causal(), positions, positions, backward=True)
+    entry = block_sizes.Entry("d_query", 128, ())
+    one = block_sizes.contender(entry, workload, pa.BlockSizes(32, 16), sets=1, interpret=True)
+    (got,) = jax.jit(one.function)(*one.inputs[0])
+    query, key, value, cotangent = workload.arrays(0)
+    pull = jax.vjp(lambda q: pa.attention(q, key, value, pa.masks.causal(), implementation="reference"), query)[1]
+    assert block_sizes._same(got, pull(cotangent)[0])
 
 
 @pytest.mark.slow

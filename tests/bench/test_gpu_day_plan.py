@@ -51,6 +51,8 @@ def test_only_some_steps():
         check for check in steps("headlines") if check.startswith("smoke/decode")
     ] + ["peaks"]
     assert plan.blocks("rest", only=["smoke"]) == ()
+    (block,) = plan.blocks("headlines", only=["case/causal"])
+    assert [step.name for step in block.steps] == ["peaks", "case/causal"], "not causal-backward: it is a whole name"
 
 
 def test_everything_has_been_rehearsed():

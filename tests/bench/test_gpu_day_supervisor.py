@@ -109,6 +109,7 @@ def test_the_file_is_written_after_every_step(tmp_path):
 def test_a_contender_that_broke_a_process_does_not_run_again(tmp_path):
     run = Run(tmp_path, "a/dies", "a/fine")
     assert run.records[0]["doing"] == "peer"
+    assert "illegal access" in run.records[0]["log"]
     assert run.records[1]["found"]["without"] == "peer"
 
 
