@@ -168,8 +168,8 @@ def _run_gpu(peers: dict[str, Peer], options: argparse.Namespace, console: Conso
         console=console,
     )
     _check_revision(file, console)
-    out, measured = _output(), file.machine["measured"]
-    out.print(table(file.results, machine.peaks_of(file.machine["device"]) or _peaks_in(measured)))
+    out, published = _output(), machine.peaks_of(file.machine["device"])
+    out.print(table(file.results, published or Peaks.measured(file.machine["measured"])))
     _print_skipped(file.results, out)
     if (found := command.found_table(file)) is not None:
         out.print(found)
@@ -177,10 +177,6 @@ def _run_gpu(peers: dict[str, Peer], options: argparse.Namespace, console: Conso
         out.print(text, markup=False, highlight=False, soft_wrap=True)
     statuses = {step["status"] for step in file.steps}
     return _WRONG if statuses & {*BROKEN} else _UNFINISHED if "late" in statuses else _OK
-
-
-def _peaks_in(measured: dict | None) -> Peaks | None:
-    return measured and Peaks(measured["tflops"], measured["gbps"])
 
 
 def _run_cpu(peers: dict[str, Peer], options: argparse.Namespace, console: Console) -> int:

@@ -113,7 +113,7 @@ class GpuSession:
             for name, peer in all_peers(interpret=toy).items()
             if wanted is None or name in wanted
         }
-        measured = self._measured and Peaks(self._measured["tflops"], self._measured["gbps"])
+        measured = Peaks.measured(self._measured)
         effort = efforts.TOY if toy else efforts.of(which)
         try:
             found = measure(named("gpu")[which], Setting("gpu", peers, effort, toy, measured, watcher))
