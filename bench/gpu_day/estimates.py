@@ -23,7 +23,7 @@ LEAST_TESTS = 20.0
 # Assumed: small programs around a case, such as counts of pairs, inputs, and plain attention for the check.
 _AROUND = {"forward": 2.5, "decode": 2.5, "backward": 7.0, "mask": 3.0, "append": 2.0, "generation": 20.0}
 _FETCH_RATE = 2e9  # assumed: bytes per second from the GPU into arrays of NumPy
-_OVERSHOOT = 3.0  # assumed: the last peer that starts within its time ends after it
+_OVERSHOOT = 5.0  # assumed, at most: the last peer that starts within its time ends after it
 _SLOWDOWN = 4.0  # assumed: a contender takes at most this many times the bound
 _CONTENDERS = 6  # assumed: on average
 _SHORT_TURN = 0.1  # a turn of calls much shorter than this
@@ -73,7 +73,11 @@ def seconds(step: str) -> float:
 def _case(step: str, which: str) -> float:
     kind, effort = named("gpu")[which].kind, efforts.of(which)
     work = record()["physics"].get(step, {"input_bytes": 0})
-    peers = effort.prepare_seconds + _OVERSHOOT if kind in ("forward", "backward", "decode") else 0.0
+    peers = (
+        effort.prepare_seconds + min(_OVERSHOOT, effort.prepare_seconds)
+        if kind in ("forward", "backward", "decode")
+        else 0.0
+    )
     timing = min(effort.seconds, _CONTENDERS * _turns(step, effort.rounds)) + _CONTENDERS * _turns(step, rounds=1)
     fetching = 2 * work["input_bytes"] / _FETCH_RATE
     return compile_seconds(step, "ours", "inputs", "prefill", "decode") + _AROUND[kind] + fetching + peers + timing

@@ -108,11 +108,10 @@ class GpuSession:
         from bench.times.peers import all_peers
 
         toy, wanted, without = self._options.toy, self._options.peers, self._options.without
-        peers = {
-            name: dataclasses.replace(peer, unavailable=lambda name=name: without[name]) if name in without else peer
-            for name, peer in all_peers(interpret=toy).items()
-            if wanted is None or name in wanted
-        }
+        known = all_peers(interpret=toy)
+        peers = {name: known[name] for name in efforts.in_order(known) if wanted is None or name in wanted}
+        for name, reason in without.items():
+            peers[name] = dataclasses.replace(peers[name], unavailable=lambda reason=reason: reason)
         measured = Peaks.measured(self._measured)
         effort = efforts.TOY if toy else efforts.of(which)
         try:
