@@ -115,8 +115,7 @@ def _of_contender(make: Callable[[], Contender], sets: int) -> Lower:
             made.append(make())
             return made[0].inputs
 
-        with xla_gpu.assumed(GPU):
-            shapes = jax.eval_shape(inputs)
+        shapes = jax.eval_shape(inputs)
         function = made[0].function
         if made[0].carries:
             state, rest = shapes[0][0], [one[1:] for one in shapes]
@@ -136,8 +135,7 @@ def _of_candidate(entry: block_sizes.Entry, sizes) -> Lower:
 def _of_decoding(name: str, which: Any) -> Lower:
     def lower() -> jax.stages.Lowered:
         model = nnx.eval_shape(lambda: decoding.model(decoding.SCALE.config))
-        with _on_gpu():
-            return generator_steps.lower_step(decoding.generator(model, name, decoding.SCALE), which, gpu=GPU)
+        return generator_steps.lower_step(decoding.generator(model, name, decoding.SCALE), which, gpu=GPU)
 
     return lower
 
@@ -158,7 +156,7 @@ def _of_generation(workload: Generation, which: Any) -> Lower:
 
     def lower() -> jax.stages.Lowered:
         model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-        with _on_gpu(), jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"):
             generating = Generator(model, batch_size=size.batch, capacity=size.kv_len)
             return generator_steps.lower_step(generating, which, gpu=GPU)
 
@@ -167,9 +165,13 @@ def _of_generation(workload: Generation, which: Any) -> Lower:
 
 @contextlib.contextmanager
 def _on_gpu() -> Iterator[None]:
-    """A Generator made here processes as many tokens at a time as one made on the GPU."""
+    """Everything is made and traced as on the GPU: block sizes, chunks of a Generator, arrays as they are stored."""
     cores = GPUS[GPU].multiprocessors
-    with mock.patch("pallas_attn_models.generation.generator.multiprocessors", return_value=cores):
+    with (
+        xla_gpu.assumed(GPU),
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
+        mock.patch("pallas_attn_models.generation.generator.multiprocessors", return_value=cores),
+    ):
         yield
 
 
@@ -209,7 +211,9 @@ def compile_program(program: Program) -> Compiled:
     step, part, required = program.step, program.part, program.required
     with tempfile.TemporaryDirectory() as directory:
         try:
-            xla_gpu.compile(program.lower(), dump=Path(directory))
+            with _on_gpu():
+                lowered = program.lower()
+            xla_gpu.compile(lowered, dump=Path(directory))
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return Compiled(step, part, seconds(), failure=reason, required=required)

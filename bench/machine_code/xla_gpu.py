@@ -107,7 +107,7 @@ def _device(gpu: str) -> Any:
 
 @contextlib.contextmanager
 def assumed(gpu: str) -> Iterator[None]:
-    """Our functions are traced as on a machine with this GPU: with Triton kernels, in its block sizes."""
+    """``implementation="triton"`` is traced for an absent GPU, with its block sizes."""
     capability = GPUS[gpu].capability
     changed = capability != tuning.gpu_capability()
     if changed:  # a trace does not know for which GPU it was made
@@ -116,7 +116,6 @@ def assumed(gpu: str) -> Iterator[None]:
         mock.patch.object(triton_kernels, "unavailable", return_value=None),
         mock.patch.object(triton_kernels, "gpu_capability", return_value=capability),
         mock.patch.object(tuning, "gpu_capability", return_value=capability),
-        mock.patch.object(jax, "default_backend", return_value="gpu"),
         assumed_device(GPUS[gpu].kind),
     ):
         yield
