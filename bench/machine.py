@@ -5,7 +5,9 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,6 +26,11 @@ class Peaks:
     def ridge(self) -> float:
         """FLOP per byte above which arithmetic is the bound, and below which memory is."""
         return 1e3 * self.tflops / self.gbps
+
+    @staticmethod
+    def measured(fields: Mapping[str, Any] | None) -> "Peaks | None":
+        """From the result file's ``machine.measured``."""
+        return Peaks(fields["tflops"], fields["gbps"]) if fields else None
 
     def ceiling(self, intensity: float) -> float:
         """The highest FLOP/s at this intensity, in FLOP per byte."""

@@ -1,4 +1,4 @@
-"""The result file: JSON of schema 1, written after each case."""
+"""The result file: JSON of schema 1, written after each case or step."""
 
 import errno
 import json
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+# Statuses of steps that came to their end; ``resume`` tries the others again.
+DONE = ("ok", "wrong")
 # Fields of ``machine`` that must agree to resume a run.
 _SAME = ("device", "processor", "python", "revision", "versions")
 
@@ -34,6 +36,7 @@ class ResultsFile:
         self.suite = suite
         self.machine = machine
         self.results: list[dict[str, Any]] = []
+        self.steps: list[dict[str, Any]] = []
         if path is None:
             if resume:
                 raise ResultsError("--resume: expected --out, the file to continue")
@@ -43,6 +46,7 @@ class ResultsFile:
             self._check_same(before)
             # Cases that could not run are tried again.
             self.results = [result for result in before["results"] if result["contenders"]]
+            self.steps = [step for step in before.get("steps", []) if step["status"] in DONE]
         self._scratch().unlink()  # writable; an existing file stays until there is a result
 
     def has(self, case: str) -> bool:
@@ -50,10 +54,18 @@ class ResultsFile:
         return any(result["case"] == case for result in self.results)
 
     def add(self, result: dict[str, Any]) -> None:
-        """Adds a case's result and writes the file."""
-        self.results.append(result)
-        if self.path is not None:
-            self._write()
+        """Adds a case's result, in place of an earlier one, and writes the file."""
+        self.results = [*(x for x in self.results if x["case"] != result["case"]), result]
+        self._write()
+
+    def has_step(self, name: str) -> bool:
+        """Whether the file has the step, and it came to its end."""
+        return any(step["step"] == name and step["status"] in DONE for step in self.steps)
+
+    def add_step(self, step: dict[str, Any]) -> None:
+        """Adds what became of a step of the GPU suite, in place of an earlier try, and writes the file."""
+        self.steps = [*(x for x in self.steps if x["step"] != step["step"]), step]
+        self._write()
 
     def _check_same(self, before: dict[str, Any]) -> None:
         pairs = {"suite": (before["suite"], self.suite)}
@@ -63,9 +75,11 @@ class ResultsFile:
                 raise ResultsError(f"{self.path}: cannot resume: its {name} is {old}, here it is {new}")
 
     def _write(self) -> None:
-        """Replaces the file atomically: a reader never sees half of one."""
-        assert self.path is not None
+        """Replaces the file atomically: a reader never sees half of one. Without a path, does nothing."""
+        if self.path is None:
+            return
         content = {"schema": SCHEMA, "suite": self.suite, "machine": self.machine, "results": self.results}
+        content |= {"steps": self.steps} if self.steps else {}
         scratch = self._scratch()
         scratch.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         os.replace(scratch, self.path)

@@ -1,13 +1,12 @@
 """Times attention, masks, caches and generation against their peers.
 
 ``python -m bench.run --suite cpu``. Results are compared before anything is timed; a wrong result gets no time.
+Suite gpu is two calls of at most five minutes (:mod:`bench.gpu_day`); --plan and --rehearse need no GPU.
 """
 
 import argparse
 import dataclasses
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,9 @@ from rich.table import Table
 
 import pallas_attn as pa
 from bench import machine
+from bench.gpu_day import command, plan
+from bench.gpu_day.steps import BROKEN
+from bench.gpu_day.worker import Options
 from bench.machine import Peaks
 from bench.results_file import ResultsError, ResultsFile
 from bench.times import peaks
@@ -27,13 +29,10 @@ from bench.times.measure import OURS, Effort, Setting, failed, free_memory, meas
 from bench.times.peers import Peer, all_peers
 from bench.times.physics import bound_seconds
 
-_ROOT = Path(__file__).parents[1]
-# No case starts after these; one that has started finishes.
-_MINUTES = {"cpu": 14.0, "gpu": 7.5}
-_EFFORT = {"cpu": Effort(), "gpu": Effort(rounds=7, seconds=2.0, prepare_seconds=12.0)}
-_DTYPES = {"cpu": "float32", "gpu": "bfloat16"}
+# No case of suite cpu starts after these; one that has started finishes.
+_CPU_MINUTES = 14.0
+_DTYPE = "float32"  # of the peaks of suite cpu
 _TOY_EFFORT = Effort(rounds=1, seconds=0.0)
-_TESTS_SECONDS = 180
 
 _OK, _WRONG, _USAGE, _UNFINISHED = range(4)
 
@@ -42,12 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a suite.
 
     Returns:
-      0; 1 if a result is wrong, a case broke off or the GPU tests failed; 2 for wrong arguments or a suite that this
-      machine cannot run; 3 if time ran out before the last case.
+      0; 1 if a result is wrong, or a case, step or rehearsed program broke off; 2 for wrong arguments or a suite that
+      this machine cannot run; 3 if time ran out before the last case.
     """
     options = _parse(argv)
-    # Leaves GPU memory to PyTorch. JAX reads this when it first looks for a GPU.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    gpu = options.suite in ("gpu", "all")
     console = Console(stderr=True)
     suites = SUITES if options.suite == "all" else (options.suite,)
     try:
@@ -56,17 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.list:
             _print_list(suites, options.case, peers)
             return _OK
-        if "gpu" in suites and not options.toy and (reason := pa.implementations()["triton"]) is not None:
-            raise UsageError(f"--suite gpu: {reason}; --toy runs it at toy sizes anywhere")
-        described = machine.describe(options.revision)
-        files = {suite: _results_file(options, suite, described) for suite in suites}
-    except (UsageError, ResultsError) as error:
+        if not gpu and (options.part or options.only or options.plan or options.rehearse):
+            raise UsageError("--part, --only, --plan, --rehearse: expected --suite gpu with them, got --suite cpu")
+        if options.plan:
+            command.print_plan(_parts(options), _output())
+            return _OK
+        if options.rehearse:
+            return _OK if command.rehearse(_split(options.only), _output()) else _WRONG
+        run = {"cpu": _run_cpu, "gpu": _run_gpu}
+        # First the GPU's, which may be missing.
+        codes = [run[suite](peers, options, console) for suite in sorted(suites, reverse=True)]
+    except (UsageError, ResultsError, command.Unavailable) as error:
         console.print(f"python -m bench.run: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return _USAGE
-    if options.out is not None and described["revision"] is None:
-        console.print(machine.UNKNOWN_REVISION, style="red")
-    codes = [_run_suite(suite, files[suite], peers, options, console) for suite in suites]
     return next((code for code in (_WRONG, _UNFINISHED) if code in codes), _OK)
+
+
+def _output() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 class UsageError(Exception):
@@ -78,11 +83,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", choices=[*SUITES, "all"], required=True)
     parser.add_argument("--case", metavar="NAMES", action="append", help="only these, separated by commas; see --list")
     parser.add_argument("--peers", metavar="NAMES", help='only these, separated by commas, or "none"; see --list')
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as JSON, after each case")
-    parser.add_argument("--resume", action="store_true", help="continue --out: skip the cases that it has")
-    parser.add_argument("--minutes", type=_positive, help="start no case after these (default 14 for cpu, 7.5 for gpu)")
-    parser.add_argument("--toy", action="store_true", help="rehearse with toy sizes and interpreted kernels")
-    parser.add_argument("--even-if-tests-fail", action="store_true", help="suite gpu: continue if the GPU tests fail")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="a file or folder for the results, kept after each case"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue --out: skip the cases and steps that it has")
+    parser.add_argument("--minutes", type=_positive, help="cpu: start no case after these (14); gpu: of each call (5)")
+    parser.add_argument("--toy", action="store_true", help="toy sizes and interpreted kernels, anywhere")
+    parser.add_argument(
+        "--part", choices=plan.PARTS, help="suite gpu: one of its two calls; default: one after the other"
+    )
+    parser.add_argument("--only", metavar="STEPS", action="append", help="suite gpu: steps that begin so; see --plan")
+    parser.add_argument("--plan", action="store_true", help="suite gpu: show the steps and their estimated seconds")
+    parser.add_argument("--rehearse", action="store_true", help="suite gpu: compile all of it for an H200, without one")
     parser.add_argument("--revision", metavar="COMMIT", help="commit of a copy without .git, for --out")
     parser.add_argument("--list", action="store_true", help="show cases and peers, and why some cannot run here")
     return parser.parse_args(argv)
@@ -119,31 +131,68 @@ def _chosen(suite: str, wanted: list[str] | None) -> list[Case]:
     return [case for case in named(suite).values() if not names or case.name in names]
 
 
-def _results_file(options: argparse.Namespace, suite: str, described: dict) -> ResultsFile:
+def _path(options: argparse.Namespace, suite: str) -> Path | None:
+    """Where the results of a suite go."""
     path = options.out
-    if path is not None and options.suite == "all":
-        path = path.with_stem(f"{path.stem}-{suite}")
-    name = f"{suite}-toy" if options.toy else suite
-    return ResultsFile(path, suite=name, machine=described, resume=options.resume)
+    if path is None:
+        return None
+    part = f"-{options.part}" if suite == "gpu" and options.part else ""
+    if path.is_dir():
+        return path / f"{suite}{part}.json"
+    return path.with_stem(f"{path.stem}-{suite}") if options.suite == "all" else path
 
 
-def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, console: Console) -> int:
-    """Runs the cases that are missing from the file, and prints the table."""
-    start, minutes = time.perf_counter(), options.minutes or _MINUTES[suite]
-    if suite == "gpu" and not _gpu_tests_pass(options.toy, console) and not options.even_if_tests_fail:
-        console.print("The GPU tests must pass first; --even-if-tests-fail continues without that.", style="red")
-        return _WRONG
-    setting = Setting(
-        suite,
-        peers,
-        _TOY_EFFORT if options.toy else _EFFORT[suite],
-        options.toy,
-        _measured_peaks(file, suite, options.toy),
+def _check_revision(file: ResultsFile, console: Console) -> None:
+    if file.path is not None and file.machine["revision"] is None:
+        console.print(machine.UNKNOWN_REVISION, style="red")
+
+
+def _parts(options: argparse.Namespace) -> Sequence[str]:
+    return (options.part,) if options.part else plan.PARTS
+
+
+def _run_gpu(peers: dict[str, Peer], options: argparse.Namespace, console: Console) -> int:
+    """Runs one call of suite gpu, or both, in processes of their own, and prints the tables."""
+    only = [*_split(options.only), *(f"case/{case.name}" for case in _chosen("gpu", options.case) if options.case)]
+    planned = [plan.blocks(part, toy=options.toy, only=only) for part in _parts(options)]
+    if not any(planned):
+        raise UsageError(f"--only: expected beginnings of steps that --plan shows, got {', '.join(only)}")
+    minutes = options.minutes or (math.inf if options.toy else plan.CALL_SECONDS / 60)
+    file = command.run(
+        [blocks for blocks in planned if blocks],
+        Options(options.toy, tuple(peers), revision=options.revision),
+        peers=(*peers,),
+        path=_path(options, "gpu"),
+        resume=options.resume,
+        seconds=60 * minutes,
+        console=console,
     )
-    cases, late = _chosen(suite, options.case), []
+    _check_revision(file, console)
+    out, published = _output(), machine.peaks_of(file.machine["device"])
+    out.print(table(file.results, published or Peaks.measured(file.machine["measured"])))
+    _print_skipped(file.results, out)
+    if (found := command.found_table(file)) is not None:
+        out.print(found)
+    for text in command.summary(file):
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+    statuses = {step["status"] for step in file.steps}
+    return _WRONG if statuses & {*BROKEN} else _UNFINISHED if "late" in statuses else _OK
+
+
+def _run_cpu(peers: dict[str, Peer], options: argparse.Namespace, console: Console) -> int:
+    """Runs the cases of suite cpu that are missing from the file, and prints the table."""
+    name = "cpu-toy" if options.toy else "cpu"
+    file = ResultsFile(
+        _path(options, "cpu"), suite=name, machine=machine.describe(options.revision), resume=options.resume
+    )
+    _check_revision(file, console)
+    start, minutes = time.perf_counter(), options.minutes or _CPU_MINUTES
+    effort = _TOY_EFFORT if options.toy else Effort()
+    setting = Setting("cpu", peers, effort, options.toy, _measured_peaks(file, options.toy))
+    cases, late = _chosen("cpu", options.case), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(suite, total=len(cases))
+        task = progress.add_task("cpu", total=len(cases))
         for case in cases:
             progress.update(task, description=case.name)
             if file.has(case.name):
@@ -153,7 +202,7 @@ def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, c
             else:
                 file.add(_measured(case, setting))
             progress.advance(task)
-    out = Console(width=None if sys.stdout.isatty() else 160)
+    out = _output()
     out.print(table(file.results, machine.peaks() or setting.measured))
     _print_skipped(file.results, out)
     if late:
@@ -163,12 +212,12 @@ def _run_suite(suite: str, file: ResultsFile, peers: dict[str, Peer], options, c
     return _WRONG if wrong else _UNFINISHED if late else _OK
 
 
-def _measured_peaks(file: ResultsFile, suite: str, toy: bool) -> Peaks:
-    """The peaks that the machine reaches now, in the dtype of the suite; also recorded in the file."""
-    dtype, sizes = _DTYPES[suite], peaks.TOY if toy else peaks.SIZES[suite]
-    found = peaks.measure(dtype, sizes, by_device=suite == "gpu")
+def _measured_peaks(file: ResultsFile, toy: bool) -> Peaks:
+    """The peaks that the machine reaches now; also recorded in the file."""
+    sizes = peaks.TOY if toy else peaks.SIZES["cpu"]
+    found = peaks.measure(_DTYPE, sizes, by_device=False)
     file.machine = file.machine | {
-        "measured": {"dtype": dtype, **dataclasses.asdict(sizes), **dataclasses.asdict(found)}
+        "measured": {"dtype": _DTYPE, **dataclasses.asdict(sizes), **dataclasses.asdict(found)}
     }
     return found
 
@@ -180,26 +229,6 @@ def _measured(case: Case, setting: Setting) -> dict:
         return failed(case, setting, error)
     finally:
         free_memory()
-
-
-def _gpu_tests_pass(toy: bool, console: Console) -> bool:
-    """Runs ``pytest -m gpu``; a rehearsal only collects the tests."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
-    console.print(f"{'Collecting' if toy else 'Running'} the GPU tests: {' '.join(command[1:])}", markup=False)
-    try:
-        done = subprocess.run(
-            [*command, "--collect-only"] if toy else command,
-            cwd=_ROOT,
-            capture_output=True,
-            text=True,
-            timeout=_TESTS_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        console.print(f"The GPU tests did not finish within {_TESTS_SECONDS} s.", style="red")
-        return False
-    if done.returncode:
-        console.print((done.stdout + done.stderr)[-4000:], markup=False, highlight=False)
-    return done.returncode == 0
 
 
 def table(results: list[dict], peaks: Peaks | None) -> Table:

@@ -54,7 +54,8 @@ BENCH_LAYERS = {
     "bench.semantics": 2,
     "bench.times": 2,
     "bench.machine_code": 3,
-    "bench": 4,
+    "bench.gpu_day": 4,
+    "bench": 5,
 }
 
 

@@ -57,6 +57,20 @@ def generator(storage: pa.caches.Storage, num_layers: int, **options: Any) -> Ge
     return Generator(model, batch_size=BATCH_SIZE, capacity=CAPACITY, storage=storage, **options)
 
 
+def lower_step(generator: Generator, which: Literal["decode", "prefill"], *, gpu: str) -> jax.stages.Lowered:
+    """Lowers a step of the generator for an absent GPU."""
+    engine = generator._engine
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
+
+    weights, state = shapes(engine._weights()), engine.abstract_state()
+    if which == "decode":
+        scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.bool_))
+        return xla_gpu.lower(engine._decode, weights, state, *scalars, gpu=gpu)
+    return xla_gpu.lower(engine._prefill, weights, state, shapes(engine.empty_batch()), gpu=gpu)
+
+
 def compile_step(
     generator: Generator, which: Literal["decode", "prefill"], *, gpu: str = "H100", **options: Any
 ) -> StepGraph:
@@ -68,17 +82,7 @@ def compile_step(
     Raises:
       ModuleNotFoundError: the plugin is missing.
     """
-    engine = generator._engine
-
-    def shapes(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), tree)
-
-    weights, state = shapes(engine._weights()), engine.abstract_state()
-    if which == "decode":
-        scalars = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.bool_))
-        lowered = xla_gpu.lower(engine._decode, weights, state, *scalars, gpu=gpu)
-    else:
-        lowered = xla_gpu.lower(engine._prefill, weights, state, shapes(engine.empty_batch()), gpu=gpu)
+    lowered = lower_step(generator, which, gpu=gpu)
     with tempfile.TemporaryDirectory() as directory:
         compiled = xla_gpu.compile(lowered, dump=Path(directory), **options)
         thunks = launches.read(Path(directory))

@@ -52,6 +52,11 @@ def fetch(cuda: int = 12) -> None:
     subprocess.run([*command, "--upgrade", *plugin, *TOOLKITS[cuda]], check=True)
 
 
+def version() -> str:
+    """The version of the plugin, with its version of CUDA."""
+    return f"{str(_plugin()).removeprefix('jax_plugins.')} {_JAXLIB}"
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if _plugin() is None:
@@ -170,8 +175,13 @@ def kernels(lowered: jax.stages.Lowered, name: str) -> list[Assembly]:
     """The machine code of every kernel of this name in a lowered function, as XLA makes it."""
     with tempfile.TemporaryDirectory() as directory:
         compile(lowered, dump=Path(directory))
-        sources = [path.read_text() for path in sorted(Path(directory).glob("*.ptx"), key=_order)]
-    return [assemble(ptx, _toolkit() / "bin" / "ptxas") for ptx in sources if re.search(rf"\.entry {name}\b", ptx)]
+        return assembled(Path(directory), rf"{name}\b")
+
+
+def assembled(dump: Path, pattern: str) -> list[Assembly]:
+    """The machine code of the kernels whose names begin with ``pattern``, in the ``dump`` of :func:`compile`."""
+    sources = [path.read_text() for path in sorted(dump.glob("*.ptx"), key=_order)]
+    return [assemble(ptx, _toolkit() / "bin" / "ptxas") for ptx in sources if re.search(rf"\.entry {pattern}", ptx)]
 
 
 def _order(path: Path) -> int:

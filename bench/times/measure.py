@@ -21,6 +21,7 @@ from bench.times.cases import Case
 from bench.times.check import Oracle, Verdict
 from bench.times.peers import Peer
 from bench.times.timing import Contender, Prepared, median_ratio, prepare, summary, take_turns
+from bench.times.watcher import Watcher
 from bench.times.workloads import Append, Attention, Generation, MaskBuild, Size, Workload
 
 OURS = "pallas_attn"
@@ -50,6 +51,7 @@ class Setting:
       suite, peers, effort: the suite, the peers, and the time budget of a case.
       toy: toy sizes, with our Triton kernels in Pallas' interpreter.
       measured: the measured peaks of the machine.
+      watcher: hears which contender runs, and the result before the peers run.
     """
 
     suite: str
@@ -57,6 +59,7 @@ class Setting:
     effort: Effort
     toy: bool = False
     measured: Peaks | None = None
+    watcher: Watcher = dataclasses.field(default_factory=Watcher)
 
     @property
     def by_device(self) -> bool:
@@ -69,9 +72,10 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
     size = case.size(setting.suite, setting.toy)
     workload = case.build(size)
     result = _description(case, size, workload, setting)
-    sets = _number_of_sets(workload, setting)
+    sets = number_of_sets(workload, by_device=setting.by_device, toy=setting.toy)
 
     # Ours first: without it there is no comparison.
+    setting.watcher.doing(OURS)
     try:
         if isinstance(workload, Generation) and (reason := generation.unavailable()):
             raise NotImplementedError(reason)
@@ -85,6 +89,8 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
     if not verdict.correct:
         result["contenders"][OURS] = {"wrong": verdict.error}
         return result
+    if setting.by_device:
+        setting.watcher.so_far(_alone(result, workload, ours, setting))
     turns = {OURS: ours.turn} | _peers_turns(result, workload, sets, judge, ready, setting)
 
     if not setting.by_device:
@@ -94,9 +100,18 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
             pair, effort = {OURS: ours.turn, name: other.turn}, setting.effort
             times = take_turns(pair, rounds=4 * effort.rounds, budget=effort.seconds / 4)
             _report(result, workload, {name: times[name]}, times[OURS], setting)
+    setting.watcher.doing("timing")
     times = take_turns(turns, rounds=setting.effort.rounds, budget=setting.effort.seconds)
     _report(result, workload, times, times[OURS], setting)
     return result
+
+
+def _alone(result: dict[str, Any], workload: Workload, ours: Prepared, setting: Setting) -> dict[str, Any]:
+    """The result with our time without peers, in case one of them breaks the process."""
+    times = take_turns({OURS: ours.turn}, rounds=min(3, setting.effort.rounds), budget=0.0)
+    alone = result | {"contenders": {}}
+    _report(alone, workload, times, times[OURS], setting)
+    return alone
 
 
 def _peers_turns(result, workload, sets, judge, ready: dict[str, Prepared], setting) -> dict[str, Callable[[], float]]:
@@ -111,6 +126,7 @@ def _peers_turns(result, workload, sets, judge, ready: dict[str, Prepared], sett
         if time.perf_counter() - start > setting.effort.prepare_seconds:
             result["skipped"][name] = "no time left"
             continue
+        setting.watcher.doing(name)
         try:
             prepared = ready.get(name) or prepare(peer.contender(workload, sets), by_device=setting.by_device)
             verdict = judge(prepared.returned).of_peer()
@@ -170,18 +186,15 @@ def _description(case: Case, size: Size, workload: Workload, setting: Setting) -
     return entry
 
 
-def _number_of_sets(workload: Workload, setting: Setting) -> int:
+def number_of_sets(workload: Workload, *, by_device: bool, toy: bool) -> int:
     """How many different inputs keep each from still being in the GPU's cache when it is used again."""
-    if not setting.by_device or isinstance(workload, Generation):
-        return 1
-    if setting.toy:
+    if not by_device or toy or isinstance(workload, Generation):
         return 1
     if isinstance(workload, Attention) and workload.backward:
         return 2
     if not isinstance(workload, Attention):
         return _MOST_SETS  # calls are short, so the launch must be shared
-    nbytes = sum(x.nbytes for x in workload.arrays(0)[:3])
-    return max(2, min(_MOST_SETS, math.ceil(2 * machine.L2_BYTES / nbytes)))
+    return max(2, min(_MOST_SETS, math.ceil(2 * machine.L2_BYTES / workload.input_bytes)))
 
 
 def _our_contender(workload: Workload, sets: int, setting: Setting) -> Contender:

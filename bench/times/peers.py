@@ -145,6 +145,8 @@ def _tokamax(implementation: str, workload: Attention, sets: int) -> Contender:
     if implementation == "xla":
         _refuse_large_logits(workload)
     function = importlib.import_module("tokamax").dot_product_attention
+    # Otherwise tokamax would look for its flags in the command line of this process, and refuse ours.
+    importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
     return _by_keywords(function, workload, sets, ranges=True, implementation=implementation)
 
 

@@ -127,7 +127,7 @@ def _on_device(contender: Contender) -> Prepared:
     if contender.carries:
         launch, returned = _carrying_program(contender)
     else:
-        program = jax.jit(lambda sets: [contender.function(*one) for one in sets])
+        program = jax.jit(over_sets(contender.function))
 
         def launch():
             return program(contender.inputs)
@@ -155,15 +155,25 @@ def _on_device(contender: Contender) -> Prepared:
     return Prepared(result, turn)
 
 
-def _carrying_program(contender: Contender) -> tuple[Callable[[], Any], Any]:
-    """A launch that continues from the state of the last one, and the first state."""
+def over_sets(function: Callable) -> Callable[[Sequence[tuple]], list]:
+    """The function of a launch: a call for every set of inputs."""
+    return lambda sets: [function(*one) for one in sets]
+
+
+def carrying_over_sets(function: Callable) -> Callable[[Any, Sequence[tuple]], Any]:
+    """The function of a launch whose every call continues from the result of the last one."""
 
     def advance(state, rest):
         for one in rest:
-            state = contender.function(state, *one)
+            state = function(state, *one)
         return state
 
-    program = jax.jit(advance, donate_argnums=0)
+    return advance
+
+
+def _carrying_program(contender: Contender) -> tuple[Callable[[], Any], Any]:
+    """A launch that continues from the state of the last one, and the first state."""
+    program = jax.jit(carrying_over_sets(contender.function), donate_argnums=0)
     rest = [one[1:] for one in contender.inputs]
     state = [jax.tree.map(jnp.copy, contender.inputs[0][0])]
 

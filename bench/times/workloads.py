@@ -110,6 +110,13 @@ class Attention:
         )
         return float(pa.BlockMask.from_mask(self.mask, self.q_positions, self.kv_positions, sizes).density())
 
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of query, key and value in the dtype of the query."""
+        size = self.size
+        tokens = size.q_len * size.q_heads + 2 * size.kv_len * size.kv_heads
+        return size.batch * tokens * size.head_dim * jnp.dtype(size.dtype).itemsize
+
     @functools.cached_property
     def _made(self) -> dict[int, tuple[Array, Array, Array, Array]]:
         return {}
@@ -117,10 +124,11 @@ class Attention:
     def arrays(self, seed: int) -> tuple[Array, Array, Array, Array]:
         """Random query, key, value and output gradient, determined by the seed."""
         if seed not in self._made:
-            self._made[seed] = self._make(seed)
+            self._made[seed] = self.make(seed)
         return self._made[seed]
 
-    def _make(self, seed: int) -> tuple[Array, Array, Array, Array]:
+    def make(self, seed: int) -> tuple[Array, Array, Array, Array]:
+        """The arrays of :meth:`arrays`, new ones."""
         size = self.size
         q_shape = (size.batch, size.q_len, size.q_heads, size.head_dim)
         kv_shape = (size.batch, size.kv_len, size.kv_heads, size.head_dim)

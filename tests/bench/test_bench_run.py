@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,10 @@ import pytest
 
 import pallas_attn as pa
 from bench import run
+from bench.gpu_day import block_sizes, gpu_tests, plan
 from bench.machine import Peaks
 from bench.times import measure, workloads
-from bench.times.cases import CASES, named
+from bench.times.cases import named
 from bench.times.peers import Peer, all_peers
 
 # The fastest case, and the fastest case of attention.
@@ -24,12 +27,7 @@ RESULT_FIELDS = {"case", "about", "kind", "shape", "dtype", "active_fraction", "
 RESULT_FIELDS |= {"bytes", "correct", "error", "allowed_error", "contenders", "ratios", "claims", "skipped"}
 
 
-@pytest.fixture(autouse=True)
-def _no_gpu_tests(monkeypatch):
-    monkeypatch.setattr(run, "_gpu_tests_pass", lambda toy, console: True)
-
-
-def toy(*arguments: str, suite="gpu") -> int:
+def toy(*arguments: str, suite="cpu") -> int:
     return run.main(["--suite", suite, "--toy", *arguments])
 
 
@@ -48,6 +46,8 @@ def results(path) -> dict[str, dict]:
         (["--peers", "jax.nn,flash"], "--peers: expected some of jax.nn, .*transformers, or none; got flash"),
         (["--resume"], "expected --out"),
         (["--out", "nowhere/x.json"], "nowhere/x.json: cannot be written"),
+        (["--part", "rest"], "expected --suite gpu with them, got --suite cpu"),
+        (["--suite", "gpu", "--only", "cases"], "--only: expected beginnings of steps that --plan shows, got cases"),
     ],
 )
 def test_wrong_calls_are_refused_before_anything_runs(arguments, message, capsys, monkeypatch):
@@ -65,9 +65,20 @@ def test_argparse_refuses_the_rest(arguments):
     assert stop.value.code == 2
 
 
+class NoGpu:
+    """A worker process on a machine without a GPU."""
+
+    def ready(self, limit):
+        return {"machine": {}, "unavailable": "JAX sees no GPU"}
+
+    def close(self, *, kill):
+        pass
+
+
 @pytest.mark.parametrize("suite", ["gpu", "all"])
 def test_no_gpu_no_gpu_suite(suite, capsys, monkeypatch):
-    monkeypatch.setattr(pa, "implementations", lambda: {"triton": "JAX sees no GPU"})
+    monkeypatch.setattr(run.command, "_started", lambda options: NoGpu())
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("something ran"))
     assert run.main(["--suite", suite]) == 2
     assert "JAX sees no GPU; --toy runs it at toy sizes anywhere" in capsys.readouterr().err
 
@@ -85,12 +96,17 @@ def test_list_shows_cases_and_peers_with_reasons(capsys):
 
 @pytest.mark.slow
 def test_the_whole_gpu_suite_at_toy_sizes(tmp_path, capsys):
+    """Every step of both calls, in worker processes, as on a GPU."""
+    assert toy("--peers", "jax.nn,jax.nn.cudnn", "--out", str(tmp_path), suite="gpu") == 0
     path = tmp_path / "gpu.json"
-    # The peers do not support JAX's strict modes.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        assert toy("--peers", "jax.nn,jax.nn.cudnn", "--out", str(path)) == 0
+    planned = [step.name for part in plan.PARTS for block in plan.blocks(part, toy=True) for step in block.steps]
+    steps = {step["step"]: step for step in json.loads(path.read_text())["steps"]}
+    assert set(steps) == set(planned)
+    unsupported = ("counters", "case/generation", *(name for name in steps if name.endswith("-backward")))
+    for name, step in steps.items():
+        assert step["status"] == "ok" or (step["status"] == "skipped" and name in unsupported), step
     found = results(path)
-    assert list(found) == [case.name for case in CASES if "gpu" in case.sizes]
+    assert set(found) == set(named("gpu"))
     printed = capsys.readouterr().out
     for name, result in found.items():
         assert name in printed
@@ -106,11 +122,42 @@ def test_the_whole_gpu_suite_at_toy_sizes(tmp_path, capsys):
             assert "needs an NVIDIA GPU" in result["skipped"]["jax.nn.cudnn"]
 
 
+@pytest.mark.slow
+def test_a_kernel_runs_alone_in_its_blocks():
+    """dQ of the kernel that is timed, against the derivative of the reference."""
+    size = workloads.Size(1, 64, 64, 2, 2, 32)
+    positions = jnp.arange(64, dtype=jnp.int32)[None]
+    workload = workloads.Attention(size, pa.masks.causal(), positions, positions, backward=True)
+    entry = block_sizes.Entry("d_query", 128, ())
+    one = block_sizes.contender(entry, workload, pa.BlockSizes(32, 16), sets=1, interpret=True)
+    (got,) = jax.jit(one.function)(*one.inputs[0])
+    query, key, value, cotangent = workload.arrays(0)
+    pull = jax.vjp(lambda q: pa.attention(q, key, value, pa.masks.causal(), implementation="reference"), query)[1]
+    assert block_sizes._same(got, pull(cotangent)[0])
+
+
+@pytest.mark.slow
+def test_every_file_with_gpu_tests_is_known():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-m",
+        "gpu and not slow",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(command, cwd=gpu_tests._ROOT, capture_output=True, text=True)
+    assert {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line} == {*gpu_tests.FILES}
+
+
 def test_entries_have_the_fields_of_schema_1(tmp_path):
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", CACHE, "--out", str(path)) == 0
     content = json.loads(path.read_text())
-    assert content["suite"] == "gpu-toy", "no one takes it for a result"
+    assert content["suite"] == "cpu-toy", "no one takes it for a result"
     assert set(content["machine"]) == MACHINE_FIELDS
     assert {"jax", "jaxlib", "pallas_attn"} <= set(content["machine"]["versions"])
     (result,) = content["results"]
@@ -121,11 +168,11 @@ def test_entries_have_the_fields_of_schema_1(tmp_path):
 
 
 def test_peaks_are_measured_in_the_same_run(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     monkeypatch.setattr(run.peaks, "measure", lambda *_, **__: Peaks(0.5, 40.0))
     assert toy("--case", f"{ATTENTION},{CACHE}", "--peers", "none", "--out", str(path)) == 0
     measured = json.loads(path.read_text())["machine"]["measured"]
-    assert measured == {"dtype": "bfloat16", "tflops": 0.5, "gbps": 40.0, "side": 64, "nbytes": 2**16}
+    assert measured == {"dtype": "float32", "tflops": 0.5, "gbps": 40.0, "side": 64, "nbytes": 2**16}
     decode, append = (results(path)[name]["contenders"]["pallas_attn"] for name in (ATTENTION, CACHE))
     assert decode["of_copy"] == pytest.approx(decode["gbps"] / 40)
     assert append["of_copy"] is None, "of decode alone"
@@ -133,7 +180,7 @@ def test_peaks_are_measured_in_the_same_run(tmp_path, monkeypatch, capsys):
 
 
 def test_a_copy_without_git_needs_a_revision(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     monkeypatch.setattr(run.machine, "commit", lambda: None)
     assert toy("--case", CACHE, "--out", str(path)) == 0
     assert "without --revision the file does not name" in capsys.readouterr().err
@@ -149,7 +196,7 @@ def test_a_copy_without_git_needs_a_revision(tmp_path, monkeypatch, capsys):
 
 
 def test_resume_skips_what_is_done(tmp_path, monkeypatch):
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", CACHE, "--out", str(path)) == 0
     before = results(path)
     measured = []
@@ -159,7 +206,7 @@ def test_resume_skips_what_is_done(tmp_path, monkeypatch):
 
 
 def test_time_is_up(tmp_path, capsys):
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--minutes", "1e-9", "--case", CACHE, "--out", str(path)) == 3
     assert f"no time was left for: {CACHE}. --resume continues." in capsys.readouterr().out
     assert not path.exists()
@@ -172,7 +219,7 @@ def test_a_case_that_breaks_does_not_stop_the_others(tmp_path, monkeypatch, caps
         return measure.measure(case, setting)
 
     monkeypatch.setattr(run, "measure", broken)
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", f"{CACHE},append-chunk", "--out", str(path)) == 1
     assert results(path)[CACHE]["skipped"] == {"pallas_attn": "failed: RuntimeError: out of memory"}
     assert results(path)["append-chunk"]["correct"]
@@ -186,7 +233,7 @@ def test_a_case_that_breaks_does_not_stop_the_others(tmp_path, monkeypatch, caps
 def test_a_wrong_result_has_no_time(wrong, tmp_path, monkeypatch, capsys):
     right = pa.attention
     monkeypatch.setattr(workloads.pa, "attention", lambda *args, **options: wrong(right(*args, **options)))
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", ATTENTION, "--peers", "jax.nn", "--out", str(path)) == 1
     result = results(path)[ATTENTION]
     assert result["correct"] is False
@@ -203,7 +250,7 @@ def test_a_case_that_cannot_run_has_a_reason(tmp_path, monkeypatch, capsys):
         raise NotImplementedError("no kernel for it yet")
 
     monkeypatch.setattr(workloads.pa, "attention", refuse)
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", ATTENTION, "--out", str(path)) == 0
     result = results(path)[ATTENTION]
     assert (result["correct"], result["contenders"]) == (None, {})
@@ -229,7 +276,7 @@ def test_peers_that_cannot_serve_are_skipped_and_wrong_ones_have_no_ratio(tmp_pa
         Peer("of another kind", lambda: None),
     ]
     monkeypatch.setattr(run, "all_peers", lambda interpret: {peer.name: peer for peer in peers})
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", ATTENTION, "--out", str(path)) == 0
     result = results(path)[ATTENTION]
     assert set(result["contenders"]) == {"pallas_attn", "zeros"}
@@ -245,43 +292,16 @@ def test_peers_that_cannot_serve_are_skipped_and_wrong_ones_have_no_ratio(tmp_pa
 
 def test_a_peer_comes_too_late(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_TOY_EFFORT", measure.Effort(rounds=1, seconds=0.0, prepare_seconds=0.0))
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", ATTENTION, "--peers", "jax.nn", "--out", str(path)) == 0
     assert results(path)[ATTENTION]["skipped"] == {"jax.nn": "no time left"}
 
 
 def test_generation_without_its_peer_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(measure.generation, "unavailable", lambda: "torch is not installed")
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", "generation", "--out", str(path)) == 0
     assert results(path)["generation"]["skipped"] == {"pallas_attn": "torch is not installed"}
-
-
-# --- the GPU tests come first ---
-
-
-@pytest.mark.parametrize("passing", [True, False])
-def test_gpu_tests_must_pass(passing, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_gpu_tests_pass", lambda toy, console: passing)
-    monkeypatch.setattr(run, "_measured", lambda case, setting: measure.failed(case, setting, ValueError()))
-    assert toy("--case", CACHE) == 1
-    printed = capsys.readouterr()
-    assert ("FAILED" in printed.out) == passing, "nothing runs after tests that fail"
-    assert ("--even-if-tests-fail continues" in printed.err) != passing
-    assert toy("--case", CACHE, "--even-if-tests-fail") == 1
-    assert "FAILED" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("body", "passes"), [("assert True", True), ("assert False", False), (None, False)])
-def test_gpu_tests_are_run(body, passes, tmp_path, monkeypatch, capsys):
-    """In a project with one test; a project without GPU tests does not pass."""
-    monkeypatch.undo()
-    monkeypatch.setattr(run, "_ROOT", tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    slow\n")
-    mark = "" if body is None else "@pytest.mark.gpu\n"
-    (tmp_path / "test_it.py").write_text(f"import pytest\n\n{mark}def test_it():\n    {body or 'pass'}\n")
-    assert run._gpu_tests_pass(False, run.Console(stderr=True)) == passes
-    assert ("assert False" in capsys.readouterr().err) == (body == "assert False")
 
 
 # --- the table ---
@@ -327,7 +347,7 @@ def test_ratios_are_peer_over_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "take_turns", lambda given, **_: {name: [turns[name]] * 3 for name in given})
     same = Peer("p", lambda: None, lambda workload, sets: workload.ours(interpret=True))
     monkeypatch.setattr(run, "all_peers", lambda interpret: {"p": same})
-    path = tmp_path / "gpu.json"
+    path = tmp_path / "cpu.json"
     assert toy("--case", ATTENTION, "--out", str(path)) == 0
     result = results(path)[ATTENTION]
     assert result["ratios"] == {"p": pytest.approx(3)}
