@@ -1,11 +1,13 @@
 """Random checkpoints of every model family, written by transformers, which is imported only when one is made."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - registers bfloat16 in NumPy
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -295,13 +297,13 @@ CASES: dict[str, Case] = {
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 
 
-def make(name: str, directory: Path) -> Any:
+def make(name: str, directory: Path, dtype: str = "float32", **fields: Any) -> Any:
     """Saves a random checkpoint and returns transformers' model. Norms, biases and epsilons are far from defaults."""
     import torch
     import transformers
 
     case = CASES[name]
-    config = getattr(transformers, f"{case.config}Config")(**case.fields)
+    config = getattr(transformers, f"{case.config}Config")(**{**case.fields, **fields})
     for epsilon in _EPSILONS:
         if hasattr(config, epsilon):
             setattr(config, epsilon, 0.02)
@@ -319,7 +321,11 @@ def make(name: str, directory: Path) -> Any:
         for path, buffer in model.named_buffers():
             if "e_score_correction_bias" in path:
                 buffer.copy_(normal(buffer.shape) * 0.2)
-    model.save_pretrained(directory)
+        corrections = [buffer for path, buffer in model.named_buffers() if "e_score_correction_bias" in path]
+        for parameter in [*model.parameters(), *corrections]:  # as they are in the file
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+    # A copy, because the model's rotary frequencies would be rounded, too.
+    copy.deepcopy(model).to(getattr(torch, dtype)).save_pretrained(directory)
     return model
 
 
@@ -391,7 +397,7 @@ _BUFFERS: dict[str, dict[str, np.ndarray]] = {
     "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
     "gpt_neox": {
         "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 8, 8), np.float32),
-        "gpt_neox.layers.0.attention.masked_bias": np.float32(-1e9) * np.ones((), np.float32),
+        "gpt_neox.layers.0.attention.masked_bias": np.full((), -1e9, np.float32),
         "gpt_neox.layers.0.attention.rotary_emb.inv_freq": np.ones(4, np.float32),
     },
     "phi": {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},

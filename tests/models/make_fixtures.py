@@ -1,10 +1,11 @@
-"""Makes tests/models/fixtures: tiny random Llamas saved by transformers, and the logits that transformers computes.
+"""Makes tests/models/fixtures: tiny random checkpoints saved by transformers, and the logits that it computes.
 
     python -m venv /tmp/torch && /tmp/torch/bin/pip install torch==2.13.0 transformers safetensors numpy
-    /tmp/torch/bin/python tests/models/make_fixtures.py
+    PYTHONPATH=. /tmp/torch/bin/python tests/models/make_fixtures.py
 
 Each directory is a checkpoint, with ``expected.npz`` beside it: ``tokens_i`` int32 ``[T]`` and ``logits_i`` float32
-``[T, V]``, computed in float32 from the weights as stored. ``versions.json`` has the library versions.
+``[T, V]``, computed in float32 from the weights as stored. ``versions.json`` has the library versions. In the folder
+``families`` there is one for each model family, spelled as published files are.
 """
 
 import json
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 import transformers
 
+from tests.models import family_cases
+
+FAMILY_VOCAB, FAMILY_LENGTH = 32, 24
 FIXTURES = Path(__file__).parent / "fixtures"
 PROMPT_LENGTHS = (1, 7, 40)
 LLAMA3 = {
@@ -104,9 +108,22 @@ def respell(path: Path) -> None:
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
+def make_family(name: str) -> None:
+    """The first case of a family, with the tokens of one row."""
+    directory = FIXTURES / "families" / name.replace(", ", "_")
+    model = family_cases.make(name, directory, "bfloat16", vocab_size=FAMILY_VOCAB)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    tokens = np.random.default_rng(0).integers(3, FAMILY_VOCAB, FAMILY_LENGTH, dtype=np.int32)
+    np.savez_compressed(directory / "expected.npz", tokens_0=tokens, logits_0=family_cases.logits_of(model, tokens))
+    family_cases.publish(directory)
+
+
 if __name__ == "__main__":
     shutil.rmtree(FIXTURES, ignore_errors=True)
     for seed, name in enumerate(CASES):
         make(name, seed)
+    for name in family_cases.CASES:
+        if "," not in name or name.startswith("falcon"):
+            make_family(name)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (FIXTURES / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")

@@ -58,7 +58,7 @@ class Experts(nnx.Module):
         config = self.config
         logits = self.router(tokens).astype(jnp.float32)
         scores = jax.nn.softmax(logits, axis=-1) if config.score == "softmax" else jax.nn.sigmoid(logits)
-        ranks = scores + self.correction[...] if config.correction else scores
+        ranks = scores + self.correction[...][None] if config.correction else scores
         if config.num_groups > 1:
             ranks = _only_best_groups(ranks, config)
         _, chosen = jax.lax.top_k(ranks, config.experts_per_token)
