@@ -152,8 +152,33 @@ def test_the_hook_steers_every_token(names, generator):
     assert sorted(names["recorded"]) == [0, 1]
 
 
-def test_the_classifier_learns_and_sees_no_padding():
-    names = execute("decoder")
+@pytest.fixture(scope="module")
+def decoder_names() -> dict:
+    return execute("decoder")
+
+
+def test_flax_code_with_our_kernels(decoder_names):
+    names = decoder_names
+    block, x = names["block"], names["x"]
+    own, _ = block.attention.attention_fn, block.set_attributes(attention_fn=nnx.dot_product_attention)
+    causal = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), jnp.bool_))
+    expected = x + block.attention(block.norm(x), mask=causal)
+    np.testing.assert_allclose(names["y"], expected, rtol=0, atol=tolerances.LOGPROBS)
+    block.set_attributes(attention_fn=own)
+    assert names["z"].shape == x.shape
+
+    # The reranker is the decoder with a head, and its gradient reaches the first and the last parameter.
+    variables, tokens = names["variables"], names["tokens"]
+    assert names["scores"].shape == (3,)
+    permuted = names["reranker"].apply(variables, tokens[::-1])
+    np.testing.assert_allclose(names["scores"][::-1], permuted, rtol=0, atol=tolerances.LOGPROBS)
+    gradients = names["gradients"]["params"]
+    for gradient in (gradients["decoder"]["embedding"]["table"], gradients["Dense_0"]["kernel"]):
+        assert np.abs(gradient).max() > 0
+
+
+def test_the_classifier_learns_and_sees_no_padding(decoder_names):
+    names = decoder_names
     assert np.mean(names["losses"][-10:]) < 0.5 * np.log(2) < names["losses"][0]
     tokens, positions, labels = names["make_batch"](np.random.default_rng(1), rows=64)
     assert (positions[:, 0] < 0).any()
