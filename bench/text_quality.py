@@ -1,8 +1,8 @@
-"""How well a model predicts a text with a cache smaller than it: ``python -m bench.text_quality --model DIR --text FILE``.
+"""How well a model predicts a text with a cache smaller than it: ``python -m bench.text_quality``.
 
 The model reads the first tokens of the text in chunks, with every policy and storage. Two figures are compared with
-those of a dense cache: the perplexity, and how often the most likely token is the same. Layers with sliding windows keep
-no more slots than their windows need; all other layers get the policy.
+those of a dense cache: the perplexity, and how often the most likely token is the same. Layers with sliding windows
+keep no more slots than their windows need; all other layers get the policy.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from bench import machine
 from bench.cache_quality import KINDS
 from bench.results_file import ResultsError, ResultsFile
 from pallas_attn_models import Decoder, load_hf
-from pallas_attn_models.text import load_tokenizer
+from pallas_attn_models.text import encode, load_tokenizer
 
 CHUNK = 16
 SLOTS = (128, 256)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tokens(directory: Path, text: Path, number: int) -> np.ndarray:
     """int32 ``[number]``: the start of the text, with the token that begins it, in whole chunks."""
-    tokens = load_tokenizer(directory).encode(text.read_text(encoding="utf-8"))
+    tokens = encode(directory, load_tokenizer(directory), text.read_text(encoding="utf-8"))
     number = number // CHUNK * CHUNK
     if len(tokens) < number:
         raise ValueError(f"--text: expected at least {number} tokens, got {len(tokens)}")

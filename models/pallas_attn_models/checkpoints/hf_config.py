@@ -122,11 +122,9 @@ def _in_vocabulary(tokens: Any, vocab_size: Any) -> Any:
 
 def _written(family: Family, config: DecoderConfig) -> dict[str, Any] | None:
     """The fields, or None if they would not read back as an equal config."""
-    fields: dict[str, Any] = {
-        "model_type": family.name,
-        "architectures": [family.architectures[0]],
-        "bos_token_id": None,
-    }
+    fields: dict[str, Any] = {"model_type": family.name, "architectures": [family.architectures[0]]}
+    # Unless these are null, transformers takes defaults, which may be outside the vocabulary.
+    fields |= {"bos_token_id": None, "pad_token_id": None}
     fields |= {name: allowed[0] for name, allowed in family.supported.items() if allowed[0] is not None}
     try:
         for setting in family.settings:
