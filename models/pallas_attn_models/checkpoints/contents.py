@@ -4,7 +4,6 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from pallas_attn_models.checkpoints.families import FAMILIES
 from pallas_attn_models.checkpoints.family import Family
-from pallas_attn_models.checkpoints.files import reading
+from pallas_attn_models.checkpoints.files import open_checkpoint
 from pallas_attn_models.checkpoints.hf_config import config_from_hf
 from pallas_attn_models.checkpoints.mxfp4 import DequantizedTensor, dequantized
 from pallas_attn_models.checkpoints.safetensors_file import StoredTensor
@@ -62,24 +61,23 @@ class Contents(NamedTuple):
             tensor.release()
 
 
-@contextmanager
-def checked(directory: Path) -> Iterator[Contents]:
+def checked_contents(directory: Path) -> Contents:
     """Opens a checkpoint, and checks names, shapes and dtypes of all tensors by the headers of its files.
 
     Raises:
-      FileNotFoundError, ValueError: as :func:`~pallas_attn_models.checkpoints.hf.load_hf`.
+      FileNotFoundError, ValueError: as :func:`~pallas_attn_models.checkpoints.load_hf`.
     """
-    with reading(directory) as checkpoint:
-        fields, stored = dequantized(checkpoint.fields, checkpoint.tensors)
-        try:
-            config = config_from_hf(fields)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.config_path}: {error}") from error
-        family = FAMILIES[config.family]
-        layout = Layout(family, config)
-        tensors = _by_our_names(directory, family, layout, stored)
-        _check_tensors(directory, layout, tensors, config.tie_word_embeddings)
-        yield Contents(config, layout, tensors)
+    checkpoint = open_checkpoint(directory)
+    fields, stored = dequantized(checkpoint.fields, checkpoint.tensors)
+    try:
+        config = config_from_hf(fields)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.config_path}: {error}") from error
+    family = FAMILIES[config.family]
+    layout = Layout(family, config)
+    tensors = _by_our_names(directory, family, layout, stored)
+    _check_tensors(directory, layout, tensors, config.tie_word_embeddings)
+    return Contents(config, layout, tensors)
 
 
 def _by_our_names(directory: Path, family: Family, layout: Layout, tensors: Mapping[str, Stored]) -> dict[str, Stored]:

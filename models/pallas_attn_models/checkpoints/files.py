@@ -8,8 +8,8 @@ it names. The weights or the index are the *deciding file*: a single file, which
 3. moves the deciding file, which contains ID, to its place: this commits the new checkpoint;
 4. moves ``config.json`` to its place, and removes the files of the old checkpoint.
 
-Every step is synced to disk before the next. Between 3 and 4 the config is in ``.save-ID``, where :func:`reading` looks
-first. The next save completes, or cleans up after, a killed one.
+Every step is synced to disk before the next. Between 3 and 4 the config is in ``.save-ID``, where
+:func:`open_checkpoint` looks first. The next save completes, or cleans up after, a killed one.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,8 +49,7 @@ class OpenCheckpoint(NamedTuple):
     tensors: dict[str, StoredTensor]
 
 
-@contextmanager
-def reading(directory: Path) -> Iterator[OpenCheckpoint]:
+def open_checkpoint(directory: Path) -> OpenCheckpoint:
     """Opens all files of a checkpoint, which stay readable even if a save replaces them.
 
     Raises:
@@ -58,17 +57,15 @@ def reading(directory: Path) -> Iterator[OpenCheckpoint]:
       ValueError: a file that cannot be parsed, or an index that does not match its shards; named.
     """
     for _ in range(_ATTEMPTS):
-        with ExitStack() as stack:
-            before = _state(directory)
-            try:
-                checkpoint = _open_checkpoint(directory, stack)
-            except (OSError, ValueError):
-                if _state(directory) == before:
-                    raise
-                continue
+        before = _state(directory)
+        try:
+            checkpoint = _open_checkpoint(directory)
+        except (OSError, ValueError):
             if _state(directory) == before:
-                yield checkpoint
-                return
+                raise
+            continue
+        if _state(directory) == before:
+            return checkpoint
     raise OSError(f"{directory}: expected a stable checkpoint, got a new one in each of {_ATTEMPTS} attempts")
 
 
@@ -156,16 +153,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _open_checkpoint(directory: Path, stack: ExitStack) -> OpenCheckpoint:
+def _open_checkpoint(directory: Path) -> OpenCheckpoint:
     deciding = _deciding(directory)
     if deciding.name == WEIGHTS:
-        file = stack.enter_context(opened(deciding))
+        file = opened(deciding)
         save = _id_of(deciding, file.metadata)
         tensors = file.tensors
     else:
         index = read_json(deciding)
         save = _id_of(deciding, index.get("metadata"))
-        tensors = _open_shards(deciding, _weight_map_of(deciding, index), save, stack)
+        tensors = _open_shards(deciding, _weight_map_of(deciding, index), save)
     # If the save is between its last two steps, or was killed there, its folder holds the config.
     path = directory / f"{_FOLDER}{save}" / CONFIG
     with suppress(FileNotFoundError):
@@ -174,15 +171,13 @@ def _open_checkpoint(directory: Path, stack: ExitStack) -> OpenCheckpoint:
     return OpenCheckpoint(directory / CONFIG, read_json(directory / CONFIG), tensors)
 
 
-def _open_shards(
-    index: Path, weight_map: dict[str, str], save: str | None, stack: ExitStack
-) -> dict[str, StoredTensor]:
+def _open_shards(index: Path, weight_map: dict[str, str], save: str | None) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise ValueError(f"{index}: expected names of files in its directory, got {shown(name)}")
         path = index.parent / name
-        file = stack.enter_context(opened(path))
+        file = opened(path)
         if save is not None and _id_of(path, file.metadata) not in (None, save):
             raise ValueError(f"{path}: expected a file of the same save as {index.name}, got one of a different save")
         if twice := tensors.keys() & file.tensors.keys():
@@ -215,8 +210,7 @@ def _current(directory: Path) -> tuple[str | None, set[str]]:
     """The ID of the save that wrote the checkpoint (None if not by :func:`replacing`), and the names of its shards."""
     deciding = _deciding(directory)
     if deciding.name == WEIGHTS:
-        with opened(deciding) as file:
-            return _id_of(deciding, file.metadata), set()
+        return _id_of(deciding, opened(deciding).metadata), set()
     index = read_json(deciding)
     return _id_of(deciding, index.get("metadata")), set(_weight_map_of(deciding, index).values())
 

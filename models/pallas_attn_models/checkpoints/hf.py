@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from pallas_attn_models.checkpoints.contents import DTYPES, checked
+from pallas_attn_models.checkpoints.contents import DTYPES, Stored, checked_contents
 from pallas_attn_models.checkpoints.families import FAMILIES
 from pallas_attn_models.checkpoints.files import (
     CONFIG,
@@ -37,6 +37,8 @@ from pallas_attn_models.checkpoints.tensors import Layout, Place, parameter
 from pallas_attn_models.checks import listed, require_positive_int
 from pallas_attn_models.decoder import Decoder, abstract_decoder, check_dtype, check_implementation
 
+_ALIGNMENT = 64  # bytes; of XLA's buffers on a CPU
+
 
 def load_hf(
     directory: str | os.PathLike[str],
@@ -50,9 +52,8 @@ def load_hf(
     """Loads a checkpoint of a model family in ``families/``, as saved by transformers.
 
     Names, shapes and dtypes of all tensors are checked against the config first. Then one tensor after the other goes
-    from the mapped files straight to the device: the host needs memory for about one parameter beside the model, for two
-    if experts are stacked. While :func:`save_hf` replaces the checkpoint, the result is entirely the old or entirely the
-    new one.
+    from the mapped files straight to the device: beside the model, the host needs memory for about one parameter.
+    While :func:`save_hf` replaces the checkpoint, the result is entirely the old or entirely the new one.
 
     Args:
       directory: holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with its
@@ -82,27 +83,48 @@ def load_hf(
     check_progress(progress)
     path = local_directory("directory", directory, revision)
 
-    with checked(path) as contents, reporting(progress) as report:
-        contents.check_tied_head()
+    contents = checked_contents(path)
+    contents.check_tied_head()
+    with reporting(progress) as report:
         # Abstract initialization avoids memory for random weights that would be replaced at once.
         model = abstract_decoder(contents.config, dtype=dtype, param_dtype=param_dtype, implementation=implementation)
         done, total = 0, sum(contents.tensors[name].nbytes for name in contents.layout.names())
         for place in contents.layout.places():
             stored = [contents.tensors[name] for name in place.names]
             values = place.tensor.to_parameters([one.read() for one in stored], place.shapes, place.layer)
+            _release(stored)  # those that were stacked are copies now
             for target, value in zip(place.parameters, values, strict=True):
                 variable = parameter(model, target)
                 variable.set_value(_on_device(value, variable.dtype))
-            for one in stored:
-                one.release()
+            _release(stored)
             done += sum(one.nbytes for one in stored)
             report(done, total)
     return model
 
 
-def _on_device(value: np.ndarray, dtype: jnp.dtype) -> jax.Array:
-    """A copy of a view of a file, complete when this returns: nothing of it refers to the file."""
-    return jax.block_until_ready(jax.device_put(value, may_alias=False).astype(dtype))
+def _on_device(value: np.ndarray, dtype: DTypeLike) -> jax.Array:
+    """The values on JAX's default device, complete when this returns and independent of the file.
+
+    A CPU shares the memory of contiguous arrays at the right address, and copies others into its own layout. So it may
+    get a view of the file, which is read-only, unless that is contiguous.
+    """
+    if value.flags.c_contiguous and not value.flags.writeable:
+        value = _aligned_copy(value)
+    return jax.block_until_ready(jax.device_put(value).astype(dtype))
+
+
+def _release(tensors: Iterable[Stored]) -> None:
+    for tensor in tensors:
+        tensor.release()
+
+
+def _aligned_copy(value: np.ndarray) -> np.ndarray:
+    """A copy at an address whose memory a CPU shares instead of copying it once more."""
+    room = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    copy = room[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    copy[...] = value
+    return copy
 
 
 def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:

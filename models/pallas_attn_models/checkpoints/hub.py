@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pallas_attn_models.checkpoints.files import CONFIG, INDEX, WEIGHTS, as_path
 
-# Names of shards are free, but all published ones are of this form. A repository may hold the weights in further formats,
-# as consolidated.safetensors or in folders.
+# Published shards have such names, though others are possible. Repositories often hold the same weights once more,
+# as consolidated.safetensors or original/model.safetensors.
 CHECKPOINT_FILES = (CONFIG, WEIGHTS, INDEX, "model*-of-*.safetensors")
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
@@ -59,11 +59,9 @@ def _snapshot(name: str, model: str, revision: str | None, files: Sequence[str])
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=[*files]))
     except errors.LocalEntryNotFoundError as error:
         cache = huggingface_hub.constants.HF_HUB_CACHE
-        tried = (
-            f"no such directory, no complete snapshot in {cache}, and the Hub is out of reach or HF_HUB_OFFLINE is set"
-        )
-        hint = f"on a machine that is online, run `hf download {model}`, and copy that folder, or give its directory"
-        raise FileNotFoundError(f"{expected}: {tried}; {hint} ({_first_line(error)})") from error
+        tried = f"no such directory, no complete snapshot in {cache}, no way to the Hub ({_first_line(error)})"
+        hint = f"to work offline (HF_HUB_OFFLINE=1), run `hf download {model}` while online, or give a local directory"
+        raise FileNotFoundError(f"{expected}: {tried}; {hint}") from error
     except errors.GatedRepoError as error:
         hint = "ask for access on its page, and log in by `hf auth login`"
         raise PermissionError(f"{expected}, whose license the Hub wants accepted: {hint}") from error

@@ -17,7 +17,7 @@ _VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.
 
 @dataclasses.dataclass(frozen=True)
 class DequantizedTensor:
-    """Two tensors, blocks ``[X, out, in / 32, 16]`` of bytes and scales ``[X, out, in / 32]``, as one ``[X, in, out]``."""
+    """Blocks ``[X, out, in / 32, 16]`` of bytes and scales ``[X, out, in / 32]``, as one tensor ``[X, in, out]``."""
 
     blocks: StoredTensor
     scales: StoredTensor
@@ -74,13 +74,11 @@ def dequantized(
         blocks, scales = tensors[name], tensors.get(base + _SCALES)
         if scales is None or len(blocks.shape) != 4 or scales.shape != blocks.shape[:-1]:
             got = "none" if scales is None else shown(list(scales.shape))
-            raise ValueError(
-                f"{blocks.path}: {base}{_SCALES}: expected scales {list(blocks.shape[:-1])} of its blocks, got {got}"
-            )
+            expected = f"expected scales {list(blocks.shape[:-1])} of its blocks"
+            raise ValueError(f"{blocks.path}: {base}{_SCALES}: {expected}, got {got}")
         if (blocks.dtype, scales.dtype) != ("U8", "U8"):
-            raise ValueError(
-                f"{blocks.path}: {name}: expected bytes (U8), got {blocks.dtype} with scales {scales.dtype}"
-            )
+            got = f"{blocks.dtype} with scales {scales.dtype}"
+            raise ValueError(f"{blocks.path}: {name}: expected bytes (U8), got {got}")
         del left[name], left[base + _SCALES]
         left[base] = DequantizedTensor(blocks, scales, base)
     return fields, left

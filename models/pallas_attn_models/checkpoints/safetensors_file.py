@@ -3,8 +3,6 @@
 import json
 import mmap
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,9 +54,8 @@ class SafetensorsFile(NamedTuple):
     tensors: dict[str, StoredTensor]
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[SafetensorsFile]:
-    """Opens a file, which stays readable if another one takes its name.
+def opened(path: Path) -> SafetensorsFile:
+    """Opens a file, which stays readable if another one takes its name, and closes when nothing refers to a tensor.
 
     Raises:
       FileNotFoundError: there is none.
@@ -83,11 +80,7 @@ def opened(path: Path) -> Iterator[SafetensorsFile]:
         tensors[name] = StoredTensor(
             path, name, tuple(entry["shape"]), entry["dtype"], start + first, end - first, mapped
         )
-    try:
-        yield SafetensorsFile(metadata, tensors)
-    finally:
-        with suppress(BufferError):  # while there are views, the map stays
-            mapped.close()
+    return SafetensorsFile(metadata, tensors)
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:

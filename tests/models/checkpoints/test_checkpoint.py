@@ -156,7 +156,7 @@ def test_missing_tensors_are_counted_and_the_first_of_them_named(copy):
 
 @pytest.fixture
 def nothing_is_built(monkeypatch):
-    monkeypatch.setattr(checkpoint, "Decoder", lambda *_, **__: pytest.fail("a decoder was built"))
+    monkeypatch.setattr(checkpoint, "abstract_decoder", lambda *_, **__: pytest.fail("a decoder was built"))
     monkeypatch.setattr(checkpoint_files.StoredTensor, "read", lambda _: pytest.fail("a tensor was read"))
 
 
