@@ -5,19 +5,20 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pallas_attn_models.checkpoints.families import FAMILIES
 from pallas_attn_models.checkpoints.family import Family
-from pallas_attn_models.checkpoints.files import open_checkpoint
+from pallas_attn_models.checkpoints.files import CONFIG, OpenCheckpoint
 from pallas_attn_models.checkpoints.hf_config import config_from_hf
 from pallas_attn_models.checkpoints.mxfp4 import DequantizedTensor, dequantized
 from pallas_attn_models.checkpoints.safetensors_file import StoredTensor
 from pallas_attn_models.checkpoints.tensors import Layout
 from pallas_attn_models.checks import listed
 from pallas_attn_models.decoder import DecoderConfig
+from pallas_attn_models.text_files import read_json
 
 Stored = StoredTensor | DequantizedTensor
 
@@ -61,23 +62,35 @@ class Contents(NamedTuple):
             tensor.release()
 
 
-def checked_contents(directory: Path) -> Contents:
-    """Opens a checkpoint, and checks names, shapes and dtypes of all tensors by the headers of its files.
+def read_config(directory: Path) -> DecoderConfig:
+    """The configuration of a checkpoint, from ``config.json`` alone.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`~pallas_attn_models.checkpoints.load_hf`.
     """
-    checkpoint = open_checkpoint(directory)
+    return _config(directory / CONFIG, dequantized(read_json(directory / CONFIG), {})[0])
+
+
+def check_contents(directory: Path, checkpoint: OpenCheckpoint) -> Contents:
+    """Checks names, shapes and dtypes of all tensors, by the headers of the files.
+
+    Raises:
+      ValueError: as :func:`~pallas_attn_models.checkpoints.load_hf`.
+    """
     fields, stored = dequantized(checkpoint.fields, checkpoint.tensors)
-    try:
-        config = config_from_hf(fields)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.config_path}: {error}") from error
+    config = _config(checkpoint.config_path, fields)
     family = FAMILIES[config.family]
     layout = Layout(family, config)
     tensors = _by_our_names(directory, family, layout, stored)
     _check_tensors(directory, layout, tensors, config.tie_word_embeddings)
     return Contents(config, layout, tensors)
+
+
+def _config(path: Path, fields: Mapping[str, Any]) -> DecoderConfig:
+    try:
+        return config_from_hf(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _by_our_names(directory: Path, family: Family, layout: Layout, tensors: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from pallas_attn_models.checkpoints.contents import DTYPES, Stored, checked_contents
+from pallas_attn_models.checkpoints.contents import DTYPES, Stored, check_contents
 from pallas_attn_models.checkpoints.families import FAMILIES
 from pallas_attn_models.checkpoints.files import (
     CONFIG,
@@ -26,6 +26,7 @@ from pallas_attn_models.checkpoints.files import (
     SAVE,
     WEIGHTS,
     as_path,
+    open_checkpoint,
     replacing,
     writable_directory,
     write_json,
@@ -83,7 +84,7 @@ def load_hf(
     check_progress(progress)
     path = local_directory("directory", directory, revision)
 
-    contents = checked_contents(path)
+    contents = check_contents(path, open_checkpoint(path))
     contents.check_tied_head()
     with reporting(progress) as report:
         # Abstract initialization avoids memory for random weights that would be replaced at once.

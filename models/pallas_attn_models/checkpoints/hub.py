@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from pallas_attn_models.checkpoints.files import CONFIG, INDEX, WEIGHTS, as_path
+from pallas_attn_models.checkpoints.files import CONFIG, INDEX, WEIGHTS, OpenCheckpoint, as_path, open_checkpoint
+from pallas_attn_models.checkpoints.safetensors_file import StoredTensor
+from pallas_attn_models.text_files import read_json
 
 # Published shards have such names, though others are possible. Repositories often hold the same weights once more,
 # as consolidated.safetensors or original/model.safetensors.
@@ -47,6 +49,41 @@ def local_directory(
     if not _ID.fullmatch(fspath(value)):
         raise FileNotFoundError(f"{name}: expected a directory with a checkpoint, got {path}, where nothing is")
     return _snapshot(name, fspath(value), revision, files)
+
+
+def open_headers(name: str, value: str | PathLike[str], revision: str | None, directory: Path) -> OpenCheckpoint:
+    """A checkpoint with the names, shapes and dtypes of its tensors; from the Hub, only the headers of its files.
+
+    Args:
+      name, value, revision: as for :func:`local_directory`.
+      directory: from it, with at least ``config.json``. If it holds weights, too, their headers are read.
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`~pallas_attn_models.checkpoints.load_hf`.
+      OSError: the headers are not in the Hub's cache and cannot be fetched.
+    """
+    if Path(value) == directory or any((directory / file).exists() for file in (WEIGHTS, INDEX)):
+        return open_checkpoint(directory)
+    return _remote_headers(name, fspath(value), revision, directory)
+
+
+def _remote_headers(name: str, model: str, revision: str | None, directory: Path) -> OpenCheckpoint:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        repository = huggingface_hub.get_safetensors_metadata(model, revision=revision)
+    except errors.NotASafetensorsRepoError as error:
+        raise FileNotFoundError(f"{name}: expected {WEIGHTS} or {INDEX} in {model}, found neither") from error
+    except Exception as error:
+        raise OSError(f"{name}: expected the headers of {model}, got: {_first_line(error)}") from error
+    tensors = {
+        tensor: StoredTensor(directory / file, tensor, tuple(entry.shape), entry.dtype, first, end - first, None)
+        for file, header in repository.files_metadata.items()
+        for tensor, entry in header.tensors.items()
+        for first, end in [entry.data_offsets]
+    }
+    return OpenCheckpoint(directory / CONFIG, read_json(directory / CONFIG), tensors)
 
 
 def _snapshot(name: str, model: str, revision: str | None, files: Sequence[str]) -> Path:

@@ -24,7 +24,7 @@ class StoredTensor(NamedTuple):
       name, shape: of the tensor.
       dtype: safetensors' name for it.
       start, nbytes: where the values are in the file.
-      mapped: the file.
+      mapped: the file; None if only its header is at hand.
     """
 
     path: Path
@@ -33,16 +33,17 @@ class StoredTensor(NamedTuple):
     dtype: str
     start: int
     nbytes: int
-    mapped: mmap.mmap
+    mapped: mmap.mmap | None
 
     def read(self) -> np.ndarray:
         """The values, as a read-only view of the file: the system loads its pages when they are used."""
+        assert self.mapped is not None
         values = np.ndarray(self.shape, _DTYPES[self.dtype], self.mapped, self.start)
         return values if values.flags.aligned else values.copy()
 
     def release(self) -> None:
         """Takes the pages that were used out of the memory of this process; views stay valid and load them again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             first = self.start - self.start % mmap.PAGESIZE
             self.mapped.madvise(mmap.MADV_DONTNEED, first, self.start + self.nbytes - first)
 
