@@ -3,7 +3,7 @@
 import argparse
 import collections
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -32,11 +32,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(_weights(checkpoint))
         number = len(check_contents(directory, checkpoint).layout)
     except (ValueError, FileNotFoundError) as error:
-        console.print(Text(f"refused: {one_line(str(error))}"), soft_wrap=True)
+        print(f"refused: {one_line(str(error))}")
         return 1
-    console.print(
-        Text(f"can be loaded: all {number} tensors are there, in their shapes, and no others"), soft_wrap=True
-    )
+    print(f"can be loaded: all {number} tensors are there, in their shapes, and no others")
     return 0
 
 
@@ -48,8 +46,9 @@ def _sizes(config: DecoderConfig, dtype: str) -> Table:
     table = Table("", "", show_header=False)
     table.add_row("family", Text(config.family))
     table.add_row("layers", f"{config.num_layers:,} of width {config.hidden_size:,}")
-    table.add_row("attention", Text(_listed(kinds, _attention)))
-    table.add_row("MLP", Text(_listed(kinds, _mlp)))
+    sinks = ["every head has a sink"] if config.attention_sinks else []
+    table.add_row("attention", Text("\n".join([*_listed(kinds, _attention), *sinks])))
+    table.add_row("MLP", Text("\n".join(_listed(kinds, _mlp))))
     table.add_row("vocabulary", f"{config.vocab_size:,} tokens; the embedding is {embedding}")
     table.add_row("context", f"{config.max_position_embeddings:,} tokens in training")
     table.add_row("parameters", f"{parameters:,}")
@@ -71,7 +70,7 @@ def _caches(config: DecoderConfig, dtype: str) -> Table:
             totals[storage] += count * kept * size
         table.add_row(f"{count:,}", "all" if window is None else f"{window:,}", *(f"{x:,}" for x in sizes.values()))
     table.add_section()
-    table.add_row(f"{config.num_layers:,}", f"{config.max_position_embeddings:,}", *map(_bytes, totals.values()))
+    table.add_row(f"all {config.num_layers:,}", f"{config.max_position_embeddings:,}", *map(_bytes, totals.values()))
     return table
 
 
@@ -94,12 +93,12 @@ def _kinds(config: DecoderConfig) -> collections.Counter[LayerConfig]:
     return collections.Counter(config.layer(index) for index in range(config.num_layers))
 
 
-def _listed(kinds: collections.Counter[LayerConfig], describe) -> str:
+def _listed(kinds: collections.Counter[LayerConfig], describe: Callable[[LayerConfig], str]) -> list[str]:
     """What ``describe`` says of each kind of layer, with the number of layers if there are several."""
     counts: collections.Counter[str] = collections.Counter()
     for kind, count in kinds.items():
         counts[describe(kind)] += count
-    return "\n".join(text if len(counts) == 1 else f"{count} layers: {text}" for text, count in counts.items())
+    return [text if len(counts) == 1 else f"{count:,} of the layers: {text}" for text, count in counts.items()]
 
 
 def _attention(kind: LayerConfig) -> str:
@@ -141,4 +140,4 @@ def _number(shapes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _bytes(number: int) -> str:
-    return f"{number:,} ({number / 2**30:,.2f} GiB)"
+    return f"{number:,} ({number / 2**20:,.1f} MiB)"

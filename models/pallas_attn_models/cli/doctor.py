@@ -23,8 +23,8 @@ _SELF_CHECK_TOLERANCE = 1e-5  # absolute, float32, outputs of size about 1
 
 _HELP = """\
 Show versions, devices and attention implementations, with the reason if one cannot run on this machine, and compare the
-others with the reference. With --model, say instead what a checkpoint is, what it takes in memory, and whether it can be
-loaded; only its config.json and the headers of its weights are read."""
+others with the reference. With --model, say instead what a checkpoint is, what it takes in memory, and whether it can
+be loaded; only its config.json and the headers of its weights are read."""
 _EXAMPLES = """\
 examples:
   pallas-attn doctor

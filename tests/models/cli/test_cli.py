@@ -174,7 +174,7 @@ def test_doctor_reports_what_is_wrong(run, monkeypatch, wrong):
         (["generate", "--model", "nowhere"], "--model: expected also --prompt or --prompts-file, got neither"),
         (
             ["generate", "--model", "nowhere", "--prompt", "a"],
-            "--model: expected the directory of a checkpoint, got nowhere",
+            "--model: expected a directory with a checkpoint, got nowhere, where nothing is",
         ),
         (["generate", "--prompt", "a", "--top-p", "2"], "top_p: expected a number in (0, 1], got 2.0"),
         (["generate", "--prompt", "a", "--seed", "-1"], "seed: expected an int in [0, 4294967296), got -1"),
