@@ -114,7 +114,7 @@ def test_windows_experts_and_caches(doctor, tmp_path):
     ("fields", "message"),
     [
         ({"hidden_act": "mish"}, r"config\.json: hidden_act: expected 'silu' or .*, got 'mish'"),
-        ({"model_type": "mamba"}, r"config\.json: model_type: expected one of .*, got 'mamba'"),
+        ({"model_type": "nobody"}, r"config\.json: model_type: expected one of .*, got 'nobody'"),
         ({"model_type": "deepseek_v3"}, r"config\.json: model_type: 'deepseek_v3' is not supported, because it needs "),
         ({"vocab_size": None}, r"config\.json: vocab_size: expected "),
         ({"a_new_field": 1}, r"config\.json: config\.json: expected only known fields, got a_new_field"),
