@@ -186,7 +186,7 @@ class _Item(NamedTuple):
 
     name: str
     place: Place
-    index: int
+    number: int
     nbytes: int
 
 
@@ -223,4 +223,4 @@ def _values(model: Decoder, shard: Iterable[_Item]) -> Iterator[tuple[str, np.nd
         values = [np.asarray(jax.device_get(parameter(model, path).get_value())) for path in place.parameters]
         tensors = place.tensor.to_tensors(values, place.layer)
         for item in items:
-            yield item.name, np.ascontiguousarray(tensors[item.index])
+            yield item.name, np.ascontiguousarray(tensors[item.number])
