@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -56,13 +57,15 @@ def open_headers(name: str, value: str | PathLike[str], revision: str | None, di
 
     Args:
       name, value, revision: as for :func:`local_directory`.
-      directory: from it, with at least ``config.json``. If it holds weights, too, their headers are read.
+      directory: from it, with at least ``config.json``. If it holds all weights, too, their headers are read.
 
     Raises:
       FileNotFoundError, ValueError: as :func:`~pallas_attn_models.checkpoints.load_hf`.
       OSError: the headers are not in the Hub's cache and cannot be fetched.
     """
-    if Path(value) == directory or any((directory / file).exists() for file in (WEIGHTS, INDEX)):
+    if Path(value) == directory:
+        return open_checkpoint(directory)
+    with suppress(FileNotFoundError):  # all of it may be in the Hub's cache
         return open_checkpoint(directory)
     return _remote_headers(name, fspath(value), revision, directory)
 

@@ -42,14 +42,14 @@ def _sizes(config: DecoderConfig, dtype: str) -> Table:
     kinds = _kinds(config)
     parameters = sum(count * _number(layer_shapes(config, kind).values()) for kind, count in kinds.items())
     parameters += _number(outer_shapes(config).values())
-    embedding = "also the output head" if config.tie_word_embeddings else "with an output head of its own"
+    head = "the output head is the embedding" if config.tie_word_embeddings else "the output head is separate"
     table = Table("", "", show_header=False)
     table.add_row("family", Text(config.family))
     table.add_row("layers", f"{config.num_layers:,} of width {config.hidden_size:,}")
     sinks = ["every head has a sink"] if config.attention_sinks else []
     table.add_row("attention", Text("\n".join([*_listed(kinds, _attention), *sinks])))
     table.add_row("MLP", Text("\n".join(_listed(kinds, _mlp))))
-    table.add_row("vocabulary", f"{config.vocab_size:,} tokens; the embedding is {embedding}")
+    table.add_row("vocabulary", f"{config.vocab_size:,} tokens; {head}")
     table.add_row("context", f"{config.max_position_embeddings:,} tokens in training")
     table.add_row("parameters", f"{parameters:,}")
     table.add_row("in memory", f"{_bytes(parameters * jnp.dtype(dtype).itemsize)} in {dtype}")

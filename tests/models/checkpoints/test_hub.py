@@ -1,5 +1,6 @@
 """load_hf("org/name"): which files are fetched, from where, and what is said if they cannot be. Without a network."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,9 @@ def test_headers_of_a_model_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda model, revision: repository)
     remote = open_headers("directory", "org/name", None, tmp_path)
     assert {**check_contents(tmp_path, remote).tensors}.keys() == local.tensors.keys()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "missing.safetensors"}}))
+    partial = open_headers("directory", "org/name", None, tmp_path)
+    assert partial.tensors.keys() == local.tensors.keys(), "the cache lacks a shard"
     entries["model.norm.weight"].shape = [33]
     with pytest.raises(ValueError, match=r"model\.norm\.weight: expected shape \[32\], got \[33\]"):
         check_contents(tmp_path, open_headers("directory", "org/name", None, tmp_path))

@@ -129,6 +129,20 @@ def test_an_interrupt_is_no_error(run, checkpoint, monkeypatch):
     assert "error" not in err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_loading_shows_a_bar_only_in_a_terminal(run, checkpoint, monkeypatch, terminal):
+    shown = []
+
+    def stop(*_, progress, **__):
+        shown.append(progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_hf", stop)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    run("generate", "--model", checkpoint, "--prompt", "a")
+    assert shown == [terminal]
+
+
 # --- doctor ---
 
 

@@ -76,7 +76,7 @@ def test_a_checkpoint_that_can_be_loaded(doctor, name):
     assert rows["layers"] != []
     assert rows["attention"] == [f"{config.num_heads} heads, {config.num_kv_heads} KV heads of {config.head_dim}, full"]
     assert rows["MLP"] == [f"of width {config.intermediate_size}"]
-    assert ("also the output head" in rows["vocabulary"][0]) == config.tie_word_embeddings
+    assert ("head is the embedding" in rows["vocabulary"][0]) == config.tie_word_embeddings
     assert rows["parameters"] == [f"{number:,}"]
     assert rows["in memory"][0].startswith(f"{4 * number:,} (")
     files = [*(FIXTURES / name).glob("*.safetensors")]
