@@ -42,10 +42,12 @@ class StoredTensor(NamedTuple):
         return values if values.flags.aligned else values.copy()
 
     def release(self) -> None:
-        """Takes the pages that were used out of the memory of this process; views stay valid and load them again."""
+        """Takes all pages of the file out of the memory of this process; views stay valid and load them again.
+
+        All, because the system loads some neighbors of each page that is used.
+        """
         if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            first = self.start - self.start % mmap.PAGESIZE
-            self.mapped.madvise(mmap.MADV_DONTNEED, first, self.start + self.nbytes - first)
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class SafetensorsFile(NamedTuple):

@@ -26,8 +26,9 @@ def run(args: argparse.Namespace) -> int:
     directory = local_directory("--model", args.model, args.revision, (CONFIG,))
     try:
         config = read_config(directory)
-        console.print(_sizes(config, args.dtype))
-        console.print(_caches(config, args.dtype))
+        kinds = collections.Counter(config.layer(index) for index in range(config.num_layers))
+        console.print(_sizes(config, kinds, args.dtype))
+        console.print(_caches(config, kinds, args.dtype))
         checkpoint = open_headers("--model", args.model, args.revision, directory)
         console.print(_weights(checkpoint))
         number = len(check_contents(directory, checkpoint).layout)
@@ -38,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sizes(config: DecoderConfig, dtype: str) -> Table:
-    kinds = _kinds(config)
+def _sizes(config: DecoderConfig, kinds: collections.Counter[LayerConfig], dtype: str) -> Table:
     parameters = sum(count * _number(layer_shapes(config, kind).values()) for kind, count in kinds.items())
     parameters += _number(outer_shapes(config).values())
     head = "the output head is the embedding" if config.tie_word_embeddings else "the output head is separate"
@@ -56,12 +56,12 @@ def _sizes(config: DecoderConfig, dtype: str) -> Table:
     return table
 
 
-def _caches(config: DecoderConfig, dtype: str) -> Table:
+def _caches(config: DecoderConfig, layers: collections.Counter[LayerConfig], dtype: str) -> Table:
     """Bytes of KV caches per token, for each kind of attention, and of a whole sequence."""
     table = Table("layers", "tokens kept", *(f"bytes per token and layer, {_name(storage)}" for storage in _STORAGES))
     totals = dict.fromkeys(_STORAGES, 0)
     kinds: collections.Counter[tuple[int | None, int, int]] = collections.Counter()
-    for kind, count in _kinds(config).items():
+    for kind, count in layers.items():
         kinds[kind.window, kind.num_kv_heads, kind.head_dim] += count
     for (window, kv_heads, head_dim), count in kinds.items():
         sizes = {storage: _bytes_per_token(storage, kv_heads, head_dim, dtype) for storage in _STORAGES}
@@ -87,10 +87,6 @@ def _weights(checkpoint: OpenCheckpoint) -> Table:
     table.add_section()
     table.add_row(f"{len(files)} file{'s' * (len(files) != 1)}", f"{numbers.total():,}", _bytes(nbytes.total()))
     return table
-
-
-def _kinds(config: DecoderConfig) -> collections.Counter[LayerConfig]:
-    return collections.Counter(config.layer(index) for index in range(config.num_layers))
 
 
 def _listed(kinds: collections.Counter[LayerConfig], describe: Callable[[LayerConfig], str]) -> list[str]:

@@ -81,16 +81,23 @@ def test_progress_of_the_wrong_kind(progress):
 
 # --- memory ---
 
-# Prints the peak of the memory of a process that loads a checkpoint, beyond what it had before, in bytes.
+# Prints how far the memory of a process grows while it loads a checkpoint, in bytes. ru_maxrss would not do: it begins
+# with the peak of the process that started this one.
 MEASURE = """
-import resource, sys
+import re, sys
 import jax, jax.numpy as jnp
 from pallas_attn_models import load_hf
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-load_hf(sys.argv[3], sys.argv[2])  # a small one: compiled programs and libraries
-before = peak()
+
+def status(name):
+    with open("/proc/self/status") as file:
+        return int(re.search(rf"{name}:\\s+(\\d+) kB", file.read())[1]) * 1024
+
+small = load_hf(sys.argv[3], sys.argv[2])  # loads libraries, and compiles programs
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # resets the peak
+before = status("VmRSS")
 model = load_hf(sys.argv[1], sys.argv[2])
-print(peak() - before)
+print(status("VmHWM") - before)
 """
 
 
@@ -117,7 +124,7 @@ def write_random(directory: Path, fields: dict, dtype: type, num_shards: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_peak_of_memory(family, dtype, tmp_path):
@@ -136,7 +143,7 @@ def test_the_peak_of_memory(family, dtype, tmp_path):
     arguments = [tmp_path / "large", np.dtype(dtype).name, tmp_path / "small"]
     finished = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
     peak = int(finished.stdout)
-    assert peak <= 1.15 * total + largest, f"{peak / total:.3f} of {total} bytes"
+    assert 0.9 * total < peak <= 1.15 * total + largest, f"{peak / total:.3f} of {total} bytes"
 
 
 # --- dtypes ---
