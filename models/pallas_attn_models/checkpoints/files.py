@@ -8,8 +8,8 @@ it names. The weights or the index are the *deciding file*: a single file, which
 3. moves the deciding file, which contains ID, to its place: this commits the new checkpoint;
 4. moves ``config.json`` to its place, and removes the files of the old checkpoint.
 
-Every step is synced to disk before the next. Between 3 and 4 the config is in ``.save-ID``, where :func:`reading` looks
-first. The next save completes, or cleans up after, a killed one.
+Every step is synced to disk before the next. Between 3 and 4 the config is in ``.save-ID``, where
+:func:`open_checkpoint` looks first. The next save completes, or cleans up after, a killed one.
 """
 
 import dataclasses
@@ -19,13 +19,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
+from pallas_attn_models.checkpoints.safetensors_file import StoredTensor, opened
 from pallas_attn_models.checks import listed, shown
 from pallas_attn_models.text_files import read_json
 
@@ -43,22 +41,6 @@ _SHARD = re.compile(rf"model(-(?P<save>{_ID}))?-[0-9]{{5}}-of-[0-9]{{5}}\.safete
 _ATTEMPTS = 1000
 
 
-class StoredTensor(NamedTuple):
-    """A tensor of an open file; ``dtype`` is safetensors' name for it, and :meth:`read` returns the values."""
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Any
-
-    def read(self) -> np.ndarray:
-        try:
-            return self.file.get_tensor(self.name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.path}: {self.name}: expected a readable tensor, got: {error}") from error
-
-
 class OpenCheckpoint(NamedTuple):
     """The config's path and fields, and every tensor by name."""
 
@@ -67,8 +49,7 @@ class OpenCheckpoint(NamedTuple):
     tensors: dict[str, StoredTensor]
 
 
-@contextmanager
-def reading(directory: Path) -> Iterator[OpenCheckpoint]:
+def open_checkpoint(directory: Path) -> OpenCheckpoint:
     """Opens all files of a checkpoint, which stay readable even if a save replaces them.
 
     Raises:
@@ -76,17 +57,15 @@ def reading(directory: Path) -> Iterator[OpenCheckpoint]:
       ValueError: a file that cannot be parsed, or an index that does not match its shards; named.
     """
     for _ in range(_ATTEMPTS):
-        with ExitStack() as stack:
-            before = _state(directory)
-            try:
-                checkpoint = _open_checkpoint(directory, stack)
-            except (OSError, ValueError):
-                if _state(directory) == before:
-                    raise
-                continue
+        before = _state(directory)
+        try:
+            checkpoint = _open_checkpoint(directory)
+        except (OSError, ValueError):
             if _state(directory) == before:
-                yield checkpoint
-                return
+                raise
+            continue
+        if _state(directory) == before:
+            return checkpoint
     raise OSError(f"{directory}: expected a stable checkpoint, got a new one in each of {_ATTEMPTS} attempts")
 
 
@@ -108,12 +87,11 @@ class Save:
     def id(self) -> str:
         return self.folder.name.removeprefix(_FOLDER)
 
-    def shard_names(self, number: int) -> list[str]:
-        """The usual names if they are unused, else names that contain the save's ID."""
+    def shard_pattern(self) -> str:
+        """The usual names, with a place for the suffix, if they are unused, else names that contain the save's ID."""
         shards = filter(None, (_SHARD.fullmatch(path.name) for path in self.directory.iterdir()))
         is_free = self.is_alone and all(shard["save"] for shard in shards)
-        prefix = "model" if is_free else f"model-{self.id}"
-        return [f"{prefix}-{index:05}-of-{number:05}.safetensors" for index in range(1, number + 1)]
+        return "model{suffix}.safetensors" if is_free else f"model-{self.id}{{suffix}}.safetensors"
 
 
 @contextmanager
@@ -175,16 +153,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _open_checkpoint(directory: Path, stack: ExitStack) -> OpenCheckpoint:
+def _open_checkpoint(directory: Path) -> OpenCheckpoint:
     deciding = _deciding(directory)
     if deciding.name == WEIGHTS:
-        file = stack.enter_context(_opened(deciding))
-        save = _id_of(deciding, file.metadata())
-        tensors = _stored(deciding, file)
+        file = opened(deciding)
+        save = _id_of(deciding, file.metadata)
+        tensors = file.tensors
     else:
         index = read_json(deciding)
         save = _id_of(deciding, index.get("metadata"))
-        tensors = _open_shards(deciding, _weight_map_of(deciding, index), save, stack)
+        tensors = _open_shards(deciding, _weight_map_of(deciding, index), save)
     # If the save is between its last two steps, or was killed there, its folder holds the config.
     path = directory / f"{_FOLDER}{save}" / CONFIG
     with suppress(FileNotFoundError):
@@ -193,47 +171,22 @@ def _open_checkpoint(directory: Path, stack: ExitStack) -> OpenCheckpoint:
     return OpenCheckpoint(directory / CONFIG, read_json(directory / CONFIG), tensors)
 
 
-def _open_shards(
-    index: Path, weight_map: dict[str, str], save: str | None, stack: ExitStack
-) -> dict[str, StoredTensor]:
+def _open_shards(index: Path, weight_map: dict[str, str], save: str | None) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             raise ValueError(f"{index}: expected names of files in its directory, got {shown(name)}")
         path = index.parent / name
-        file = stack.enter_context(_opened(path))
-        if save is not None and _id_of(path, file.metadata()) not in (None, save):
+        file = opened(path)
+        if save is not None and _id_of(path, file.metadata) not in (None, save):
             raise ValueError(f"{path}: expected a file of the same save as {index.name}, got one of a different save")
-        held = _stored(path, file)
-        if twice := tensors.keys() & held.keys():
+        if twice := tensors.keys() & file.tensors.keys():
             raise ValueError(f"{path}: expected every tensor once, got duplicates of {listed(twice)}")
-        tensors |= held
+        tensors |= file.tensors
     indexed = {(name, index.parent / file) for name, file in weight_map.items()}
     if wrong := {name for name, _ in indexed ^ {(name, tensor.path) for name, tensor in tensors.items()}}:
         raise ValueError(f"{index}: expected the tensors of the shards, got differences in {listed(wrong)}")
     return tensors
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a safetensors file, found none")
-    try:
-        file = safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a complete safetensors file, got: {error}") from error
-    except OSError as error:
-        raise type(error)(f"{path}: expected a readable safetensors file, got: {error}") from error
-    with file:
-        yield file
-
-
-def _stored(path: Path, file: Any) -> dict[str, StoredTensor]:
-    tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    return {
-        name: StoredTensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype(), file)
-        for name, tensor in tensors.items()
-    }
 
 
 def _deciding(directory: Path) -> Path:
@@ -257,8 +210,7 @@ def _current(directory: Path) -> tuple[str | None, set[str]]:
     """The ID of the save that wrote the checkpoint (None if not by :func:`replacing`), and the names of its shards."""
     deciding = _deciding(directory)
     if deciding.name == WEIGHTS:
-        with _opened(deciding) as file:
-            return _id_of(deciding, file.metadata()), set()
+        return _id_of(deciding, opened(deciding).metadata), set()
     index = read_json(deciding)
     return _id_of(deciding, index.get("metadata")), set(_weight_map_of(deciding, index).values())
 

@@ -4,12 +4,9 @@ Loading is strict: the files must hold every tensor of the model, in its shape, 
 """
 
 import itertools
-import logging
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -21,93 +18,114 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from pallas_attn_models.checkpoints.contents import DTYPES, Stored, check_contents
 from pallas_attn_models.checkpoints.families import FAMILIES
-from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.files import (
     CONFIG,
     INDEX,
     SAVE,
     WEIGHTS,
-    StoredTensor,
     as_path,
-    reading,
+    open_checkpoint,
     replacing,
     writable_directory,
     write_json,
 )
-from pallas_attn_models.checkpoints.hf_config import config_from_hf, config_to_hf
-from pallas_attn_models.checkpoints.mxfp4 import dequantized
+from pallas_attn_models.checkpoints.hf_config import config_to_hf
+from pallas_attn_models.checkpoints.hub import local_directory
+from pallas_attn_models.checkpoints.progress import Progress, check_progress, reporting
 from pallas_attn_models.checkpoints.tensors import Layout, Place, parameter
 from pallas_attn_models.checks import listed, require_positive_int
-from pallas_attn_models.decoder import Decoder, check_dtype, check_implementation
+from pallas_attn_models.decoder import Decoder, abstract_decoder, check_dtype, check_implementation
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-EMBEDDING = "embedding.table"
-_SHOWN = 5
-
-_logger = logging.getLogger(__name__)
+_ALIGNMENT = 64  # bytes; of XLA's buffers on a CPU
 
 
 def load_hf(
     directory: str | os.PathLike[str],
     dtype: DTypeLike = jnp.bfloat16,
     *,
+    revision: str | None = None,
     param_dtype: DTypeLike | None = None,
     implementation: str | None = None,
+    progress: Progress | bool | None = None,
 ) -> Decoder:
-    """Loads a checkpoint of a model family in ``families/``, as saved by transformers, tensor by tensor.
+    """Loads a checkpoint of a model family in ``families/``, as saved by transformers.
 
-    Names, shapes and dtypes of all tensors are checked against the config first. While :func:`save_hf` replaces the
-    checkpoint, the result is entirely the old or entirely the new one.
+    Names, shapes and dtypes of all tensors are checked against the config first. Then one tensor after the other goes
+    from the mapped files straight to the device: beside the model, the host needs memory for about one parameter.
+    While :func:`save_hf` replaces the checkpoint, the result is entirely the old or entirely the new one.
 
     Args:
       directory: holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json`` with its
-        shards. Weights may be float32, bfloat16 or float16, and those of experts MXFP4.
+        shards. Weights may be float32, bfloat16 or float16, and those of experts MXFP4. Or, where nothing has that
+        path, ``"org/name"``: a model on the Hugging Face Hub, of which these files are fetched into the Hub's cache.
       dtype: of the activations and, unless ``param_dtype`` is given, of the weights; other dtypes are rounded.
+      revision: a branch, tag or commit of a model on the Hub; default: its main branch.
       param_dtype: of the weights; default: ``dtype``.
       implementation: of ``pa.attention``; default: the best available.
+      progress: called with the bytes of the files read so far, and with their total; True: a bar on stderr.
 
     Returns:
       The decoder, on JAX's default device.
 
     Raises:
-      FileNotFoundError: a file is missing; named.
+      FileNotFoundError: a file is missing; named. Or a model that is not in the Hub's cache and cannot be fetched.
       NotADirectoryError: ``directory`` is a file.
+      PermissionError: a model on the Hub that needs a token.
       ValueError: a file that cannot be parsed, an unsupported config, or a tensor that is missing, unused, duplicated,
         or of another shape or dtype; named. Exceptions: tensors that follow from the config are ignored, such as
         ``rotary_emb.inv_freq``; a tied model may have a head equal to its embedding, or only one of both.
       TypeError: an argument of the wrong kind.
     """
-    path = as_path("directory", directory)
     dtype = check_dtype("dtype", dtype)
     param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
     check_implementation(implementation)
-    if not path.is_dir():
-        kind, got = (NotADirectoryError, "a file") if path.exists() else (FileNotFoundError, "nothing")
-        raise kind(f"directory: expected a directory with a checkpoint, got {path}, where {got} is")
+    check_progress(progress)
+    path = local_directory("directory", directory, revision)
 
-    with reading(path) as checkpoint:
-        try:
-            fields, stored = dequantized(checkpoint.fields, checkpoint.tensors)
-            config = config_from_hf(fields)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.config_path}: {error}") from error
-        family = FAMILIES[config.family]
-        layout = Layout(family, config)
-        tensors = _check_tensors(path, layout, _by_our_names(path, family, layout, stored), config.tie_word_embeddings)
-
+    contents = check_contents(path, open_checkpoint(path))
+    contents.check_tied_head()
+    with reporting(progress) as report:
         # Abstract initialization avoids memory for random weights that would be replaced at once.
-        options = {"dtype": dtype, "param_dtype": param_dtype, "implementation": implementation}
-        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
-        for place in layout.places():
-            values = place.tensor.to_parameters(
-                [tensors[name].read() for name in place.names], place.shapes, place.layer
-            )
+        model = abstract_decoder(contents.config, dtype=dtype, param_dtype=param_dtype, implementation=implementation)
+        done, total = 0, sum(contents.tensors[name].nbytes for name in contents.layout.names())
+        for place in contents.layout.places():
+            stored = [contents.tensors[name] for name in place.names]
+            values = place.tensor.to_parameters([one.read() for one in stored], place.shapes, place.layer)
+            _release(stored)  # those that were stacked are copies now
             for target, value in zip(place.parameters, values, strict=True):
                 variable = parameter(model, target)
-                variable.set_value(jnp.asarray(value).astype(variable.dtype))
+                variable.set_value(_on_device(value, variable.dtype))
+            _release(stored)
+            done += sum(one.nbytes for one in stored)
+            report(done, total)
     return model
+
+
+def _on_device(value: np.ndarray, dtype: DTypeLike) -> jax.Array:
+    """The values on JAX's default device, complete when this returns and independent of the file.
+
+    A CPU shares the memory of contiguous arrays at the right address, and copies others into its own layout. So it may
+    get a view of the file, which is read-only, unless that is contiguous.
+    """
+    if value.flags.c_contiguous and not value.flags.writeable:
+        value = _aligned_copy(value)
+    return jax.block_until_ready(jax.device_put(value).astype(dtype))
+
+
+def _release(tensors: Iterable[Stored]) -> None:
+    for tensor in tensors:
+        tensor.release()
+
+
+def _aligned_copy(value: np.ndarray) -> np.ndarray:
+    """A copy at an address whose memory a CPU shares instead of copying it once more."""
+    room = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    copy = room[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    copy[...] = value
+    return copy
 
 
 def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -139,88 +157,28 @@ def save_hf(model: Decoder, directory: str | os.PathLike[str], *, max_shard_byte
     require_positive_int("max_shard_bytes", max_shard_bytes)
     fields = {**config_to_hf(model.config), "torch_dtype": str(model.embedding.table.dtype)}
     layout = Layout(FAMILIES[fields["model_type"]], model.config)
-    shards = _split_into_shards(_check_parameters(model, layout), max_shard_bytes)
+    items = {item.name: item for item in _check_parameters(model, layout)}
+
+    from huggingface_hub import split_state_dict_into_shards_factory  # importing it takes a while
 
     with replacing(writable_directory("directory", path)) as save:
-        names = [WEIGHTS] if len(shards) == 1 else save.shard_names(len(shards))
-        for file, shard in zip(names, shards, strict=True):
+        split = split_state_dict_into_shards_factory(
+            items,
+            get_storage_size=lambda item: item.nbytes,
+            filename_pattern=save.shard_pattern(),
+            max_shard_size=max_shard_bytes,
+        )
+        for name, shard in split.filename_to_tensors.items():
+            file = name if split.is_sharded else WEIGHTS
+            values = _values(model, [items[tensor] for tensor in shard])
             try:
-                save_file(dict(_values(model, shard)), save.folder / file, {"format": "pt", SAVE: save.id})
+                save_file(dict(values), save.folder / file, {"format": "pt", SAVE: save.id})
             except SafetensorError as error:
                 raise OSError(f"{path / file}: expected a writable file, got: {error}") from error
-        if len(shards) > 1:
-            metadata = {"total_size": sum(one.nbytes for shard in shards for one in shard), SAVE: save.id}
-            weight_map = {one.name: file for file, shard in zip(names, shards, strict=True) for one in shard}
-            write_json(save.folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        if split.is_sharded:
+            metadata = {**split.metadata, SAVE: save.id}
+            write_json(save.folder / INDEX, {"metadata": metadata, "weight_map": split.tensor_to_filename})
         write_json(save.folder / CONFIG, fields)
-
-
-def _by_our_names(
-    directory: Path, family: Family, layout: Layout, tensors: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """The tensors by the names in the tables of the family, without those that follow from the config.
-
-    Published files often leave out the first part of the names, or have another one.
-    """
-    ignored = [re.compile(pattern) for pattern in (*family.redundant, *family.other_parts)]
-    base = family.layer_prefix.split(".")[0]
-    renamed: dict[str, StoredTensor] = {}
-    redundant = []
-    for name, tensor in tensors.items():
-        candidates = [name, *_other_names(name, {**family.prefixes, "": f"{base}."})]
-        if any(pattern.fullmatch(one) for pattern in ignored for one in candidates):
-            redundant.append(name)
-            continue
-        ours = next((one for one in candidates if one in layout), name)
-        if ours in renamed:
-            raise ValueError(f"{directory}: expected {ours} once, got it as {renamed[ours].name} and {name}")
-        renamed[ours] = tensor
-    if redundant:
-        reason = "redundant with the config, or of other parts of the model"
-        _logger.info("%s: %d tensors ignored, %s: %s", directory, len(redundant), reason, listed(redundant))
-    return renamed
-
-
-def _other_names(name: str, prefixes: Mapping[str, str]) -> Iterator[str]:
-    for theirs, ours in prefixes.items():
-        if name.startswith(theirs):
-            yield ours + name.removeprefix(theirs)
-
-
-def _check_tensors(
-    directory: Path, layout: Layout, tensors: dict[str, StoredTensor], is_tied: bool
-) -> dict[str, StoredTensor]:
-    """The tensors of the layout; raises ValueError unless all of them are there, and no others."""
-    embedding, head = layout.tensor_of(EMBEDDING), layout.head
-    if is_tied and head in tensors:
-        # A head beside the table must be equal to it. Some files hold only the head.
-        tensors.setdefault(embedding, tensors[head])
-    used = {name for name in tensors if name in layout}
-    if missing := len(layout) - len(used):
-        first = itertools.islice((name for name in layout.names() if name not in tensors), _SHOWN)
-        names = listed(first, total=missing)
-        expected = f"all {len(layout)} tensors of {layout.num_layers} layers"
-        raise ValueError(f"{directory}: expected {expected}, got all but {missing} of them: missing {names}")
-    tied_head = {head} & tensors.keys() - used if is_tied else set()
-    if extra := tensors.keys() - used - tied_head:
-        raise ValueError(f"{directory}: expected only tensors of the model, got also {listed(extra)}")
-
-    wrong = []
-    for name in [*sorted(used), *tied_head]:
-        tensor, shape = tensors[name], layout.shape_of(name if name in layout else embedding)
-        if tensor.dtype not in DTYPES:
-            wrong.append(f"{tensor.path}: {name}: expected one of {', '.join(DTYPES)}, got {tensor.dtype}")
-        elif tensor.shape != shape:
-            wrong.append(f"{tensor.path}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if wrong:
-        more = f"; and {len(wrong) - 1} more tensors have the wrong shape or dtype" if len(wrong) > 1 else ""
-        raise ValueError(wrong[0] + more)
-    if tied_head and not np.array_equal(tensors[head].read(), tensors[embedding].read()):
-        raise ValueError(
-            f"{tensors[head].path}: {head}: expected the values of {embedding}, because tie_word_embeddings is true, "
-            "got different ones"
-        )
-    return tensors
 
 
 class _Item(NamedTuple):
@@ -228,7 +186,7 @@ class _Item(NamedTuple):
 
     name: str
     place: Place
-    index: int
+    number: int
     nbytes: int
 
 
@@ -259,22 +217,10 @@ def _check_parameters(model: Decoder, layout: Layout) -> list[_Item]:
     return items
 
 
-def _split_into_shards(items: Iterable[_Item], max_shard_bytes: int) -> list[list[_Item]]:
-    shards: list[list[_Item]] = [[]]
-    room = max_shard_bytes
-    for item in items:
-        if shards[-1] and item.nbytes > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(item)
-        room -= item.nbytes
-    return shards
-
-
 def _values(model: Decoder, shard: Iterable[_Item]) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a shard by name."""
     for place, items in itertools.groupby(shard, key=lambda item: item.place):
         values = [np.asarray(jax.device_get(parameter(model, path).get_value())) for path in place.parameters]
         tensors = place.tensor.to_tensors(values, place.layer)
         for item in items:
-            yield item.name, np.ascontiguousarray(tensors[item.index])
+            yield item.name, np.ascontiguousarray(tensors[item.number])

@@ -37,7 +37,7 @@ def config_from_hf(fields: Mapping[str, Any]) -> DecoderConfig:
     for setting in family.settings:
         source.known |= setting.read(source)
     if source.left:
-        raise ValueError(f"config.json: expected only known fields, got {listed(map(str, source.left))}")
+        raise ValueError(f"fields: expected only known fields, got {listed(map(str, source.left))}")
     arguments = {**family.constants, **source.known}
     experts = {name.removeprefix("experts."): arguments.pop(name) for name in [*arguments] if "experts." in name}
     if experts:

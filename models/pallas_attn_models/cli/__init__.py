@@ -19,7 +19,8 @@ examples:
   pallas-attn chat --model ./Llama-3.2-1B-Instruct
   pallas-attn show-mask "causal & sliding_window(256)" --q 2048
   pallas-attn cache-size --capacity 4096 --storage int8
-  pallas-attn doctor           check what runs on this machine"""
+  pallas-attn doctor           check what runs on this machine
+  pallas-attn doctor --model openai/gpt-oss-20b"""
 # Errors that user input, files or the machine can cause. Any other exception is a bug and keeps its traceback.
 _EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError)
 
@@ -28,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; ``argv`` excludes the program name, default ``sys.argv[1:]``.
 
     Returns:
-      The exit code: 0; 1 if ``doctor`` found wrong numbers or a model's logits were NaN or infinite; 2 for an error
-      that the user can fix, with one line on stderr; 130 after Ctrl-C; 141 if stdout was closed by its reader.
+      The exit code: 0; 1 if ``doctor`` found wrong numbers or a checkpoint that cannot be loaded, or a model's logits
+      were NaN or infinite; 2 for an error that the user can fix, with one line on stderr; 130 after Ctrl-C; 141 if
+      stdout was closed by its reader.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

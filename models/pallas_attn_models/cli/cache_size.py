@@ -3,7 +3,6 @@
 import argparse
 import collections
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ from rich.text import Text
 
 import pallas_attn as pa
 from pallas_attn_models.cli import cache_options
-from pallas_attn_models.cli.loading import read_config, shipped_checkpoint
-from pallas_attn_models.cli.options import add_cache_options, int32
+from pallas_attn_models.cli.loading import config_directory, read_config
+from pallas_attn_models.cli.options import add_cache_options, add_model_option, int32
 from pallas_attn_models.decoder import FLOAT_DTYPES, init_caches
 
 _HELP = f"""\
@@ -43,9 +42,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=run)
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="directory with a config.json; default: the shipped model"
-    )
+    help = "directory with a config.json, or org/name on the Hugging Face Hub; default: the shipped model"
+    add_model_option(parser, help=help)
     parser.add_argument("--capacity", type=int32, required=True, metavar="N", help="slots per row")
     parser.add_argument("--batch-size", type=int32, default=1, metavar="N", help="rows; default %(default)s")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help="default %(default)s")
@@ -57,7 +55,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Prints the bytes per kind of layer; returns the exit code."""
     policy, storage = cache_options.policy(args.cache), cache_options.storage(args.storage)
-    config = read_config(args.model or shipped_checkpoint())
+    config = read_config(config_directory(args))
     sizes = {"batch_size": args.batch_size, "capacity": args.capacity, "dtype": args.dtype, "chunk": args.chunk}
 
     def caches(**kinds: Any) -> tuple[pa.caches.KVCache, ...]:

@@ -11,7 +11,15 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from pallas_attn_models.cli import options
-from pallas_attn_models.cli.loading import encode, end_tokens, load_model, load_tokenizer, make_generator, read_defaults
+from pallas_attn_models.cli.loading import (
+    encode,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    make_generator,
+    model_directory,
+    read_defaults,
+)
 from pallas_attn_models.cli.output import one_line, printable, status
 from pallas_attn_models.cli.text_stream import TextStream, read_streams
 from pallas_attn_models.generation import Generator, Sampling
@@ -55,13 +63,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Answers messages until stdin ends; the exit code is 1 if the model's logits were NaN or infinite."""
-    defaults = read_defaults(args.model)
+    directory = model_directory(args)
+    defaults = read_defaults(directory)
     sampling = options.sampling(args, defaults, seed=args.seed)
-    template = ChatTemplate.read(args.model)
-    tokenizer = load_tokenizer(args.model)
+    template = ChatTemplate.read(directory)
+    tokenizer = load_tokenizer(directory)
     # The token that ends a turn may differ from the end token in config.json.
     end = tokenizer.token_to_id(template.special_tokens.get("eos_token", ""))
-    model = load_model(args, args.model)
+    model = load_model(args, directory)
     stop = end_tokens(model, [*defaults.eos_token_ids, *([] if end is None else [end])])
     sampling = dataclasses.replace(sampling, stop=stop)
     longest = model.config.max_position_embeddings

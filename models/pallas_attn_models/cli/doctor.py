@@ -1,4 +1,7 @@
-"""``pallas-attn doctor``: checks which implementations run on this machine, and whether their numbers are right."""
+"""``pallas-attn doctor``: checks which implementations run on this machine, and whether their numbers are right.
+
+With ``--model``, it checks a checkpoint instead.
+"""
 
 import argparse
 import functools
@@ -12,32 +15,42 @@ from rich.table import Table
 from rich.text import Text
 
 import pallas_attn as pa
+from pallas_attn_models.cli import checkpoint_report
+from pallas_attn_models.cli.options import add_model_option
+from pallas_attn_models.decoder import FLOAT_DTYPES
 
 _SELF_CHECK_TOLERANCE = 1e-5  # absolute, float32, outputs of size about 1
 
 _HELP = """\
 Show versions, devices and attention implementations, with the reason if one cannot run on this machine, and compare the
-others with the reference."""
+others with the reference. With --model, say instead what a checkpoint is, what it takes in memory, and whether it can
+be loaded; only its config.json and the headers of its weights are read."""
 _EXAMPLES = """\
-example:
-  pallas-attn doctor"""
+examples:
+  pallas-attn doctor
+  pallas-attn doctor --model ./Llama-3.2-1B --dtype float32
+  pallas-attn doctor --model openai/gpt-oss-20b"""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the ``doctor`` command."""
     parser = commands.add_parser(
         "doctor",
-        help="check which implementations run on this machine",
+        help="check what runs on this machine, or a checkpoint",
         description=_HELP,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=run)
+    add_model_option(parser, help="directory of a checkpoint, or org/name on the Hugging Face Hub")
+    help = "of weights and caches in memory, with --model; default %(default)s"
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, default="bfloat16", help=help)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints three tables; the exit code is 1 if a number is wrong."""
-    del args
+    """Prints three tables, or a checkpoint's; the exit code is 1 if a number is wrong or the checkpoint is refused."""
+    if args.model is not None:
+        return checkpoint_report.run(args)
     console = Console(highlight=False)
     versions = Table("package", "version")
     versions.add_row("python", platform.python_version())

@@ -23,8 +23,8 @@ from pallas_attn_models.cli.loading import (
     load_model,
     load_tokenizer,
     make_generator,
+    model_directory,
     read_defaults,
-    shipped_checkpoint,
 )
 from pallas_attn_models.cli.output import status
 from pallas_attn_models.cli.text_stream import TextStream, read_streams
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     """Completes prompts and prints the results; the exit code is 1 if the model's logits were NaN or infinite."""
     _check(args)
     texts, right_answers = _read_prompts(args)
-    directory = args.model or shipped_checkpoint()
+    directory = model_directory(args)
     defaults = read_defaults(directory)
     samplings = [
         # One seed per completion, so that equal prompts get different completions.

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from pallas_attn_models import weights
-from pallas_attn_models.checkpoints import CONFIG, config_from_hf, load_hf
+from pallas_attn_models import checkpoints, weights
+from pallas_attn_models.checkpoints import CHECKPOINT_FILES, CONFIG, load_hf, local_directory
 from pallas_attn_models.cli import cache_options
 from pallas_attn_models.cli.output import quiet_failures, status
 from pallas_attn_models.decoder import Decoder, DecoderConfig
@@ -18,8 +19,11 @@ from pallas_attn_models.generation import Generator, Limits, PromptLookup, Sampl
 from pallas_attn_models.text import TOKENIZER, GenerationDefaults
 from pallas_attn_models.text import encode as encode_text
 from pallas_attn_models.text import load_tokenizer as load_tokenizer
-from pallas_attn_models.text_files import read_json
 
+_TEXT_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 _PREFILL_CHUNK = 128
 _DRAFT_LENGTH = 8
 
@@ -29,9 +33,22 @@ def shipped_checkpoint() -> Path:
     return weights.DIRECTORY
 
 
+def model_directory(args: argparse.Namespace) -> Path:
+    """The directory of ``--model``, fetched from the Hub if it is an id; default: :func:`shipped_checkpoint`."""
+    if args.model is None:
+        return shipped_checkpoint()
+    return local_directory("--model", args.model, args.revision, (*CHECKPOINT_FILES, *_TEXT_FILES))
+
+
+def config_directory(args: argparse.Namespace) -> Path:
+    """The same, of which only ``config.json`` is fetched."""
+    return (
+        shipped_checkpoint() if args.model is None else local_directory("--model", args.model, args.revision, (CONFIG,))
+    )
+
+
 def read_defaults(directory: Path) -> GenerationDefaults:
     """The checkpoint's own generation defaults, reported on stderr if there are any."""
-    _check_directory(directory)
     defaults = GenerationDefaults.read(directory)
     if defaults.settings:
         status(str(defaults))
@@ -48,20 +65,14 @@ def load_model(args: argparse.Namespace, directory: Path) -> Decoder:
     status(f"loading {directory}")
     dtype = args.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     with _naming(directory):
-        return load_hf(directory, jnp.dtype(dtype), implementation=args.implementation)
+        progress = sys.stderr.isatty()
+        return load_hf(directory, jnp.dtype(dtype), implementation=args.implementation, progress=progress)
 
 
 def read_config(directory: Path) -> DecoderConfig:
     """The checkpoint's configuration; errors as in :func:`load_model`."""
-    _check_directory(directory)
-    fields = read_json(directory / CONFIG)
     with _naming(directory / CONFIG):
-        return config_from_hf(fields)
-
-
-def _check_directory(directory: Path) -> None:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"--model: expected the directory of a checkpoint, got {directory}")
+        return checkpoints.read_config(directory)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Options that several commands share."""
 
 import argparse
-from pathlib import Path
 
 import pallas_attn as pa
 from pallas_attn_models.decoder import FLOAT_DTYPES
@@ -32,11 +31,18 @@ def int32(text: str) -> int:
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Adds the choice of the model, its dtype and its attention implementation."""
     model = parser.add_argument_group("model")
-    help = "checkpoint directory of a Llama or Mistral: config.json, safetensors, tokenizer.json"
-    model.add_argument("--model", type=Path, metavar="DIR", required=required, help=help)
+    help = "directory with config.json, safetensors and tokenizer.json; or org/name on the Hugging Face Hub"
+    add_model_option(model, required=required, help=help)
     model.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: bfloat16 on a GPU, else float32")
     help = "attention implementation; default: the best available"
     model.add_argument("--implementation", choices=[*pa.implementations()], help=help)
+
+
+def add_model_option(group: argparse._ActionsContainer, *, required: bool = False, help: str) -> None:
+    """Adds ``--model`` and ``--revision``."""
+    group.add_argument("--model", metavar="DIR|ORG/NAME", required=required, help=help)
+    help = "branch, tag or commit of a model on the Hub; default: its main branch"
+    group.add_argument("--revision", metavar="REV", help=help)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, max_new_tokens: int, seed: str) -> None:

@@ -1,5 +1,6 @@
 """Decoders in Flax NNX: configuration, layers, caches. Independent of Hugging Face's names."""
 
+from pallas_attn_models.decoder.abstract import abstract_decoder as abstract_decoder
 from pallas_attn_models.decoder.cached_decoder import CachedDecoder as CachedDecoder
 from pallas_attn_models.decoder.config import MAX_LAYERS as MAX_LAYERS
 from pallas_attn_models.decoder.config import DecoderConfig as DecoderConfig

@@ -1,12 +1,12 @@
 """The shapes of a decoder's parameters by path, from its configuration and without a whole decoder."""
 
-import dataclasses
 import functools
 
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_attn_models.decoder.config import PER_LAYER, DecoderConfig, LayerConfig
+from pallas_attn_models.decoder.abstract import one_layer
+from pallas_attn_models.decoder.config import DecoderConfig, LayerConfig
 from pallas_attn_models.decoder.decoder import Decoder, DecoderLayer
 
 _OPTIONS = {"dtype": jnp.float32, "param_dtype": jnp.float32, "implementation": None}
@@ -21,14 +21,8 @@ def layer_shapes(config: DecoderConfig, layer: LayerConfig) -> dict[str, tuple[i
 @functools.lru_cache(maxsize=256)
 def outer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """The parameters outside the layers, by paths from the decoder."""
-    shapes = _shapes(nnx.eval_shape(lambda: Decoder(_first_layer_only(config), rngs=nnx.Rngs(0))))
+    shapes = _shapes(nnx.eval_shape(lambda: Decoder(one_layer(config), rngs=nnx.Rngs(0))))
     return {path: shape for path, shape in shapes.items() if not path.startswith("layers.")}
-
-
-def _first_layer_only(config: DecoderConfig) -> DecoderConfig:
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    per_layer = {name: values[name][:1] for name in PER_LAYER}
-    return dataclasses.replace(config, num_layers=1, dense_layers=(), **per_layer)
 
 
 def _shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from pallas_attn_models.checkpoints import config_from_hf, contents
 from pallas_attn_models.checkpoints import files as checkpoint_files
 from pallas_attn_models.checkpoints import hf as checkpoint
 from pallas_attn_models.checkpoints.families import FAMILIES
@@ -69,6 +70,21 @@ def test_save_and_load_are_bitwise(name, dtype, max_shard_bytes, tmp_path):
     for path in (tmp_path / "saved").glob("*.safetensors"):
         tensors = load_file(path)
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= max_shard_bytes
+
+
+def test_a_tensor_larger_than_a_shard_is_alone(tmp_path):
+    model = load_hf(FIXTURES / "gqa", dtype="float32")
+    sizes = {name: x.nbytes for name, x in load_file(FIXTURES / "gqa" / "model.safetensors").items()}
+    limit = sizes["model.layers.0.mlp.up_proj.weight"]
+    assert sizes["lm_head.weight"] > limit
+    save_hf(model, tmp_path, max_shard_bytes=limit)
+    shards = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert {"lm_head.weight"} in [set(shard) for shard in shards]
+    assert {"model.layers.0.mlp.up_proj.weight"} in [set(shard) for shard in shards], "a limit is exact"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == sizes.keys()
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert len(shards) < len(sizes)
 
 
 @pytest.mark.parametrize(("name", "dtype"), DTYPES.items())
@@ -156,7 +172,7 @@ def test_missing_tensors_are_counted_and_the_first_of_them_named(copy):
 
 @pytest.fixture
 def nothing_is_built(monkeypatch):
-    monkeypatch.setattr(checkpoint, "Decoder", lambda *_, **__: pytest.fail("a decoder was built"))
+    monkeypatch.setattr(checkpoint, "abstract_decoder", lambda *_, **__: pytest.fail("a decoder was built"))
     monkeypatch.setattr(checkpoint_files.StoredTensor, "read", lambda _: pytest.fail("a tensor was read"))
 
 
@@ -310,6 +326,68 @@ def test_a_tied_head_must_equal_the_embedding(copy):
     edit_tensors(weights, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] + 1}))
     with pytest.raises(ValueError, match=r"lm_head\.weight: expected the values of model\.embed_tokens\.weight"):
         load_hf(path)
+
+
+def test_a_tied_model_may_store_its_head_only(copy):
+    path = copy("mqa_tied")
+
+    def rename(tensors: dict) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    edit_tensors(path / "model.safetensors", rename)
+    calls = []
+    model = load_hf(path, progress=lambda done, total: calls.append((done, total)))
+    assert_same_bits(model, load_hf(FIXTURES / "mqa_tied"))
+    assert calls[-1][0] == calls[-1][1]
+
+
+def test_a_tied_head_is_compared_to_its_end(copy, monkeypatch):
+    monkeypatch.setattr(contents, "_COMPARED", 100)
+    path = copy("mqa_tied")
+
+    def differ_at_the_end(tensors: dict) -> None:
+        head = tensors["model.embed_tokens.weight"].copy()
+        head[-1, -1] += 1
+        tensors["lm_head.weight"] = head
+
+    edit_tensors(path / "model.safetensors", differ_at_the_end)
+    with pytest.raises(ValueError, match=r"lm_head\.weight: expected the values of model\.embed_tokens\.weight"):
+        load_hf(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}},
+        {"keys_to_ignore_at_inference": ["past_key_values"]},
+        {"hidden_act": "swish"},
+        {"pretraining_tp": 1, "use_cache": True, "transformers_version": "4.31.0", "pad_token_id": 0},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_fields_of_published_configs_without_effect(copy, fields):
+    path = copy("gqa")
+    edit_json(path / "config.json", lambda old: old.update(fields))
+    model = load_hf(path)
+    assert model.config == load_hf(FIXTURES / "gqa").config
+    assert_same_bits(model, load_hf(FIXTURES / "gqa"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
+def test_windows_that_are_switched_off(family):
+    """Published files of Qwen have a window beside ``use_sliding_window: false``."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    fields = {
+        "model_type": family,
+        **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1},
+        **(experts if "moe" in family else {}),
+        **({"shared_expert_intermediate_size": 8} if family == "qwen2_moe" else {}),
+    }
+    off = {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}
+    config = config_from_hf({**fields, **off})
+    assert {config.sliding_window(layer) for layer in range(2)} == {None}
+    assert config == config_from_hf(fields)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

@@ -22,7 +22,7 @@ from flax import nnx
 from pallas_attn_models import Decoder, DecoderConfig, RopeConfig, load_hf, save_hf
 from pallas_attn_models.checkpoints import files as checkpoint_files
 from pallas_attn_models.checkpoints import hf as checkpoint
-from pallas_attn_models.checkpoints.files import reading
+from pallas_attn_models.checkpoints.files import open_checkpoint
 from pallas_attn_models.checkpoints.hf_config import config_from_hf
 
 SIZES = {"vocab_size": 24, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4}
@@ -40,8 +40,8 @@ OLDER, OLD, NEW = map(make_model, range(3))
 
 def contents(directory: Path) -> tuple:
     """The input of load_hf, without tracing a decoder: much faster."""
-    with reading(directory) as checkpoint:
-        tensors = {name: tensor.read().tobytes() for name, tensor in checkpoint.tensors.items()}
+    checkpoint = open_checkpoint(directory)
+    tensors = {name: tensor.read().tobytes() for name, tensor in checkpoint.tensors.items()}
     return config_from_hf(checkpoint.fields), tensors
 
 

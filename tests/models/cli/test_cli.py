@@ -129,6 +129,20 @@ def test_an_interrupt_is_no_error(run, checkpoint, monkeypatch):
     assert "error" not in err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_loading_shows_a_bar_only_in_a_terminal(run, checkpoint, monkeypatch, terminal):
+    shown = []
+
+    def stop(*_, progress, **__):
+        shown.append(progress)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "load_hf", stop)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    run("generate", "--model", checkpoint, "--prompt", "a")
+    assert shown == [terminal]
+
+
 # --- doctor ---
 
 
@@ -174,7 +188,7 @@ def test_doctor_reports_what_is_wrong(run, monkeypatch, wrong):
         (["generate", "--model", "nowhere"], "--model: expected also --prompt or --prompts-file, got neither"),
         (
             ["generate", "--model", "nowhere", "--prompt", "a"],
-            "--model: expected the directory of a checkpoint, got nowhere",
+            "--model: expected a directory with a checkpoint, got nowhere, where nothing is",
         ),
         (["generate", "--prompt", "a", "--top-p", "2"], "top_p: expected a number in (0, 1], got 2.0"),
         (["generate", "--prompt", "a", "--seed", "-1"], "seed: expected an int in [0, 4294967296), got -1"),
