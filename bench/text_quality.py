@@ -119,7 +119,7 @@ def _read(model: Decoder, tokens: np.ndarray, run: Run) -> tuple[float, np.ndarr
     for start in range(0, len(tokens), CHUNK):
         chunk, after = tokens[start : start + CHUNK], tokens[start + 1 : start + CHUNK + 1]
         after = np.pad(after, (0, CHUNK - len(after)))  # the last token of the text has no next one
-        caches, likely, surprise = _step(model, caches, chunk[None], after[None])
+        caches, likely, surprise = _step(model, caches, jnp.asarray(chunk)[None], jnp.asarray(after)[None])
         best.append(np.asarray(likely)[0])
         nats.append(np.asarray(surprise)[0])
     return float(np.concatenate(nats)[:-1].mean()), np.concatenate(best), sum(x.nbytes for x in jax.tree.leaves(caches))

@@ -55,6 +55,7 @@ BENCH_LAYERS = {
     "bench.times": 2,
     "bench.machine_code": 3,
     "bench.gpu_day": 4,
+    "bench.cache_quality": 4,
     "bench": 5,
 }
 

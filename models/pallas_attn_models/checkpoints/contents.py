@@ -16,7 +16,7 @@ from pallas_attn_models.checkpoints.hf_config import config_from_hf
 from pallas_attn_models.checkpoints.mxfp4 import DequantizedTensor, dequantized
 from pallas_attn_models.checkpoints.safetensors_file import StoredTensor
 from pallas_attn_models.checkpoints.tensors import Layout
-from pallas_attn_models.checks import is_int, listed
+from pallas_attn_models.checks import listed
 from pallas_attn_models.decoder import DecoderConfig
 from pallas_attn_models.text_files import read_json
 
@@ -26,6 +26,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _EMBEDDING = "embedding.table"
 _SHOWN = 5
+_MOST_FURTHER = 100  # published models have one
 _COMPARED = 2**22  # numbers at a time
 
 _logger = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def _config(path: Path, fields: Mapping[str, Any]) -> DecoderConfig:
 def _further_layers(family: Family, config: DecoderConfig, fields: Mapping[str, Any]) -> Iterator[str]:
     """Patterns of the layers after the last one that predict further tokens, as the config counts them."""
     number = fields.get("num_nextn_predict_layers") if "num_nextn_predict_layers" in family.irrelevant else None
-    for layer in range(config.num_layers, config.num_layers + (number if is_int(number) and number < 100 else 0)):
+    number = number if isinstance(number, int) and number < _MOST_FURTHER else 0
+    for layer in range(config.num_layers, config.num_layers + number):
         yield re.escape(f"{family.layer_prefix}.{layer}.") + ".*"
 
 
