@@ -1,6 +1,7 @@
 """A small checkpoint of every model family, spelled as published files are, against the logits of transformers."""
 
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,6 +30,13 @@ def compute_logits(model, tokens):
 def test_every_family_has_a_fixture():
     found = {config_from_hf(json.loads(path.read_text())).family for path in FIXTURES.glob("*/config.json")}
     assert found == {*FAMILIES}
+
+
+def test_the_readme_lists_every_family():
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Models") : readme.index("## A KV cache")]
+    assert {name for name in re.findall(r"`([a-z0-9_]+)`", section) if name in FAMILIES} == {*FAMILIES}
+    assert f"[{len(FAMILIES)} model families](#models)" in readme
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in FIXTURES.glob("*/config.json")))
