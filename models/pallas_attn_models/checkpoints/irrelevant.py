@@ -68,6 +68,7 @@ IRRELEVANT: dict[str, str] = {
     "max_length": _GENERATION,
     "max_sequence_length": "an older synonym of max_position_embeddings",
     "min_length": _GENERATION,
+    "model_max_length": _TOKENIZER,
     "no_repeat_ngram_size": _GENERATION,
     "num_beam_groups": _GENERATION,
     "num_beams": _GENERATION,

@@ -99,6 +99,7 @@ FAMILY = Family(
         tied(True),
         eos(11),
     ),
+    supported={"apply_residual_connection_post_layernorm": (None, False)},
     constants={"norm": "layer", "mlp_gated": False},
     tensors=(
         *same("transformer.word_embeddings.weight", "embedding.table"),

@@ -4,15 +4,14 @@ from pallas_attn_models.checkpoints.families.names import LLAMA_LAYER, OUTER
 from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.ropes import Rope
 from pallas_attn_models.checkpoints.settings import (
+    HEAD_DIM,
     INTERMEDIATE,
     SIZES,
-    Derived,
     Field,
     activation,
     eos,
     epsilon,
     flag,
-    head_size,
     inverted,
     kv_heads,
     positions,
@@ -26,7 +25,7 @@ FAMILY = Family(
         *SIZES,
         INTERMEDIATE,
         kv_heads(),
-        Derived("head_dim", head_size),
+        HEAD_DIM,
         positions(2048),
         epsilon("rms_norm_eps", 1e-6),
         Rope(),

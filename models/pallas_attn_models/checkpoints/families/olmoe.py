@@ -4,14 +4,13 @@ from pallas_attn_models.checkpoints.families.names import ATTENTION, OUTER, PRE_
 from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.ropes import Rope
 from pallas_attn_models.checkpoints.settings import (
+    HEAD_DIM,
     SIZES,
-    Derived,
     Field,
     activation,
     eos,
     epsilon,
     flag,
-    head_size,
     kv_heads,
     positions,
     tied,
@@ -25,7 +24,7 @@ FAMILY = Family(
         *SIZES,
         Field("intermediate_size", "intermediate_size experts.intermediate_size"),
         kv_heads(),
-        Derived("head_dim", head_size),
+        HEAD_DIM,
         positions(4096),
         epsilon("rms_norm_eps", 1e-5),
         Rope(),

@@ -3,14 +3,13 @@
 from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.ropes import Rope
 from pallas_attn_models.checkpoints.settings import (
+    HEAD_DIM,
     INTERMEDIATE,
     SIZES,
     Choice,
-    Derived,
     activation,
     eos,
     epsilon,
-    head_size,
     kv_heads,
     positions,
     tied,
@@ -24,7 +23,7 @@ FAMILY = Family(
         *SIZES,
         INTERMEDIATE,
         kv_heads(),
-        Derived("head_dim", head_size),
+        HEAD_DIM,
         positions(2048),
         epsilon("layer_norm_eps", 1e-5),
         Rope(partial=0.5),

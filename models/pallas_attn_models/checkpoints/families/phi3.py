@@ -4,13 +4,12 @@ from pallas_attn_models.checkpoints.families.names import JOINT_GATED_MLP, OUTER
 from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.ropes import Rope
 from pallas_attn_models.checkpoints.settings import (
+    HEAD_DIM,
     INTERMEDIATE,
     SIZES,
-    Derived,
     activation,
     eos,
     epsilon,
-    head_size,
     kv_heads,
     positions,
     tied,
@@ -25,7 +24,7 @@ FAMILY = Family(
         *SIZES,
         INTERMEDIATE,
         kv_heads(),
-        Derived("head_dim", head_size),
+        HEAD_DIM,
         positions(4096),
         epsilon("rms_norm_eps", 1e-5),
         Windows(None),
@@ -39,7 +38,6 @@ FAMILY = Family(
         "mlp_bias": (False, None),
         "full_attn_mod": (1, None),
         "lm_head_bias": (False, None),
-        "head_dim": (None,),
         "interpolate_factor": (1, None),
     },
     tensors=OUTER,

@@ -8,15 +8,14 @@ from pallas_attn_models.checkpoints.families.names import LLAMA_LAYER, OUTER
 from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.ropes import Rope
 from pallas_attn_models.checkpoints.settings import (
+    HEAD_DIM,
     INTERMEDIATE,
     SIZES,
-    Derived,
     Source,
     activation,
     eos,
     epsilon,
     flag,
-    head_size,
     kv_heads,
     positions,
     tied,
@@ -60,7 +59,7 @@ FAMILY = Family(
         *SIZES,
         INTERMEDIATE,
         kv_heads(4),
-        Derived("head_dim", head_size),
+        HEAD_DIM,
         positions(32768),
         epsilon("rms_norm_eps", 1e-6),
         _RopePerLayer(theta=2e6),

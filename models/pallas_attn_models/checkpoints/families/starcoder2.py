@@ -4,14 +4,13 @@ from pallas_attn_models.checkpoints.families.names import ATTENTION, OUTER, PRE_
 from pallas_attn_models.checkpoints.family import Family
 from pallas_attn_models.checkpoints.ropes import Rope
 from pallas_attn_models.checkpoints.settings import (
+    HEAD_DIM,
     INTERMEDIATE,
     SIZES,
-    Derived,
     activation,
     eos,
     epsilon,
     flag,
-    head_size,
     kv_heads,
     positions,
     tied,
@@ -26,7 +25,7 @@ FAMILY = Family(
         *SIZES,
         INTERMEDIATE,
         kv_heads(2),
-        Derived("head_dim", head_size),
+        HEAD_DIM,
         positions(4096),
         epsilon("norm_epsilon", 1e-5),
         Windows(None),
