@@ -48,6 +48,7 @@ FAMILY = Family(
         eos(1),
     ),
     constants={"norm": "rms_offset", "norm_position": "both"},
+    irrelevant={"sliding_window_size": "repeats sliding_window"},
     tensors=OUTER,
     layer_tensors=(
         *norm("input_layernorm", "attention_norm"),

@@ -70,6 +70,7 @@ FAMILY = Family(
         tied(True),
         eos(128001),
     ),
+    supported={"pretraining_tp": (None, 1, 2)},  # not used by transformers
     irrelevant={"max_window_layers": "layer_types says which layers have the window"},
     tensors=OUTER,
     layer_tensors=LLAMA_LAYER,
