@@ -54,9 +54,14 @@ class ResultsFile:
         return any(result["case"] == case for result in self.results)
 
     def add(self, result: dict[str, Any]) -> None:
-        """Adds a case's result, in place of an earlier one, and writes the file."""
-        self.results = [*(x for x in self.results if x["case"] != result["case"]), result]
+        """Adds a case's result and writes the file."""
+        self.results.append(result)
         self._write()
+
+    def replace(self, result: dict[str, Any]) -> None:
+        """Adds a case's result, in place of earlier ones of the case, and writes the file."""
+        self.results = [one for one in self.results if one["case"] != result["case"]]
+        self.add(result)
 
     def has_step(self, name: str) -> bool:
         """Whether the file has the step, and it came to its end."""

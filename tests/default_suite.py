@@ -235,8 +235,6 @@ DEFAULT: dict[str, int] = {
     "test_bench_run::test_a_copy_without_git_needs_a_revision": 0,
     "test_bench_run::test_a_peer_comes_too_late": 0,
     "test_bench_run::test_a_wrong_result_has_no_time": 1,
-    "test_bench_run::test_gpu_tests_are_run": 1,
-    "test_bench_run::test_gpu_tests_must_pass": 1,
     "test_bench_run::test_peaks_are_measured_in_the_same_run": 0,
     "test_bench_semantics::test_like_flax": 1,
     "test_bench_semantics::test_like_jax_nn": 2,

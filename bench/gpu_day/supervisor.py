@@ -110,7 +110,7 @@ class Supervisor:
             record["doubts"] = doubts
         if (entry := self.entry(step, outcome)) is not None:
             record["found"] = None
-            self.file.add(entry)
+            self.file.replace(entry)
         if step.kind == "peaks" and outcome.found:
             self.file.machine = self.file.machine | {"measured": outcome.found}
         self.file.add_step(record)
