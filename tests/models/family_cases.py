@@ -373,26 +373,6 @@ def _without_prefix(prefix: str, **buffers: np.ndarray) -> Callable[[dict[str, A
     return lambda tensors: {name.removeprefix(prefix): value for name, value in tensors.items()} | buffers
 
 
-def _mxfp4(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Experts as blocks of 4 bits: ``[X, in, out]`` becomes ``[X, out, in / 32, 16]`` with ``[X, out, in / 32]``."""
-    out = {}
-    for name, value in tensors.items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            whole = np.swapaxes(value, 1, 2).astype(np.float32)
-            out |= dict(zip((f"{name}_blocks", f"{name}_scales"), quantize_mxfp4(whole), strict=True))
-        else:
-            out[name] = value
-    return out
-
-
-def quantize_mxfp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Random nibbles in the place of ``[X, out, in]``: bytes ``[X, out, in / 32, 16]`` and scales around 2**-4."""
-    rng = np.random.default_rng(values.shape[-1])
-    groups = values.shape[-1] // 32
-    blocks = rng.integers(0, 256, (*values.shape[:-1], groups, 16), dtype=np.uint8)
-    return blocks, rng.integers(122, 125, (*values.shape[:-1], groups), dtype=np.uint8)
-
-
 _BUFFERS: dict[str, dict[str, np.ndarray]] = {
     "llama": {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)},
     "gpt_neox": {

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from pallas_attn_models import Generator, Sampling, load_hf, save_hf
 from pallas_attn_models.checkpoints.families import FAMILIES
@@ -91,3 +92,27 @@ def test_published_spelling(name, tmp_path):
     model = load_hf(tmp_path, jnp.float32)
     assert model.config == expected.config
     np.testing.assert_array_equal(compute_logits(model, TOKENS[None]), compute_logits(expected, TOKENS[None]))
+
+
+def test_experts_in_mxfp4_have_the_values_of_transformers(tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    make("gpt_oss", tmp_path, intermediate_size=64)
+    weights = load_file(tmp_path / "model.safetensors")
+    rng = np.random.default_rng(0)
+    expected = {}
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inner, outer = weights.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, outer, inner // 32, 16), dtype=np.uint8)
+        scales = rng.integers(120, 126, blocks.shape[:-1], dtype=np.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales), dtype=torch.bfloat16)
+        expected[name] = values.float().numpy()
+    save_file(weights, tmp_path / "model.safetensors")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
+    mlp = load_hf(tmp_path, jnp.float32).layers[1].mlp
+    gate_up, down = (expected[f"model.layers.1.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+    np.testing.assert_array_equal(mlp.expert_gate.kernel[...], gate_up[..., 0::2])
+    np.testing.assert_array_equal(mlp.expert_up.kernel[...], gate_up[..., 1::2])
+    np.testing.assert_array_equal(mlp.expert_down.kernel[...], down)
