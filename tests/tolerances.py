@@ -99,6 +99,12 @@ ORACLE_GRADIENT = 1e-7
 
 # Absolute, float32, against PyTorch's logits of size about 2.
 LOGITS_TRANSFORMERS = 1e-4
+# Relative to the largest logit, float32: against PyTorch's logits of every model family.
+FAMILY_LOGITS_RELATIVE = 1e-4
+# Float32, relative and absolute: PyTorch's logits with the same weights loaded again.
+RELOADED_LOGITS = 1e-5
+# Relative to the largest output, float32: a mixture of experts.
+EXPERTS_RELATIVE = 1e-5
 # Absolute, float32: the same tokens with other padding, or packed with other documents.
 PADDED_LOGITS = 1e-5
 # Absolute, float32: the same tokens through a cache, in chunks.

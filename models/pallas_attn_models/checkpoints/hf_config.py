@@ -122,25 +122,28 @@ def _in_vocabulary(tokens: Any, vocab_size: Any) -> Any:
 
 def _written(family: Family, config: DecoderConfig) -> dict[str, Any] | None:
     """The fields, or None if they would not read back as an equal config."""
-    fields: dict[str, Any] = {"model_type": family.name, "architectures": [family.architectures[0]]}
-    # Unless these are null, transformers takes defaults, which may be outside the vocabulary.
-    fields |= {"bos_token_id": None, "pad_token_id": None}
-    fields |= {name: allowed[0] for name, allowed in family.supported.items() if allowed[0] is not None}
     try:
-        for setting in family.settings:
-            fields |= setting.write(config)
+        fields = _fields(family, config)
         return fields if config_from_hf(fields) == config else None
     except (ValueError, AttributeError):
         return None
 
 
+def _fields(family: Family, config: DecoderConfig) -> dict[str, Any]:
+    """What the family writes for a config, even if that loses something; AttributeError if it cannot write."""
+    fields: dict[str, Any] = {"model_type": family.name, "architectures": [family.architectures[0]]}
+    # Unless these are null, transformers takes defaults, which may be outside the vocabulary.
+    fields |= {"bos_token_id": None, "pad_token_id": None}
+    fields |= {name: allowed[0] for name, allowed in family.supported.items() if allowed[0] is not None}
+    for setting in family.settings:
+        fields |= setting.write(config)
+    return fields
+
+
 def _difference(family: Family, config: DecoderConfig) -> str:
     """Names the fields that a family cannot express."""
-    fields: dict[str, Any] = {"model_type": family.name}
     try:
-        for setting in family.settings:
-            fields |= setting.write(config)
-        read = config_from_hf(fields)
+        read = config_from_hf(_fields(family, config))
     except (ValueError, AttributeError) as error:
         return f"one that {family.name} cannot: {error}"
     names = [

@@ -131,10 +131,10 @@ class Rope:
             if isinstance(settings.get(name), list):
                 settings[name] = tuple(settings[name])
         if kind == "yarn":
-            mscale, all_dim = settings.pop("mscale", None), settings.pop("mscale_all_dim", None)
-            if mscale and all_dim and "attention_factor" not in settings:
+            scale, all_dim = settings.pop("mscale", None), settings.pop("mscale_all_dim", None)
+            if scale and all_dim and "attention_factor" not in settings:
                 factor = settings["factor"]
-                settings["attention_factor"] = _mscale(factor, mscale) / _mscale(factor, all_dim)
+                settings["attention_factor"] = mscale(factor, scale) / mscale(factor, all_dim)
         return RopeConfig(type=kind, **common, **settings)
 
 
@@ -244,5 +244,6 @@ def _ratio(context: Any, original: Any) -> float:
     return context / original
 
 
-def _mscale(factor: float, scale: float) -> float:
+def mscale(factor: float, scale: float) -> float:
+    """YaRN's factor of cosines and sines (arXiv:2309.00071, section 3.4), with the logarithm scaled."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

@@ -10,13 +10,13 @@ from safetensors.numpy import load_file, save_file
 
 from pallas_attn_models import Generator, Sampling, load_hf, save_hf
 from pallas_attn_models.checkpoints.families import FAMILIES
+from tests import tolerances
 from tests.models.family_cases import CASES, VOCAB, logits_of, make, publish
 
 reason = "compares with transformers"
 torch = pytest.importorskip("torch", reason=reason)
 transformers = pytest.importorskip("transformers", reason=reason)
 
-CLOSE = 1e-4  # of the largest logit, in float32
 BUDGET = 6
 PROMPTS = [np.random.default_rng(length).integers(3, VOCAB, length) for length in (1, 3, 9, 14, 22)]
 TOKENS = np.random.default_rng(0).integers(3, VOCAB, 40).astype(np.int32)
@@ -31,7 +31,7 @@ def compute_logits(model, tokens):
 
 def assert_close(ours, theirs) -> None:
     error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-    assert error < CLOSE, f"error {error:.1e} of the largest logit"
+    assert error < tolerances.FAMILY_LOGITS_RELATIVE, f"error {error:.1e} of the largest logit"
 
 
 def test_every_family_has_two_cases():
@@ -55,7 +55,9 @@ def test_family(name, tmp_path):
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float32, attn_implementation="eager" if CASES[name].eager else "sdpa"
     )
-    np.testing.assert_allclose(logits_of(reloaded, TOKENS), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        logits_of(reloaded, TOKENS), expected, rtol=tolerances.RELOADED_LOGITS, atol=tolerances.RELOADED_LOGITS
+    )
     again = load_hf(tmp_path / "ours", jnp.float32)
     assert again.config == model.config
 

@@ -12,9 +12,9 @@ from flax import nnx
 from pallas_attn_models import load_hf
 from pallas_attn_models.checkpoints.families import FAMILIES
 from pallas_attn_models.checkpoints.hf_config import config_from_hf
+from tests import tolerances
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
-CLOSE = 1e-4  # of the largest logit, in float32
 CACHED = 20  # tokens before the last call, which is one of the rest
 
 
@@ -46,4 +46,4 @@ def test_family(name):
         tokens, expected = file["tokens_0"], file["logits_0"]
     for logits in compute_logits(model, tokens[None]):
         error = np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max()
-        assert error < CLOSE, f"error {error:.1e} of the largest logit"
+        assert error < tolerances.FAMILY_LOGITS_RELATIVE, f"error {error:.1e} of the largest logit"

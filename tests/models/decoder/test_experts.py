@@ -89,7 +89,7 @@ def test_against_numpy(name, tokens):
     x = np.random.default_rng(tokens).standard_normal((1, tokens, WIDTH)).astype(np.float32)
     out = nnx.jit(lambda module, x: module(x))(module, x)
     expected = oracle(module, x[0])
-    np.testing.assert_allclose(out[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(out[0], expected, rtol=0, atol=tolerances.EXPERTS_RELATIVE * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("batch", [1, 8])

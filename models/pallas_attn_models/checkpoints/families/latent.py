@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pallas_attn_models.checkpoints.ropes import Rope
+from pallas_attn_models.checkpoints.ropes import Rope, mscale
 from pallas_attn_models.checkpoints.settings import Source
 from pallas_attn_models.checkpoints.transforms import Tensor, linear, norm
 from pallas_attn_models.checks import require_size
@@ -94,5 +94,5 @@ class LatentRope(Rope):
 
 def _scale(rope: RopeConfig, head_dim: int, all_dim: float) -> float:
     """The scale of the logits, for heads of this size."""
-    mscale = 1.0 if rope.factor <= 1 else 0.1 * all_dim * math.log(rope.factor) + 1.0
-    return head_dim**-0.5 * mscale * mscale
+    factor = mscale(rope.factor, all_dim)
+    return head_dim**-0.5 * factor * factor
